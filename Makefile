@@ -1,0 +1,47 @@
+# Two commands do everything on a machine with Python 3.11+ and make: `make demo` and `make test`.
+
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+NODE_READER := synpipe_tests/node/node_modules/.package-lock.json
+
+.DEFAULT_GOAL := help
+.PHONY: help demo ui test check format lock clean
+
+help: ## List the targets
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "make %-8s %s\n", $$1, $$2 }'
+
+demo: $(INSTALLED) ## Make the demo data set, embed it, index it, search in it
+	@$(BIN)/synpipe demo
+
+ui: $(INSTALLED) ## Open the asset graph in the browser (Dagster, http://127.0.0.1:3000)
+	@$(BIN)/synpipe ui
+
+test: $(INSTALLED) check ## Run every check and every test
+	@$(BIN)/python -m pytest -n 2 --dist loadfile
+
+check: $(INSTALLED) ## Lint, formatting and types
+	@$(BIN)/ruff check
+	@$(BIN)/ruff format --check
+	@$(BIN)/mypy
+
+format: $(INSTALLED) ## Put the code into its standard form
+	@$(BIN)/ruff check --fix
+	@$(BIN)/ruff format
+
+lock: $(INSTALLED) ## Write requirements.lock anew from pyproject.toml, with the newest versions
+	@$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --all-extras --no-strip-extras --generate-hashes --upgrade \
+		--no-annotate --custom-compile-command "make lock" --output-file requirements.lock pyproject.toml
+
+clean: ## Remove the environment and the default store
+	rm -rf .venv data/store
+
+# The environment is made of the exact versions of the lock file, and again whenever that file changes.
+$(INSTALLED): requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "synpipe needs Python 3.11 or newer: make PYTHON=python3.12 …"; exit 1; }
+	@echo "Making the environment in .venv (once; torch is large, so this takes some minutes)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --requirement requirements.lock
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	@touch $@

@@ -1,0 +1,10 @@
+"""The one error that a user is meant to read.
+
+Library code raises `SynpipeError` with one paragraph that names the file, row or key and says what to do. The command
+line prints it without a traceback and exits with 1; Dagster shows it as the failure of the asset. Any other exception
+is a bug in synpipe.
+"""
+
+
+class SynpipeError(Exception):
+    """Something in the user's files, configuration or machine stops the work; the message says what and what to do."""

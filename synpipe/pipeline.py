@@ -1,0 +1,374 @@
+"""The steps of the pipeline, one function per asset, in the order in which the data flows.
+
+In: a `Dataset`. Out: files in its folder, and a `Manifest` per step, written last. Guarantees: a step reads only what
+earlier steps have finished; run again with nothing changed it makes no cut-out, no forward pass and the same data
+version; killed at any moment and run again it carries on from the last whole shard.
+
+A data version is a digest of the inputs' versions and of the step's own description, never of the clock.
+"""
+
+import json
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from synpipe import __version__, embedding, index, table, tiles
+from synpipe.annotations import REJECT_SCHEMA, read_annotations
+from synpipe.datasets import Dataset
+from synpipe.encoders import open_encoder
+from synpipe.errors import SynpipeError
+from synpipe.shards import read_json, read_table, remove_leftovers, write_json, write_table
+from synpipe.specs import digest
+from synpipe.synthetic import make_demo
+from synpipe.volumes import Volume
+
+Log = Callable[[str], None]
+
+# Raise the number of a step whenever it would make something else of the same inputs.
+CODE_VERSIONS = {
+    "volume": "1",
+    "annotations": "1",
+    "synapses": "1",
+    "synapse_stacks": "1",
+    "rgb_tiles": "1",
+    "rejects": "1",
+    "embeddings": "1",
+    "embedding_table": "1",
+    "index": "1",
+}
+
+# The schema of the embedding table, Parquet and LanceDB, for other tools: a change of it raises the number.
+TABLE_SCHEMA_VERSION = 1
+
+
+# What makes a stack what it is: not the file that holds it: that depends on the order in which things were added.
+STACK_IDENTITY = ("synapse_id", "start_z", "start_y", "start_x", "content_hash", "reason")
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a step has made. inputs: data versions by asset. counts: figures for people. notes: sentences for people."""
+
+    asset: str
+    data_version: str
+    inputs: dict[str, str]
+    counts: dict[str, Any] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    synpipe_version: str = __version__
+
+
+class Progress:
+    """Says every few seconds how far a step is, how fast, and how long is left."""
+
+    INTERVAL_S = 3.0
+
+    def __init__(self, log: Log, total: int, unit: str):
+        self._log, self._total, self._unit = log, total, unit
+        self._done = 0
+        self._started = self._spoken = time.monotonic()
+
+    def __call__(self, count: int) -> None:
+        self._done += count
+        now = time.monotonic()
+        if now - self._spoken >= self.INTERVAL_S:
+            self._spoken = now
+            rate = self._done / (now - self._started)
+            left = (self._total - self._done) / rate if rate else 0
+            self._log(f"{self._done:,} of {self._total:,} {self._unit}, {rate:,.0f}/s, {left:,.0f} s left")
+
+
+def asset_names(dataset: Dataset) -> list[str]:
+    """Names of all assets of a data set, in the order in which the data flows."""
+    trunk = ["volume", "annotations", "synapses", "synapse_stacks", "rgb_tiles", "rejects"]
+    return trunk + [
+        f"{step}_{encoder}" for encoder in dataset.encoders for step in ("embeddings", "embedding_table", "index")
+    ]
+
+
+def read_manifest(dataset: Dataset, asset: str) -> Manifest:
+    """Raises `SynpipeError` where the asset has not been made."""
+    path = dataset.manifest_path(asset)
+    if not path.exists():
+        raise SynpipeError(f"{dataset.name}/{asset} has not been made: `synpipe materialize --dataset {dataset.name}`.")
+    return Manifest(**read_json(path))
+
+
+def make_volume(dataset: Dataset, log: Log) -> Manifest:
+    """Open the volume (making it first where it is synthetic) and take its fingerprint."""
+    remove_leftovers(dataset.folder)
+    if dataset.spec.synthetic is not None:
+        make_demo(dataset.base, dataset.spec.synthetic, log)
+    with Volume(dataset.spec.volume, dataset.base) as volume:
+        counts = {
+            "path": str(volume.path),
+            "shape_zyx": volume.shape_zyx.tolist(),
+            "voxel_size_nm_zyx": volume.voxel_size_nm_zyx.tolist(),
+            "offset_nm_zyx": volume.offset_nm_zyx.tolist(),
+        }
+        return _finish(dataset, "volume", volume.fingerprint(), {}, counts)
+
+
+def make_annotations(dataset: Dataset, log: Log) -> Manifest:
+    """Take the fingerprint of the annotation files and of how they are read."""
+    files = [file for annotation in dataset.spec.annotations for file in annotation.files(dataset.base)]
+    version = digest([annotation.fingerprint(dataset.base) for annotation in dataset.spec.annotations])
+    return _finish(dataset, "annotations", version, {}, {"files": [str(file) for file in files]})
+
+
+def make_synapses(dataset: Dataset, log: Log) -> Manifest:
+    """Annotations → `synapses.parquet`, and what could not be used."""
+    inputs = _inputs(dataset, "volume", "annotations")
+    with Volume(dataset.spec.volume, dataset.base) as volume:
+        bounds = volume.bounds_nm_zyx
+    found = read_annotations(dataset.spec.annotations, dataset.base, bounds_nm_zyx=bounds, classes=dataset.spec.classes)
+    log(f"{len(found.synapses):,} synapses, {len(found.rejects):,} rejects")
+    # The volume counts with its bounds only: what is inside them is of no concern here.
+    version = _version(
+        "synapses",
+        {"annotations": inputs["annotations"]},
+        [[corner.tolist() for corner in bounds], list(dataset.spec.classes)],
+    )
+    write_table(dataset.synapse_rejects_path, found.rejects)
+    write_table(dataset.synapses_path, found.synapses, _metadata(dataset, version, inputs))
+    counts = {
+        "rows": len(found.synapses),
+        "rejects": len(found.rejects),
+        "classes": _counts(found.synapses, "neurotransmitter"),
+    }
+    return _finish(dataset, "synapses", version, inputs, counts, list(found.notes))
+
+
+def make_synapse_stacks(dataset: Dataset, log: Log) -> Manifest:
+    """Cut the three sections around every synapse out of the volume, shard by shard."""
+    inputs = _inputs(dataset, "volume", "synapses")
+    spec = dataset.spec.tiles
+    recipe = spec.recipe(inputs["volume"])
+    synapses = read_table(dataset.synapses_path, ["synapse_id", "z_nm", "y_nm", "x_nm"])
+    positions = np.stack([synapses[column].to_numpy() for column in ("z_nm", "y_nm", "x_nm")], axis=1)
+    started, made = time.monotonic(), 0
+    stacks = []
+    with Volume(dataset.spec.volume, dataset.base) as volume:
+        starts = volume.window_starts(positions, spec.window_zyx)
+        shards = tiles.shard_of(starts, spec)
+        progress = Progress(log, len(starts), "cut-outs")
+        for shard in np.unique(shards).tolist():
+            rows = np.flatnonzero(shards == shard)
+            cut, new = tiles.extract_shard(
+                volume, spec, dataset.cut_outs_folder / recipe, shard, starts[rows], progress
+            )
+            made += new
+            file = pc.binary_join_element_wise(f"tiles/{recipe}", cut["part"], "/")
+            place = {
+                "synapse_id": synapses["synapse_id"].take(rows),
+                "shard": pa.repeat(pa.scalar(shard, pa.int32()), len(cut)),
+            }
+            stacks.append(pa.table(place | {"file": file} | {name: cut[name] for name in tiles.PART_SCHEMA.names}))
+    if not stacks:
+        raise SynpipeError(
+            f"{dataset.name} has no usable synapse: all {read_manifest(dataset, 'synapses').counts['rejects']} were rejected. "
+            f"Look at {dataset.synapse_rejects_path}."
+        )
+    stack_table = pa.concat_tables(stacks)
+    # Of the content, not of the inputs: a changed label or a file that was only copied leads to the same stacks.
+    version = _version("synapse_stacks", {}, [stack_table[name].to_pylist() for name in STACK_IDENTITY])
+    write_table(dataset.stacks_path, stack_table, _metadata(dataset, version, inputs))
+    elapsed = time.monotonic() - started
+    log(f"{made:,} cut-outs made, {len(stack_table) - made:,} were there")
+    counts = {
+        "rows": len(stack_table),
+        "rejects": len(stack_table) - stack_table["reason"].null_count,
+        "cut_outs_made": made,
+        "cut_outs_per_second": round(made / elapsed, 1),
+        "shards": len(stacks),
+        "recipe": recipe,
+    }
+    return _finish(dataset, "synapse_stacks", version, inputs, counts)
+
+
+def make_rgb_tiles(dataset: Dataset, log: Log) -> Manifest:
+    """The index of the model-ready tiles: a view of the stacks, in colour or grey, without those that have no tile."""
+    inputs = _inputs(dataset, "synapse_stacks")
+    stacks = read_table(dataset.stacks_path)
+    good = stacks.filter(pc.is_null(stacks["reason"])).drop_columns(["reason", "detail"])
+    stacking = dataset.spec.tiles.stacking
+    if stacking == "grey":
+        reader = tiles.TileReader(good, dataset.folder, stacking)
+        hashes = tiles.content_hashes(reader, len(good))
+        good = good.set_column(good.schema.get_field_index("content_hash"), "content_hash", hashes)
+    version = _version("rgb_tiles", inputs, [stacking])
+    write_table(dataset.tiles_path, good, _metadata(dataset, version, inputs))
+    counts = {
+        "rows": len(good),
+        "padded": int(pc.sum(pc.greater(good["pad_fraction"], 0)).as_py() or 0),
+        "with_missing_sections": int(pc.sum(pc.greater(good["missing_sections"], 0)).as_py() or 0),
+    }
+    log(
+        f"{counts['rows']:,} tiles, {counts['padded']:,} padded, {counts['with_missing_sections']:,} with missing sections"
+    )
+    return _finish(dataset, "rgb_tiles", version, inputs, counts)
+
+
+def make_rejects(dataset: Dataset, log: Log) -> Manifest:
+    """Every synapse that has no tile, with its position and the reason."""
+    inputs = _inputs(dataset, "synapses", "synapse_stacks")
+    synapses = read_table(dataset.synapses_path)
+    stacks = read_table(dataset.stacks_path, ["synapse_id", "reason", "detail"])
+    without_tile = stacks.filter(pc.is_valid(stacks["reason"])).join(synapses, "synapse_id", join_type="inner")
+    rejects = pa.concat_tables(
+        [
+            read_table(dataset.synapse_rejects_path).cast(REJECT_SCHEMA),
+            without_tile.select(REJECT_SCHEMA.names).cast(REJECT_SCHEMA),
+        ]
+    ).sort_by([("reason", "ascending"), ("synapse_id", "ascending")])
+    version = _version("rejects", inputs)
+    write_table(dataset.rejects_path, rejects, _metadata(dataset, version, inputs))
+    reasons = _counts(rejects, "reason")
+    log(f"{len(rejects):,} rejects: " + (", ".join(f"{count} {reason}" for reason, count in reasons.items()) or "none"))
+    share = len(rejects) / max(1, len(synapses) + len(read_table(dataset.synapse_rejects_path, ["reason"])))
+    return _finish(
+        dataset, "rejects", version, inputs, {"rows": len(rejects), "reasons": reasons, "share": round(share, 4)}
+    )
+
+
+def make_embeddings(dataset: Dataset, name: str, log: Log, device: str = "auto") -> Manifest:
+    """Embed every tile that this encoder, as it now is, has not embedded before."""
+    inputs = _inputs(dataset, "rgb_tiles")
+    index_table = read_table(dataset.tiles_path, ["synapse_id", "shard", "file", "row", "crc32", "content_hash"])
+    if not len(index_table):
+        raise SynpipeError(f"{dataset.name} has no tiles: every synapse was rejected. Look at {dataset.rejects_path}.")
+    encoder = open_encoder(dataset.encoders[name], dataset.weights_base, device)
+    log(f"{encoder.spec.model} on {encoder.device}, {encoder.dim} dimensions, fingerprint {encoder.fingerprint[:12]}")
+    reader = tiles.TileReader(index_table, dataset.folder, dataset.spec.tiles.stacking)
+    cache = embedding.EmbeddingCache(dataset.embeddings_folder, encoder.fingerprint)
+    shards = index_table["shard"].to_numpy()
+    hashes = np.array(index_table["content_hash"].to_pylist())
+    known = {shard: cache.known(shard_name(shard)) for shard in np.unique(shards).tolist()}
+    missing = sum(content not in known[shard] for shard, content in zip(shards.tolist(), hashes.tolist(), strict=True))
+    progress = Progress(log, missing, "tiles")
+    started, embedded = time.monotonic(), 0
+    for shard in known:
+        rows = np.flatnonzero(shards == shard)
+
+        def read_tiles(picked: np.ndarray, rows: np.ndarray = rows) -> np.ndarray:
+            return reader.read(rows[picked])
+
+        wanted = hashes[rows].tolist()
+        embedded += embedding.embed_missing(encoder, cache, shard_name(shard), wanted, read_tiles, progress=progress)
+    elapsed = time.monotonic() - started
+    log(f"{embedded:,} tiles embedded, {len(index_table) - embedded:,} were there")
+    counts = {
+        "rows": len(index_table),
+        "dimensions": encoder.dim,
+        "tiles_embedded": embedded,
+        "tiles_per_second": round(embedded / elapsed, 1),
+        "device": str(encoder.device),
+        "encoder_fingerprint": encoder.fingerprint,
+        "encoder": {"spec": encoder.spec.model_dump(mode="json"), "preprocessing": encoder.preprocessing},
+    }
+    version = _version("embeddings", inputs, [encoder.fingerprint])
+    return _finish(dataset, f"embeddings_{name}", version, inputs, counts)
+
+
+def make_embedding_table(dataset: Dataset, name: str, log: Log) -> Manifest:
+    """Synapses with their vectors: the Parquet file that other tools read, one row group per shard."""
+    asset = f"embedding_table_{name}"
+    inputs = _inputs(dataset, "synapses", "rgb_tiles", f"embeddings_{name}")
+    made = read_manifest(dataset, f"embeddings_{name}").counts
+    version = _version("embedding_table", inputs, [TABLE_SCHEMA_VERSION])
+    path = dataset.table_path(name)
+    if _is_made(dataset, asset, version, path):
+        log("the table is of this version already")
+    else:
+        provenance = _provenance(dataset, version, inputs) | {
+            "encoder": name,
+            "encoder_fingerprint": made["encoder_fingerprint"],
+            "encoder_details": made["encoder"],
+            "dataset_version": digest([inputs["synapses"], inputs["rgb_tiles"]]),
+            "schema_version": TABLE_SCHEMA_VERSION,
+        }
+        cache = embedding.EmbeddingCache(dataset.embeddings_folder, made["encoder_fingerprint"])
+        columns = ["synapse_id", "shard", "content_hash", "pad_fraction", "missing_sections"]
+        table.write_embedding_table(
+            path,
+            read_table(dataset.synapses_path),
+            read_table(dataset.tiles_path, columns),
+            lambda shard, hashes: cache.read(shard_name(shard), hashes),
+            provenance,
+        )
+    file = pq.ParquetFile(path)
+    vectors = file.schema_arrow.field("vector").type.list_size * file.metadata.num_rows
+    counts = {
+        "rows": file.metadata.num_rows,
+        "dimensions": file.schema_arrow.field("vector").type.list_size,
+        "bytes": path.stat().st_size,
+        "bytes_per_component": round(path.stat().st_size / vectors, 3),
+    }
+    log(f"{counts['rows']:,} rows, {counts['bytes'] / 1e6:.1f} MB")
+    return _finish(dataset, asset, version, inputs, counts)
+
+
+def make_index(dataset: Dataset, name: str, log: Log) -> Manifest:
+    """Publish the table as a version of the LanceDB table of the same name."""
+    inputs = _inputs(dataset, f"embedding_table_{name}")
+    version = _version("index", inputs)
+    published = index.published_version(dataset.lancedb_folder, name)
+    if published is not None and published[0] == version:
+        log("the published index is of this version already")
+        report = published[1]
+    else:
+        report = index.publish(dataset.table_path(name), dataset.lancedb_folder, name, version, log)
+    log(f"{report.rows:,} rows, {report.kind}, recall@10 {report.recall:.4f}, tag {report.tag}")
+    return _finish(dataset, f"index_{name}", version, inputs, asdict(report))
+
+
+def shard_name(shard: int) -> str:
+    return f"{shard:05d}"
+
+
+def _is_made(dataset: Dataset, asset: str, version: str, path: Path) -> bool:
+    manifest = dataset.manifest_path(asset)
+    return path.exists() and manifest.exists() and read_manifest(dataset, asset).data_version == version
+
+
+def _provenance(dataset: Dataset, version: str, inputs: dict[str, str]) -> dict[str, Any]:
+    """Where a file comes from, for its schema's metadata under the key `synpipe`."""
+    return {
+        "dataset": dataset.name,
+        "data_version": version,
+        "inputs": inputs,
+        "dataset_spec": dataset.spec.model_dump(mode="json"),
+        "synpipe_version": __version__,
+    }
+
+
+def _metadata(dataset: Dataset, version: str, inputs: dict[str, str]) -> dict[str, str]:
+    return {"synpipe": json.dumps(_provenance(dataset, version, inputs), sort_keys=True)}
+
+
+def _counts(found: pa.Table, column: str) -> dict[str, int]:
+    """Rows by value, the most frequent first; nulls count as `unlabelled`."""
+    counted = found[column].value_counts().to_pylist()
+    return {row["values"] or "unlabelled": row["counts"] for row in sorted(counted, key=lambda row: -row["counts"])}
+
+
+def _inputs(dataset: Dataset, *assets: str) -> dict[str, str]:
+    return {asset: read_manifest(dataset, asset).data_version for asset in assets}
+
+
+def _version(step: str, inputs: Mapping[str, str], description: Any = None) -> str:
+    return digest([step, CODE_VERSIONS[step], dict(inputs), description])
+
+
+def _finish(
+    dataset: Dataset, asset: str, version: str, inputs: dict, counts: dict, notes: Iterable[str] = ()
+) -> Manifest:
+    manifest = Manifest(asset, version, inputs, counts, list(notes))
+    write_json(dataset.manifest_path(asset), asdict(manifest))
+    return manifest

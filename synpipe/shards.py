@@ -1,0 +1,101 @@
+"""Files that are whole or absent: atomic writes, Parquet with metadata, a manifest per asset.
+
+In: tables and small JSON documents. Out: files in the store. Guarantee: a reader never sees half a file. Everything is
+written beside its final name, flushed to disk and renamed; a process killed at any moment leaves at most a file whose
+name begins with `.tmp-`, which `remove_leftovers` deletes.
+"""
+
+import contextlib
+import json
+import os
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from synpipe.errors import SynpipeError
+
+TEMPORARY_PREFIX = ".tmp-"
+
+
+@contextlib.contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """Yield a temporary path in the folder of `path`; on success it is flushed and renamed to `path`.
+
+    Raises `SynpipeError` where the folder cannot be written or the disk is full.
+    """
+    temporary = path.parent / f"{TEMPORARY_PREFIX}{uuid.uuid4().hex}-{path.name}"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        with open(temporary, "rb") as handle:
+            os.fsync(handle.fileno())
+        os.replace(temporary, path)
+        _sync_folder(path.parent)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise SynpipeError(
+            f"Cannot write {path}: {error.strerror or error}. Check the space and the permissions of that folder, or "
+            "choose another store with --store or SYNPIPE_STORE."
+        ) from error
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def _sync_folder(folder: Path) -> None:
+    # The rename itself is only durable once the folder is flushed.
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def remove_leftovers(folder: Path, older_than_s: float = 3600) -> None:
+    """Delete temporary files of writers that died; recent ones may belong to a writer at work and stay."""
+    for path in folder.rglob(f"{TEMPORARY_PREFIX}*"):
+        with contextlib.suppress(FileNotFoundError):
+            if time.time() - path.stat().st_mtime > older_than_s:
+                path.unlink()
+
+
+def write_text(path: Path, text: str) -> None:
+    with atomic_path(path) as temporary:
+        temporary.write_text(text)
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_text(path, json.dumps(value, indent=1, sort_keys=True) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Raises `SynpipeError` where the file is absent or damaged."""
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        raise SynpipeError(f"{path} does not exist: materialise the asset that makes it.") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise SynpipeError(f"{path} is damaged ({error}): delete it and materialise again.") from None
+
+
+def write_table(path: Path, table: pa.Table, metadata: dict[str, str] | None = None, **options: Any) -> None:
+    """Write one Parquet file atomically, with `metadata` added to the schema's; zstd unless `options` say otherwise."""
+    if metadata:
+        table = table.replace_schema_metadata({**(table.schema.metadata or {}), **metadata})
+    with atomic_path(path) as temporary:
+        pq.write_table(table, temporary, **{"compression": "zstd", **options})
+
+
+def read_table(path: Path, columns: list[str] | None = None) -> pa.Table:
+    """Read one Parquet file of the store. Raises `SynpipeError` where it is absent or damaged."""
+    try:
+        return pq.ParquetFile(path, memory_map=True).read(columns=columns)
+    except FileNotFoundError:
+        raise SynpipeError(f"{path} does not exist: materialise the asset that makes it.") from None
+    except (pa.ArrowInvalid, OSError) as error:
+        raise SynpipeError(f"{path} is damaged ({error}): delete it and materialise again.") from None

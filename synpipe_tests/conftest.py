@@ -1,0 +1,93 @@
+"""What the tests share: real EM data where it is there, and a small demo data set, made once a run."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+
+from synpipe.datasets import Dataset, Project
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+# Two test workers share two cores; torch would otherwise start two threads in each of them.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+SMALL_DEMO = {
+    "title": "A small synthetic volume",
+    "synthetic": {"seed": 1, "shape_zyx": [12, 1024, 1024], "n_synapses": 96, "n_neurons": 18, "n_missing_sections": 1},
+    "volume": {"path": "volume.h5"},
+    "annotations": [{"format": "table", "path": "synapses.csv", "columns": {"x": "x_nm", "y": "y_nm", "z": "z_nm"}}],
+    "tiles": {"shards": 3},
+    "encoders": ["tiny", "other"],
+}
+# Two networks that embed a hundred tiles in about a second.
+SMALL_ENCODERS = {
+    "encoders": {
+        "tiny": {"model": "mobilenetv4_conv_small", "weights": "random", "seed": 0, "crop_px": 64},
+        "other": {"model": "resnet10t", "weights": "random", "seed": 0, "crop_px": 64, "precision": "fp32"},
+    }
+}
+
+
+@pytest.fixture(scope="session")
+def real_em() -> Path:
+    """Folder with real EM data; tests that need it skip where it is absent."""
+    folder = Path(os.environ.get("SYNPIPE_REAL_DATA") or REPOSITORY.parent / "shared" / "em")
+    if not (folder / "vnc_stack1.h5").exists():
+        pytest.skip(f"no real EM data in {folder}: set SYNPIPE_REAL_DATA to a folder with vnc_stack1.h5")
+    return folder
+
+
+def write_project(folder: Path, **changes) -> Project:
+    """A project with the small demo in `folder`; `changes` replace keys of the data set's YAML file."""
+    datasets = folder / "data" / "datasets"
+    datasets.mkdir(parents=True)
+    (datasets / "demo.yaml").write_text(yaml.safe_dump({**SMALL_DEMO, **changes}))
+    (folder / "data" / "encoders.yaml").write_text(yaml.safe_dump(SMALL_ENCODERS))
+    return Project(folder / "data", folder / "store")
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Project:
+    """A project of the test's own, with nothing made yet."""
+    return write_project(tmp_path)
+
+
+@pytest.fixture(scope="session")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
+    """The small demo, materialised through Dagster. Shared: read it, do not change it."""
+    project = write_project(tmp_path_factory.mktemp("made"))
+    result = run_synpipe(project, "materialize", "--dataset", "demo")
+    assert result.returncode == 0, result.stderr
+    return project.dataset("demo")
+
+
+def project_of(dataset: Dataset) -> Project:
+    return Project(dataset.weights_base, dataset.folder.parent)
+
+
+def environment(project: Project) -> dict[str, str]:
+    """The environment of a command that works on `project`."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("SYNPIPE_", "DAGSTER_"))}
+    return {**kept, "SYNPIPE_DATA": str(project.data), "SYNPIPE_STORE": str(project.store), "OMP_NUM_THREADS": "1"}
+
+
+def run_synpipe(project: Project, *arguments: str, timeout_s: float = 300) -> subprocess.CompletedProcess[str]:
+    """Run the command as a user would, in a process of its own."""
+    command = [str(Path(sys.executable).parent / "synpipe"), *arguments]
+    return subprocess.run(
+        command, env=environment(project), capture_output=True, text=True, timeout=timeout_s, check=False
+    )
+
+
+Command = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture
+def synpipe(project: Project) -> Command:
+    """`synpipe(...)` on the test's own project."""
+    return lambda *arguments, **options: run_synpipe(project, *arguments, **options)
