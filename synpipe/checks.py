@@ -13,7 +13,8 @@ import pyarrow.compute as pc
 from synpipe.datasets import Dataset
 from synpipe.embedding import EmbeddingCache
 from synpipe.index import MIN_RECALL, open_current, published_version
-from synpipe.pipeline import read_manifest, shard_name
+from synpipe.manifests import read_manifest
+from synpipe.pipeline import shard_name
 from synpipe.shards import read_table
 
 # Vectors of one encoder that differ by less than this share of their length carry nothing; random weights give 10⁻².

@@ -65,8 +65,9 @@ def main(context: click.Context, store: str | None) -> None:
     metavar="ASSET",
     help="Only this asset; ASSET+ with all downstream of it, +ASSET with all upstream. Repeat for more.",
 )
+@click.option("--stale", is_flag=True, help="Only what is stale or missing, and what lies downstream of it.")
 @click.pass_obj
-def materialize(project: Project, dataset: str, select: tuple[str, ...]) -> None:
+def materialize(project: Project, dataset: str, select: tuple[str, ...], stale: bool) -> None:
     """Make the assets of a data set: synapses, tiles, embeddings, tables, indexes.
 
     What is made already is not made again: run it after every change, and after an interruption.
@@ -74,13 +75,22 @@ def materialize(project: Project, dataset: str, select: tuple[str, ...]) -> None
     \b
     Examples:
       synpipe materialize -d mydata
+      synpipe materialize -d mydata --stale
       synpipe materialize -d mydata -s rgb_tiles+
       synpipe materialize -d mydata -s embeddings_resnet18+
     """
     # Dagster takes two seconds to import, which `search` and `status` need not wait for.
     from synpipe.defs.run import materialize as run
 
-    project.dataset(dataset)
+    if stale and select:
+        raise SynpipeError("Use either --stale or --select: --stale chooses the assets itself.")
+    if stale:
+        from synpipe.graph import states
+
+        select = tuple(state.asset for state in states(project.dataset(dataset)) if state.state != "fresh")
+        if not select:
+            click.echo("Every asset is up to date.")
+            return
     run(project, dataset, select)
 
 
@@ -140,6 +150,8 @@ def search(project: Project, synapse_id: int, dataset: str, encoder: str | None,
         )
         return
     click.echo(f"Most similar to {synapse_id} by {options['metric']}, encoder {index.provenance['encoder']}:")
+    if not answer:
+        click.echo("\nNone: no other synapse fits --where.")
     for name, found in answer.items():
         click.echo(
             f"\n{name}\n  {'synapse':>20}  {'distance':>10}  {'neuron':>20}  {'x nm':>10}  {'y nm':>10}  {'z nm':>10}"
@@ -155,26 +167,32 @@ def search(project: Project, synapse_id: int, dataset: str, encoder: str | None,
 @json_option
 @click.pass_obj
 def status(project: Project, dataset: str, as_json: bool) -> None:
-    """What has been made of a data set: rows, versions, where it lies."""
-    from synpipe.pipeline import asset_names, read_manifest
+    """For each asset of a data set: fresh, stale and why, or missing.
+
+    \b
+    Examples:
+      synpipe status
+      synpipe status -d mydata --json
+    """
+    from synpipe.graph import states
+    from synpipe.manifests import find_manifest
 
     chosen = project.dataset(dataset)
-    made = {}
-    for asset in asset_names(chosen):
-        path = chosen.manifest_path(asset)
-        made[asset] = asdict(read_manifest(chosen, asset)) if path.exists() else None
+    found = {state.asset: (state, find_manifest(chosen, state.asset)) for state in states(chosen)}
     if as_json:
-        _print_json({"dataset": dataset, "store": str(chosen.folder), "assets": made})
+        assets = {
+            asset: {"state": state.state, "reasons": state.reasons, "made": manifest and asdict(manifest)}
+            for asset, (state, manifest) in found.items()
+        }
+        _print_json({"dataset": dataset, "folder": str(chosen.folder), "assets": assets})
         return
     click.echo(f"{dataset}: {chosen.spec.title}\n{chosen.folder}\n")
-    for asset, manifest in made.items():
-        if manifest is None:
-            click.echo(f"  {asset:<40} missing")
-        else:
-            rows = manifest["counts"].get("rows")
-            click.echo(
-                f"  {asset:<40} version {manifest['data_version'][:12]}  {'' if rows is None else f'{rows:,} rows'}"
-            )
+    for asset, (state, manifest) in found.items():
+        rows = manifest.counts.get("rows") if manifest else None
+        what = f"version {manifest.data_version[:12]}" if manifest else ""
+        click.echo(f"  {asset:<40} {state.state:<8} {what:<21} {'' if rows is None else f'{rows:,} rows'}")
+        for reason in state.reasons:
+            click.echo(f"  {'':<40}   because {reason}")
 
 
 @main.command()
@@ -184,11 +202,11 @@ def demo(project: Project) -> None:
     import pyarrow.compute as pc
 
     from synpipe.defs.run import materialize as run
-    from synpipe.pipeline import read_manifest
+    from synpipe.manifests import read_manifest
     from synpipe.search import SynapseIndex
     from synpipe.shards import read_table
 
-    dataset = project.dataset("demo")
+    dataset, again = project.dataset("demo"), _command(project)
     run(project, "demo")
     encoder = dataset.encoder(None)
     index = SynapseIndex(dataset, encoder)
@@ -206,7 +224,6 @@ def demo(project: Project) -> None:
     _save(picture, neighbours_picture(dataset, answers))
 
     counts = {asset: read_manifest(dataset, asset).counts for asset in ("synapses", "rgb_tiles", "rejects")}
-    folder = _short(dataset.folder)
     folder, rows = _short(dataset.folder), {name: count["rows"] for name, count in counts.items()}
     click.echo(f"""
 {dataset.spec.title}
@@ -217,10 +234,10 @@ def demo(project: Project) -> None:
   {_short(picture)}   neighbours of one synapse of each class: look at it
 
 Next:
-  make ui                            the graph in the browser: Dagster on http://127.0.0.1:3000
-  {_command()} search {next(iter(queries))}    the most similar synapses of each class
-  {_command()} status                what has been made
-  {_command()} --help                everything else
+  {again} ui                the graph in the browser: Dagster on http://127.0.0.1:3000
+  {again} search {next(iter(queries))}    the most similar synapses of each class
+  {again} status            what is made, and what is out of date
+  {again} --help            everything else
 """)
 
 
@@ -282,6 +299,7 @@ def _short(path: Path) -> str:
     return relative if len(relative) < len(str(path)) else str(path)
 
 
-def _command() -> str:
+def _command(project: Project) -> str:
     """How this program was called, so that a printed command can be pasted."""
-    return _short(Path(sys.argv[0])) if os.sep in sys.argv[0] else "synpipe"
+    program = _short(Path(sys.argv[0])) if os.sep in sys.argv[0] else "synpipe"
+    return program if project.store == Project.locate().store else f"{program} --store {_short(project.store)}"

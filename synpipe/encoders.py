@@ -184,8 +184,8 @@ def open_encoder(spec: EncoderSpec, base: Path, device: str = "auto") -> Encoder
             model = _create(spec, args)
         else:
             path = _hub_file(spec, config) if spec.weights == "hub" else base / spec.weights
-            weights = f"sha256:{_sha256(path)}" if path.is_file() else ""
             model = _create_with_weights(spec, args, config, path)
+            weights = f"sha256:{_sha256(path)}"
 
     data = timm.data.resolve_model_data_config(model)
     preprocessing = {"crop_px": crop_px, "resize": "none", "mean": list(data["mean"]), "std": list(data["std"])}

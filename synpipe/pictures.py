@@ -53,7 +53,7 @@ def section_picture(volume: Volume, edge_px: int = 1536, width_px: int = 640) ->
     """The middle of the middle section of a volume, at most `edge_px` voxels a side, reduced to `width_px`."""
     middle = volume.shape_zyx // 2
     reach = np.array([0, edge_px // 2, edge_px // 2])
-    low, high = np.maximum(middle - reach, 0), np.minimum(middle + reach + 1, volume.shape_zyx)
+    low, high = np.maximum(middle - reach, 0), np.minimum(middle + np.maximum(reach, 1), volume.shape_zyx)
     picture = Image.fromarray(volume.read(low, high)[0])
     picture.thumbnail((width_px, width_px), Image.Resampling.LANCZOS)
     return picture

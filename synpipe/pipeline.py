@@ -1,8 +1,9 @@
-"""The steps of the pipeline, one function per asset, in the order in which the data flows.
+"""The work of each step of the pipeline, in the order in which the data flows.
 
-In: a `Dataset`. Out: files in its folder, and a `Manifest` per step, written last. Guarantees: a step reads only what
-earlier steps have finished; run again with nothing changed it makes no cut-out, no forward pass and the same data
-version; killed at any moment and run again it carries on from the last whole shard.
+In: a `Dataset` and the data versions of the step's inputs. Out: files in its folder, and `Made`: the data version of what
+they hold, with figures. Guarantees: a step reads only what earlier steps have finished; run again with nothing changed it
+makes no cut-out, no forward pass and the same data version; killed at any moment and run again it carries on from the
+last whole shard. `synpipe.graph` says what depends on what, and keeps the manifests.
 
 A data version is a digest of the inputs' versions and of the step's own description, never of the clock.
 """
@@ -22,14 +23,16 @@ import pyarrow.parquet as pq
 from synpipe import __version__, embedding, index, table, tiles
 from synpipe.annotations import REJECT_SCHEMA, read_annotations
 from synpipe.datasets import Dataset
-from synpipe.encoders import open_encoder
+from synpipe.encoders import identity, open_encoder
 from synpipe.errors import SynpipeError
-from synpipe.shards import read_json, read_table, remove_leftovers, write_json, write_table
+from synpipe.manifests import find_manifest, read_manifest
+from synpipe.shards import read_table, remove_leftovers, write_table
 from synpipe.specs import digest
 from synpipe.synthetic import make_demo
 from synpipe.volumes import Volume
 
 Log = Callable[[str], None]
+Inputs = Mapping[str, str]  # data version by asset
 
 # Raise the number of a step whenever it would make something else of the same inputs.
 CODE_VERSIONS = {
@@ -53,15 +56,12 @@ STACK_IDENTITY = ("synapse_id", "start_z", "start_y", "start_x", "content_hash",
 
 
 @dataclass(frozen=True)
-class Manifest:
-    """What a step has made. inputs: data versions by asset. counts: figures for people. notes: sentences for people."""
+class Made:
+    """What a step has made. counts: figures for people and for later steps. notes: sentences for people."""
 
-    asset: str
     data_version: str
-    inputs: dict[str, str]
     counts: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
-    synpipe_version: str = __version__
 
 
 class Progress:
@@ -84,23 +84,7 @@ class Progress:
             self._log(f"{self._done:,} of {self._total:,} {self._unit}, {rate:,.0f}/s, {left:,.0f} s left")
 
 
-def asset_names(dataset: Dataset) -> list[str]:
-    """Names of all assets of a data set, in the order in which the data flows."""
-    trunk = ["volume", "annotations", "synapses", "synapse_stacks", "rgb_tiles", "rejects"]
-    return trunk + [
-        f"{step}_{encoder}" for encoder in dataset.encoders for step in ("embeddings", "embedding_table", "index")
-    ]
-
-
-def read_manifest(dataset: Dataset, asset: str) -> Manifest:
-    """Raises `SynpipeError` where the asset has not been made."""
-    path = dataset.manifest_path(asset)
-    if not path.exists():
-        raise SynpipeError(f"{dataset.name}/{asset} has not been made: `synpipe materialize --dataset {dataset.name}`.")
-    return Manifest(**read_json(path))
-
-
-def make_volume(dataset: Dataset, log: Log) -> Manifest:
+def make_volume(dataset: Dataset, inputs: Inputs, log: Log) -> Made:
     """Open the volume (making it first where it is synthetic) and take its fingerprint."""
     remove_leftovers(dataset.folder)
     if dataset.spec.synthetic is not None:
@@ -111,20 +95,32 @@ def make_volume(dataset: Dataset, log: Log) -> Manifest:
             "shape_zyx": volume.shape_zyx.tolist(),
             "voxel_size_nm_zyx": volume.voxel_size_nm_zyx.tolist(),
             "offset_nm_zyx": volume.offset_nm_zyx.tolist(),
+            "files": _status_of([volume.path]),
         }
-        return _finish(dataset, "volume", volume.fingerprint(), {}, counts)
+        return Made(volume.fingerprint(), counts)
 
 
-def make_annotations(dataset: Dataset, log: Log) -> Manifest:
+def volume_version(dataset: Dataset, counts: Mapping[str, Any]) -> str | None:
+    """Version that the volume has now; None where its file was not touched since `counts` of its manifest were taken."""
+    if _status_of([dataset.spec.volume.resolve(dataset.base)]) == counts["files"]:
+        return None
+    with Volume(dataset.spec.volume, dataset.base) as volume:
+        return volume.fingerprint()
+
+
+def make_annotations(dataset: Dataset, inputs: Inputs, log: Log) -> Made:
     """Take the fingerprint of the annotation files and of how they are read."""
-    files = [file for annotation in dataset.spec.annotations for file in annotation.files(dataset.base)]
-    version = digest([annotation.fingerprint(dataset.base) for annotation in dataset.spec.annotations])
-    return _finish(dataset, "annotations", version, {}, {"files": [str(file) for file in files]})
+    files = _annotation_files(dataset)
+    return Made(_annotations_version(dataset), {"paths": [str(file) for file in files], "files": _status_of(files)})
 
 
-def make_synapses(dataset: Dataset, log: Log) -> Manifest:
+def annotations_version(dataset: Dataset, counts: Mapping[str, Any]) -> str | None:
+    """Version that the annotations have now; None where no file was touched since `counts` were taken."""
+    return None if _status_of(_annotation_files(dataset)) == counts["files"] else _annotations_version(dataset)
+
+
+def make_synapses(dataset: Dataset, inputs: Inputs, log: Log) -> Made:
     """Annotations → `synapses.parquet`, and what could not be used."""
-    inputs = _inputs(dataset, "volume", "annotations")
     with Volume(dataset.spec.volume, dataset.base) as volume:
         bounds = volume.bounds_nm_zyx
     found = read_annotations(dataset.spec.annotations, dataset.base, bounds_nm_zyx=bounds, classes=dataset.spec.classes)
@@ -142,12 +138,11 @@ def make_synapses(dataset: Dataset, log: Log) -> Manifest:
         "rejects": len(found.rejects),
         "classes": _counts(found.synapses, "neurotransmitter"),
     }
-    return _finish(dataset, "synapses", version, inputs, counts, list(found.notes))
+    return Made(version, counts, list(found.notes))
 
 
-def make_synapse_stacks(dataset: Dataset, log: Log) -> Manifest:
+def make_synapse_stacks(dataset: Dataset, inputs: Inputs, log: Log) -> Made:
     """Cut the three sections around every synapse out of the volume, shard by shard."""
-    inputs = _inputs(dataset, "volume", "synapses")
     spec = dataset.spec.tiles
     recipe = spec.recipe(inputs["volume"])
     synapses = read_table(dataset.synapses_path, ["synapse_id", "z_nm", "y_nm", "x_nm"])
@@ -189,12 +184,11 @@ def make_synapse_stacks(dataset: Dataset, log: Log) -> Manifest:
         "shards": len(stacks),
         "recipe": recipe,
     }
-    return _finish(dataset, "synapse_stacks", version, inputs, counts)
+    return Made(version, counts)
 
 
-def make_rgb_tiles(dataset: Dataset, log: Log) -> Manifest:
+def make_rgb_tiles(dataset: Dataset, inputs: Inputs, log: Log) -> Made:
     """The index of the model-ready tiles: a view of the stacks, in colour or grey, without those that have no tile."""
-    inputs = _inputs(dataset, "synapse_stacks")
     stacks = read_table(dataset.stacks_path)
     good = stacks.filter(pc.is_null(stacks["reason"])).drop_columns(["reason", "detail"])
     stacking = dataset.spec.tiles.stacking
@@ -212,12 +206,11 @@ def make_rgb_tiles(dataset: Dataset, log: Log) -> Manifest:
     log(
         f"{counts['rows']:,} tiles, {counts['padded']:,} padded, {counts['with_missing_sections']:,} with missing sections"
     )
-    return _finish(dataset, "rgb_tiles", version, inputs, counts)
+    return Made(version, counts)
 
 
-def make_rejects(dataset: Dataset, log: Log) -> Manifest:
+def make_rejects(dataset: Dataset, inputs: Inputs, log: Log) -> Made:
     """Every synapse that has no tile, with its position and the reason."""
-    inputs = _inputs(dataset, "synapses", "synapse_stacks")
     synapses = read_table(dataset.synapses_path)
     stacks = read_table(dataset.stacks_path, ["synapse_id", "reason", "detail"])
     without_tile = stacks.filter(pc.is_valid(stacks["reason"])).join(synapses, "synapse_id", join_type="inner")
@@ -232,28 +225,36 @@ def make_rejects(dataset: Dataset, log: Log) -> Manifest:
     reasons = _counts(rejects, "reason")
     log(f"{len(rejects):,} rejects: " + (", ".join(f"{count} {reason}" for reason, count in reasons.items()) or "none"))
     share = len(rejects) / max(1, len(synapses) + len(read_table(dataset.synapse_rejects_path, ["reason"])))
-    return _finish(
-        dataset, "rejects", version, inputs, {"rows": len(rejects), "reasons": reasons, "share": round(share, 4)}
-    )
+    return Made(version, {"rows": len(rejects), "reasons": reasons, "share": round(share, 4)})
 
 
-def make_embeddings(dataset: Dataset, name: str, log: Log, device: str = "auto") -> Manifest:
+def make_embeddings(dataset: Dataset, name: str, inputs: Inputs, log: Log) -> Made:
     """Embed every tile that this encoder, as it now is, has not embedded before."""
-    inputs = _inputs(dataset, "rgb_tiles")
+    asset = f"embeddings_{name}"
+    who = identity(dataset.encoders[name], dataset.weights_base)
     index_table = read_table(dataset.tiles_path, ["synapse_id", "shard", "file", "row", "crc32", "content_hash"])
-    if not len(index_table):
-        raise SynpipeError(f"{dataset.name} has no tiles: every synapse was rejected. Look at {dataset.rejects_path}.")
-    encoder = open_encoder(dataset.encoders[name], dataset.weights_base, device)
+    shards = index_table["shard"].to_numpy()
+    hashes = np.array(index_table["content_hash"].to_pylist())
+
+    def missing_from(cache: embedding.EmbeddingCache) -> int:
+        known = {shard: cache.known(shard_name(shard)) for shard in np.unique(shards).tolist()}
+        return sum(content not in known[shard] for shard, content in zip(shards.tolist(), hashes.tolist(), strict=True))
+
+    made = find_manifest(dataset, asset)
+    if made and made.counts["encoder_identity"] == who and made.inputs == inputs:
+        cache = embedding.EmbeddingCache(dataset.embeddings_folder, made.counts["encoder_fingerprint"])
+        if not missing_from(cache):
+            # Opening the network takes ten seconds, most of it to import torch, and would change nothing.
+            log(f"0 tiles embedded, {len(index_table):,} were there")
+            return Made(made.data_version, made.counts | {"tiles_embedded": 0})
+
+    encoder = open_encoder(dataset.encoders[name], dataset.weights_base)
     log(f"{encoder.spec.model} on {encoder.device}, {encoder.dim} dimensions, fingerprint {encoder.fingerprint[:12]}")
     reader = tiles.TileReader(index_table, dataset.folder, dataset.spec.tiles.stacking)
     cache = embedding.EmbeddingCache(dataset.embeddings_folder, encoder.fingerprint)
-    shards = index_table["shard"].to_numpy()
-    hashes = np.array(index_table["content_hash"].to_pylist())
-    known = {shard: cache.known(shard_name(shard)) for shard in np.unique(shards).tolist()}
-    missing = sum(content not in known[shard] for shard, content in zip(shards.tolist(), hashes.tolist(), strict=True))
-    progress = Progress(log, missing, "tiles")
+    progress = Progress(log, missing_from(cache), "tiles")
     started, embedded = time.monotonic(), 0
-    for shard in known:
+    for shard in np.unique(shards).tolist():
         rows = np.flatnonzero(shards == shard)
 
         def read_tiles(picked: np.ndarray, rows: np.ndarray = rows) -> np.ndarray:
@@ -269,17 +270,17 @@ def make_embeddings(dataset: Dataset, name: str, log: Log, device: str = "auto")
         "tiles_embedded": embedded,
         "tiles_per_second": round(embedded / elapsed, 1),
         "device": str(encoder.device),
+        "encoder_identity": who,
         "encoder_fingerprint": encoder.fingerprint,
         "encoder": {"spec": encoder.spec.model_dump(mode="json"), "preprocessing": encoder.preprocessing},
     }
     version = _version("embeddings", inputs, [encoder.fingerprint])
-    return _finish(dataset, f"embeddings_{name}", version, inputs, counts)
+    return Made(version, counts)
 
 
-def make_embedding_table(dataset: Dataset, name: str, log: Log) -> Manifest:
+def make_embedding_table(dataset: Dataset, name: str, inputs: Inputs, log: Log) -> Made:
     """Synapses with their vectors: the Parquet file that other tools read, one row group per shard."""
     asset = f"embedding_table_{name}"
-    inputs = _inputs(dataset, "synapses", "rgb_tiles", f"embeddings_{name}")
     made = read_manifest(dataset, f"embeddings_{name}").counts
     version = _version("embedding_table", inputs, [TABLE_SCHEMA_VERSION])
     path = dataset.table_path(name)
@@ -311,12 +312,11 @@ def make_embedding_table(dataset: Dataset, name: str, log: Log) -> Manifest:
         "bytes_per_component": round(path.stat().st_size / vectors, 3),
     }
     log(f"{counts['rows']:,} rows, {counts['bytes'] / 1e6:.1f} MB")
-    return _finish(dataset, asset, version, inputs, counts)
+    return Made(version, counts)
 
 
-def make_index(dataset: Dataset, name: str, log: Log) -> Manifest:
+def make_index(dataset: Dataset, name: str, inputs: Inputs, log: Log) -> Made:
     """Publish the table as a version of the LanceDB table of the same name."""
-    inputs = _inputs(dataset, f"embedding_table_{name}")
     version = _version("index", inputs)
     published = index.published_version(dataset.lancedb_folder, name)
     if published is not None and published[0] == version:
@@ -325,7 +325,21 @@ def make_index(dataset: Dataset, name: str, log: Log) -> Manifest:
     else:
         report = index.publish(dataset.table_path(name), dataset.lancedb_folder, name, version, log)
     log(f"{report.rows:,} rows, {report.kind}, recall@10 {report.recall:.4f}, tag {report.tag}")
-    return _finish(dataset, f"index_{name}", version, inputs, asdict(report))
+    return Made(version, asdict(report))
+
+
+def _annotation_files(dataset: Dataset) -> list[Path]:
+    return [file for annotation in dataset.spec.annotations for file in annotation.files(dataset.base)]
+
+
+def _annotations_version(dataset: Dataset) -> str:
+    return digest([annotation.fingerprint(dataset.base) for annotation in dataset.spec.annotations])
+
+
+def _status_of(files: Iterable[Path]) -> list[list[Any]]:
+    """Size and time of each file: while they stay, its content is not read again."""
+    statuses = [(file, file.stat()) for file in files if file.exists()]
+    return [[str(file), status.st_size, status.st_mtime_ns] for file, status in statuses]
 
 
 def shard_name(shard: int) -> str:
@@ -333,22 +347,22 @@ def shard_name(shard: int) -> str:
 
 
 def _is_made(dataset: Dataset, asset: str, version: str, path: Path) -> bool:
-    manifest = dataset.manifest_path(asset)
-    return path.exists() and manifest.exists() and read_manifest(dataset, asset).data_version == version
+    manifest = find_manifest(dataset, asset)
+    return path.exists() and manifest is not None and manifest.data_version == version
 
 
-def _provenance(dataset: Dataset, version: str, inputs: dict[str, str]) -> dict[str, Any]:
+def _provenance(dataset: Dataset, version: str, inputs: Inputs) -> dict[str, Any]:
     """Where a file comes from, for its schema's metadata under the key `synpipe`."""
     return {
         "dataset": dataset.name,
         "data_version": version,
-        "inputs": inputs,
+        "inputs": dict(inputs),
         "dataset_spec": dataset.spec.model_dump(mode="json"),
         "synpipe_version": __version__,
     }
 
 
-def _metadata(dataset: Dataset, version: str, inputs: dict[str, str]) -> dict[str, str]:
+def _metadata(dataset: Dataset, version: str, inputs: Inputs) -> dict[str, str]:
     return {"synpipe": json.dumps(_provenance(dataset, version, inputs), sort_keys=True)}
 
 
@@ -358,17 +372,5 @@ def _counts(found: pa.Table, column: str) -> dict[str, int]:
     return {row["values"] or "unlabelled": row["counts"] for row in sorted(counted, key=lambda row: -row["counts"])}
 
 
-def _inputs(dataset: Dataset, *assets: str) -> dict[str, str]:
-    return {asset: read_manifest(dataset, asset).data_version for asset in assets}
-
-
 def _version(step: str, inputs: Mapping[str, str], description: Any = None) -> str:
     return digest([step, CODE_VERSIONS[step], dict(inputs), description])
-
-
-def _finish(
-    dataset: Dataset, asset: str, version: str, inputs: dict, counts: dict, notes: Iterable[str] = ()
-) -> Manifest:
-    manifest = Manifest(asset, version, inputs, counts, list(notes))
-    write_json(dataset.manifest_path(asset), asdict(manifest))
-    return manifest

@@ -27,7 +27,7 @@ METRICS: tuple[str, ...] = get_args(Metric)
 EXACT_ROWS = 300_000
 UNLABELLED = "unlabelled"
 FILTER_COLUMNS = ("neurotransmitter", "region", "hemilineage", "neuron_id", "source")
-# Six times the probes that serve a plain query: with 16 of 256 the rarest class had a recall of .81, with 128 of 1.0.
+# The probes of a plain query are too few for a class: with 16 of 256 the rarest had a recall of .81, with 128 of 1.0.
 CLASS_NPROBES_FACTOR = 8
 
 
@@ -73,17 +73,22 @@ class SynapseIndex:
 
         where: wanted values by column (`FILTER_COLUMNS`). Returns the classes of the data set in their order, then
         `unlabelled`; classes without an answer are left out.
-        Raises `SynpipeError` for an unknown synapse, metric or column, or L1 on a table too large for an exact search.
+        Raises `SynpipeError` for an unknown synapse, metric or column, `per_class` below 1, or a metric other than cosine
+        on a table too large for an exact search.
         """
         if metric not in METRICS:
             raise SynpipeError(f"Unknown metric {metric!r}: use one of {', '.join(METRICS)}.")
+        if per_class < 1:
+            raise SynpipeError(f"The number of neighbours of each class must be at least 1, not {per_class}.")
         wanted = {column: _filter_value(column, value) for column, value in (where or {}).items()}
         answer = self._exactly if self.exact else self._through_index
         return answer(self._query(synapse_id), synapse_id, metric, per_class, wanted)
 
     def _query(self, synapse_id: int) -> np.ndarray:
         """The vector of a synapse with its length: float32 (d,)."""
-        if self.exact:
+        if not -(2**63) <= synapse_id < 2**63:
+            found = self._table.schema.empty_table()
+        elif self.exact:
             found = self._rows.filter(pc.equal(self._rows["synapse_id"], synapse_id))
         else:
             found = self._table.search().where(col("synapse_id") == lit(synapse_id)).limit(1).to_arrow()
@@ -136,8 +141,9 @@ class SynapseIndex:
                 condition = condition & (col("neurotransmitter") == lit(name))
             for column, value in wanted.items():
                 condition = condition & (col(column) == lit(value))
-            search = self._table.search(query).distance_type("cosine").nprobes(nprobes)
-            # LanceDB's expressions have no IS NULL; the constant text below holds no value of the user's.
+            # No upper limit: where a class has no `per_class` members in those partitions, the search goes on.
+            search = self._table.search(query).distance_type("cosine").minimum_nprobes(nprobes).maximum_nprobes(0)
+            # LanceDB's expressions have no IS NULL. `to_sql` writes values as literals, with their quotes doubled.
             search = search.where(
                 condition if name is not None else f"({condition.to_sql()}) AND neurotransmitter IS NULL"
             )
@@ -160,14 +166,14 @@ def parse_where(conditions: Sequence[str]) -> dict[str, str]:
 
 
 def _filter_value(column: str, value: str) -> str | int:
+    """The value in the type of its column."""
     if column not in FILTER_COLUMNS:
         raise SynpipeError(f"Cannot filter by {column!r}: use one of {', '.join(FILTER_COLUMNS)}.")
     if column != "neuron_id":
         return value
-    try:
-        return int(value)
-    except ValueError:
-        raise SynpipeError(f"neuron_id must be a whole number, not {value!r}.") from None
+    if not value.isascii() or not value.isdecimal() or int(value) >= 2**63:
+        raise SynpipeError(f"neuron_id must be a whole number below 2^63, not {value!r}.")
+    return int(value)
 
 
 def _matrix(table: pa.Table) -> np.ndarray:

@@ -37,14 +37,21 @@ def atomic_path(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
         _sync_folder(path.parent)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        _remove(temporary)
+        reason = " ".join(str(error.strerror or error).split())  # HDF5's have several lines
         raise SynpipeError(
-            f"Cannot write {path}: {error.strerror or error}. Check the space and the permissions of that folder, or "
-            "choose another store with --store or SYNPIPE_STORE."
+            f"Cannot write {path}: {reason}. Check the space and the permissions of that folder, or choose another store "
+            "with --store or SYNPIPE_STORE."
         ) from error
     except BaseException:
-        temporary.unlink(missing_ok=True)
+        _remove(temporary)
         raise
+
+
+def _remove(path: Path) -> None:
+    # Whatever prevented the writing (a read-only disk, a file in the folder's place) prevents this as well.
+    with contextlib.suppress(OSError):
+        path.unlink()
 
 
 def _sync_folder(folder: Path) -> None:
@@ -59,7 +66,7 @@ def _sync_folder(folder: Path) -> None:
 def remove_leftovers(folder: Path, older_than_s: float = 3600) -> None:
     """Delete temporary files of writers that died; recent ones may belong to a writer at work and stay."""
     for path in folder.rglob(f"{TEMPORARY_PREFIX}*"):
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(OSError):
             if time.time() - path.stat().st_mtime > older_than_s:
                 path.unlink()
 
@@ -84,17 +91,17 @@ def read_json(path: Path) -> Any:
 
 
 def write_table(path: Path, table: pa.Table, metadata: dict[str, str] | None = None, **options: Any) -> None:
-    """Write one Parquet file atomically, with `metadata` added to the schema's; zstd unless `options` say otherwise."""
+    """Write one Parquet file atomically, with `metadata` added to the schema's; zstd, with checksums of the pages."""
     if metadata:
         table = table.replace_schema_metadata({**(table.schema.metadata or {}), **metadata})
     with atomic_path(path) as temporary:
-        pq.write_table(table, temporary, **{"compression": "zstd", **options})
+        pq.write_table(table, temporary, **{"compression": "zstd", "write_page_checksum": True, **options})
 
 
 def read_table(path: Path, columns: list[str] | None = None) -> pa.Table:
     """Read one Parquet file of the store. Raises `SynpipeError` where it is absent or damaged."""
     try:
-        return pq.ParquetFile(path, memory_map=True).read(columns=columns)
+        return pq.ParquetFile(path, memory_map=True, page_checksum_verification=True).read(columns=columns)
     except FileNotFoundError:
         raise SynpipeError(f"{path} does not exist: materialise the asset that makes it.") from None
     except (pa.ArrowInvalid, OSError) as error:

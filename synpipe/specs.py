@@ -47,10 +47,25 @@ def digest(value: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML in which a key stands once: the standard loader would keep the last of two entries in silence."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key!r} stands twice", key_node.start_mark
+                )
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
 def read_yaml(path: Path) -> Mapping[str, Any]:
     """Read a YAML file whose top level is a mapping. Raises `SynpipeError` naming the file and the line."""
     try:
-        content = yaml.safe_load(path.read_text())
+        content = yaml.load(path.read_text(), Loader=_Loader)
     except FileNotFoundError:
         raise SynpipeError(f"{path} does not exist.") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:

@@ -23,21 +23,22 @@ import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Self
 
 import h5py
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from synpipe import __version__
 from synpipe.shards import atomic_path
 from synpipe.specs import Spec, digest
-from synpipe.synthetic_synapses import LOOKS, Neuron, Site, give_neurites, make_bodies, place_synapses, tbars_in
+from synpipe.synthetic_synapses import LOOKS, Neuron, Site, give_neurites, place_synapses, tbars_in
 from synpipe.synthetic_texture import draw_section
 from synpipe.synthetic_tissue import PIXEL_NM, SECTION_NM, VOXEL_NM, grow, section_map
+from synpipe.synthetic_vesicles import make_bodies
 
-RECIPE = 1  # raise when the pictures change, so that a demo on disk is made again
+RECIPE = 2  # raise when the pictures change, so that a demo on disk is made again
 VOLUME, TABLE = "volume.h5", "synapses.csv"
 COLUMNS = ["synapse_id", "x_nm", "y_nm", "z_nm", "neuron_id", "hemilineage", "region", "neurotransmitter", "confidence"]
 
@@ -57,6 +58,12 @@ class SyntheticSpec(Spec):
     n_synapses: int = Field(default=1320, ge=12)
     n_neurons: int = Field(default=60, ge=12)
     n_missing_sections: int = Field(default=2, ge=0, le=3)
+
+    @model_validator(mode="after")
+    def _enough_synapses(self) -> Self:
+        if self.n_synapses < 3 * self.n_neurons:
+            raise ValueError("n_synapses must be at least three times n_neurons")
+        return self
 
 
 def make_demo(folder: Path, spec: SyntheticSpec, progress: Callable[[str], None] | None = None) -> None:
@@ -176,12 +183,12 @@ def _neuron(
         transmitter=transmitter,
         hemilineage=hemilineage,
         n_synapses=quota,
-        stain=float(np.clip(rng.normal(0.27, 0.06), 0.15, 0.42)),
-        grain=float(rng.lognormal(0, 0.22)),
-        vesicle_size=float(np.clip(rng.normal(1, 0.05), 0.88, 1.12)),
-        vesicle_count=float(rng.lognormal(0, 0.25)),
-        dense_core_share=LOOKS[look].dense_core_share * float(rng.lognormal(0, 0.3)),
-        tbar_size=float(np.clip(rng.lognormal(0, 0.12), 0.75, 1.35)),
+        stain=float(np.clip(rng.normal(0.28, 0.08), 0.15, 0.48)),
+        grain=float(rng.lognormal(0, 0.3)),
+        vesicle_size=float(np.clip(rng.normal(1, 0.07), 0.85, 1.15)),
+        vesicle_count=float(np.clip(rng.lognormal(0, 0.35), 0.4, 2)),
+        dense_core_share=LOOKS[look].dense_core_share * float(np.clip(rng.lognormal(0, 0.4), 0.4, 2)),
+        tbar_size=float(np.clip(rng.lognormal(0, 0.15), 0.7, 1.4)),
     )
 
 

@@ -1,9 +1,9 @@
-"""The neurons of the synthetic demo, their synapses, and the vesicles around them.
+"""The neurons of the synthetic demo and their synapses.
 
-In: `Tissue` and its `SectionMap`s, the neurons and random generators. Out: `Site`s (where synapses are), and `TBar`s
-and `Bodies`, which `synthetic_texture.py` draws. Guarantees: a synapse lies on the wall of a neurite of its neuron, in its
-section; a transmitter keeps its number of synapses. Every number here is invented for the demo; which rules follow the
-literature is told in `synthetic.py`.
+In: `Tissue` and its `SectionMap`s, the neurons and random generators. Out: `Site`s (where synapses are), and the
+`TBar`s that `synthetic_texture.py` draws. Guarantees: a synapse lies on the wall of a neurite of its neuron,
+in its section; a transmitter keeps its number of synapses. Every number is invented for the demo; `synthetic.py`
+tells which rules follow the literature.
 """
 
 from collections.abc import Iterator
@@ -11,7 +11,6 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.spatial import cKDTree
 
 from synpipe.errors import SynpipeError
 from synpipe.synthetic_tissue import PIXEL_NM, SECTION_NM, VOXEL_NM, SectionMap, Tissue
@@ -34,13 +33,15 @@ class Look:
     dense_core_fill: float = 0  # radius of the core ÷ radius of the vesicle: the rest is a clear halo
 
 
+# Neurons, synapses (shares as in FAFB, the rare ones raised), hemilineages; clear vesicles: radius, aspect, lumen, how
+# many a synapse; dense-core vesicles: share, radius, stain, fill.
 LOOKS = {
     "acetylcholine": Look(0.31, 0.31, 4, 18, 1.05, -0.04, 120, 0.01, 32, 1.2, 0.6),
     "gaba": Look(0.21, 0.23, 3, 14.5, 1.75, 0.04, 140, 0.01, 32, 1.2, 0.6),
     "glutamate": Look(0.14, 0.14, 2, 22, 1.05, -0.12, 90, 0.01, 32, 1.2, 0.6),
-    "dopamine": Look(0.14, 0.15, 2, 18, 1.1, -0.02, 80, 0.09, 29, 1.0, 0.6),
-    "serotonin": Look(0.11, 0.10, 2, 17, 1.1, -0.02, 70, 0.12, 36, 1.6, 0.75),
-    "octopamine": Look(0.09, 0.07, 2, 17, 1.2, -0.02, 60, 0.12, 43, 1.1, 0.5),
+    "dopamine": Look(0.14, 0.15, 2, 18, 1.1, -0.02, 80, 0.13, 30, 1.1, 0.6),
+    "serotonin": Look(0.11, 0.10, 2, 17, 1.1, -0.02, 70, 0.17, 36, 1.6, 0.75),
+    "octopamine": Look(0.09, 0.07, 2, 17, 1.2, -0.02, 60, 0.18, 44, 1.3, 0.52),
 }
 
 
@@ -75,33 +76,6 @@ class Site:
     normal_x: float
     en_face: bool
     partners_yx_nm: tuple[tuple[float, float], ...]
-
-
-@dataclass(frozen=True)
-class Bodies:
-    """Small round things in the cytoplasm: vesicles, dense-core vesicles, microtubules. One row each, lengths in nm.
-
-    `ring`, `lumen` and `core` are stain; `lumen` is negative where the inside is clearer than the cytoplasm.
-    """
-
-    z: NDArray
-    y: NDArray
-    x: NDArray
-    neurite: NDArray[np.int64]
-    radius: NDArray
-    aspect: NDArray
-    angle: NDArray
-    ring: NDArray
-    lumen: NDArray
-    core: NDArray
-    core_radius: NDArray
-
-    def pick(self, which: NDArray) -> "Bodies":
-        return Bodies(**{name: column[which] for name, column in vars(self).items()})
-
-    @staticmethod
-    def join(parts: "list[Bodies]") -> "Bodies":
-        return Bodies(**{name: np.concatenate([vars(part)[name] for part in parts]) for name in vars(parts[0])})
 
 
 @dataclass(frozen=True)
@@ -169,7 +143,10 @@ def _candidates(section: SectionMap, tissue: Tissue, owner: NDArray, rng: np.ran
     deep = depth_at(110 * ny, 110 * nx) > 50
     sweep = section.sweep_nm[row, column]
     upright, flat = (sweep < 30) & partners, sweep > 45
-    good = (length > 80) & deep & (upright | flat)
+    edge = 15  # map points: partners lie inside the volume, too
+    inside = (np.minimum(row, column) > edge) & (row < section.disc.shape[0] - edge)
+    inside &= column < section.disc.shape[1] - edge
+    good = (length > 80) & deep & (upright | flat) & inside
     return np.stack([disc, y, x, ny, nx, flat], 1)[good]
 
 
@@ -201,12 +178,12 @@ def place_synapses(
     candidates = np.concatenate(found)
     candidates = candidates[np.argsort(candidates[:, 0], kind="stable"), 1:]
 
-    transmitters = [neuron.transmitter for neuron in neurons]
+    transmitters = [str(neuron.transmitter) for neuron in neurons]
     quota = np.array([neuron.n_synapses for neuron in neurons])
     taken: dict[tuple[int, int], list[tuple[float, float, float]]] = {}
     sites: list[Site] = []
     # What a neuron has no room for goes to the others of its transmitter, so that classes keep their sizes.
-    for group in (np.arange(len(neurons)), np.unique([str(name) for name in transmitters], return_inverse=True)[1]):
+    for group in (np.arange(len(neurons)), np.unique(transmitters, return_inverse=True)[1]):
         left = np.bincount(group, quota).astype(int)
         for z, disc, y, x, ny, nx, flat in candidates:
             neuron = int(owner[tissue.neurite[int(disc)]])
@@ -216,7 +193,7 @@ def place_synapses(
                 left[group[neuron]] -= 1
                 quota[neuron] -= 1
                 taken.setdefault(cell, []).append((z, y, x))
-                sites.append(_site(neuron, int(disc), int(z), (y, x), (ny, nx), flat > 0, extent, rng))
+                sites.append(_site(neuron, int(disc), int(z), (y, x), (ny, nx), flat > 0, rng))
     if left.any():
         raise SynpipeError(
             f"SyntheticSpec: a volume of {shape_zyx} voxels has room for only {len(sites)} of the synapses asked for: "
@@ -225,22 +202,28 @@ def place_synapses(
     return sorted(sites, key=lambda site: (site.section, site.y_nm, site.x_nm))
 
 
-def _site(neuron, disc, z, yx, normal, en_face, extent, rng) -> Site:
-    ny, nx = normal
-    partners = [(yx[0] - 55 * ny + u * nx, yx[1] - 55 * nx - u * ny) for u in (-90, 0, 90)]
-    scatter = rng.uniform(-0.45, 0.45, 3) * VOXEL_NM
-    spot = np.clip(np.array(yx) + scatter[1:], 1, extent - 1)
+def _site(
+    neuron: int,
+    disc: int,
+    z: int,
+    yx: tuple[float, float],
+    normal: tuple[float, float],
+    en_face: bool,
+    rng: np.random.Generator,
+) -> Site:
+    (y, x), (ny, nx) = yx, normal
+    dz, dy, dx = rng.uniform(-0.45, 0.45, 3) * VOXEL_NM  # annotators do not click on voxel centres
     return Site(
         neuron=neuron,
         disc=disc,
         section=z,
-        y_nm=float(spot[0]),
-        x_nm=float(spot[1]),
-        z_nm=float((z + 0.5) * SECTION_NM + scatter[0]),
+        y_nm=float(y + dy),
+        x_nm=float(x + dx),
+        z_nm=float((z + 0.5) * SECTION_NM + dz),
         normal_y=ny,
         normal_x=nx,
         en_face=en_face,
-        partners_yx_nm=tuple((float(y), float(x)) for y, x in partners if 0 < y < extent[0] and 0 < x < extent[1]),
+        partners_yx_nm=tuple((y - 55 * ny + u * nx, x - 55 * nx - u * ny) for u in (-90, 0, 90)),
     )
 
 
@@ -274,85 +257,3 @@ def tbars_in(
             phase=site.x_nm % 6.28,
             en_face=site.en_face,
         )
-
-
-def make_bodies(tissue: Tissue, neurons: list[Neuron], sites: list[Site], rng: np.random.Generator) -> Bodies:
-    """Vesicles around every T-bar, and microtubules and stray vesicles in every neurite, for the whole volume."""
-    depth = len(tissue.disc_yx_nm)
-    parts = []
-    for site in sites:
-        neuron, look = neurons[site.neuron], LOOKS[neurons[site.neuron].looks_like]
-        count = int(2.2 * look.per_synapse * neuron.vesicle_count)
-        dense = rng.random(count) < neuron.dense_core_share
-        inward = 25 + rng.gamma(2.0, 75, count) * np.where(dense, 1.2, 1)
-        along = rng.normal(0, 120, count) * np.where(dense, 1.3, 1)
-        z_nm = site.z_nm + rng.normal(0, 75, count)
-        section = np.clip(z_nm // SECTION_NM, 0, depth - 1).astype(int)
-        drift = tissue.disc_yx_nm[section, site.disc] - tissue.disc_yx_nm[site.section, site.disc]
-        radius = (
-            np.where(dense, look.dense_core_radius, look.radius) * neuron.vesicle_size * rng.lognormal(0, 0.08, count)
-        )
-        parts.append(
-            Bodies(
-                z=z_nm,
-                y=site.y_nm + inward * site.normal_y - along * site.normal_x + drift[:, 0],
-                x=site.x_nm + inward * site.normal_x + along * site.normal_y + drift[:, 1],
-                neurite=np.full(count, tissue.neurite[site.disc]),
-                radius=radius,
-                aspect=1 + np.abs(rng.normal(look.aspect - 1, 0.12, count)) * ~dense,
-                angle=rng.uniform(0, np.pi, count),
-                ring=np.where(dense, 0.5, rng.normal(0.75, 0.1, count)),
-                lumen=np.where(dense, -0.04, look.lumen),
-                core=np.where(dense, look.dense_core_stain * rng.lognormal(0, 0.15, count), 0),
-                core_radius=radius * look.dense_core_fill,
-            )
-        )
-    # Vesicles do not overlap: of two that would, the later one goes, and a dense core stays.
-    vesicles = Bodies.join(parts)
-    order = np.argsort(vesicles.core <= 0, kind="stable")
-    vesicles = vesicles.pick(order)
-    space = np.stack([vesicles.z, vesicles.y, vesicles.x], 1)
-    close = cKDTree(space).query_pairs(60, output_type="ndarray")
-    gap = np.linalg.norm(space[close[:, 0]] - space[close[:, 1]], axis=1)
-    crowded = close[gap < 0.9 * (vesicles.radius[close[:, 0]] + vesicles.radius[close[:, 1]])]
-    keep = np.ones(len(space), bool)
-    keep[crowded.max(1)] = False
-    return Bodies.join([vesicles.pick(keep), _background_bodies(tissue, depth, rng)])
-
-
-def _background_bodies(tissue: Tissue, depth: int, rng: np.random.Generator) -> Bodies:
-    """Microtubules (25 nm), which run on from section to section, and stray vesicles, tubules and a few dense cores."""
-    radii = tissue.disc_radius_nm.mean(0)
-    tubes = np.repeat(np.arange(len(radii)), rng.poisson(np.minimum(radii / 22, 16)))
-    offset = rng.uniform(-0.75, 0.75, (len(tubes), 2)) * radii[tubes, None]
-    disc = np.repeat(tubes[None], depth, 0).ravel()
-    z = np.repeat(np.arange(depth), len(tubes))
-    wander = np.cumsum(rng.normal(0, 9, (depth, len(tubes), 2)), 0).reshape(-1, 2)
-    lying = np.tile(rng.random(len(tubes)) < 0.25, depth)
-    microtubules = (disc, z, np.tile(offset, (depth, 1)) + wander, np.full(len(disc), 9.0))
-
-    stray = np.repeat(np.arange(len(radii)), rng.poisson(0.00016 * depth * radii**1.7))
-    stray_offset = rng.uniform(-0.9, 0.9, (len(stray), 2)) * radii[stray, None]
-    strays = (stray, rng.integers(0, depth, len(stray)), stray_offset, rng.uniform(14, 34, len(stray)))
-
-    parts = []
-    for (disc, z, offset, radius), tube in ((microtubules, True), (strays, False)):
-        count = len(disc)
-        dense = (rng.random(count) < 0.03) & (not tube)
-        y, x = (tissue.disc_yx_nm[z, disc] + offset).T
-        parts.append(
-            Bodies(
-                z=(z + 0.5) * SECTION_NM,
-                y=y,
-                x=x,
-                neurite=tissue.neurite[disc],
-                radius=radius,
-                aspect=np.where(lying, 6.0, 1.1) if tube else 1 + rng.gamma(1.0, 0.6, count),
-                angle=rng.uniform(0, np.pi, count),
-                ring=np.full(count, 0.42) if tube else rng.normal(0.6, 0.1, count),
-                lumen=np.full(count, 0.0) if tube else rng.uniform(-0.1, 0.15, count),
-                core=np.where(dense, 1.5, 0.0),
-                core_radius=np.full(count, 18.0),
-            )
-        )
-    return Bodies.join(parts)

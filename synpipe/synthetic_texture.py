@@ -1,7 +1,7 @@
 """How one section of the synthetic demo tissue looks.
 
-In: where neurites, mitochondria, vesicles and T-bars lie (`synthetic_tissue.py`, `synthetic_synapses.py`) and a
-section's index. Out: the section's picture, uint8. Guarantee: a picture depends on nothing but its arguments.
+In: where neurites, mitochondria, vesicles and T-bars lie (`synthetic_tissue.py`, `_synapses`, `_vesicles`)
+and a section's index. Out: the section's picture, uint8. Guarantee: a picture depends on nothing but its arguments.
 
 The picture is made as a transmission electron microscope makes it: every structure adds stain, and the brightness is
 `LIGHT * exp(-stain)`. A section is 40 nm thick and its stain is projected onto the plane: a membrane that stands
@@ -12,8 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from synpipe.synthetic_synapses import Bodies, TBar
+from synpipe.synthetic_synapses import TBar
 from synpipe.synthetic_tissue import MAP_NM, PIXEL_NM, SECTION_NM, Floats, SectionMap, Tissue, double, smooth_noise
+from synpipe.synthetic_vesicles import Bodies
 
 LIGHT = 224.0  # grey value without any stain
 
@@ -40,7 +41,7 @@ def draw_section(
     specks = np.maximum(grain - np.float32(0.7), 0)
     patches = double(smooth_noise(rng, (shape[0] // 2 + 1, shape[1] // 2 + 1), 3.5))[: shape[0], : shape[1]]
     cytoplasm = tissue.stain[neurite] + tissue.grain[neurite] * (
-        np.float32(0.08) * grain + np.float32(0.42) * specks + np.float32(0.06) * patches
+        np.float32(0.10) * grain + np.float32(0.48) * specks + np.float32(0.06) * patches
     )
     free = _draw_mitochondria(cytoplasm, tissue, z, section, neurite)
     stain = double(np.maximum(cytoplasm, np.float32(0.02)))
@@ -67,9 +68,9 @@ def _expose(stain: Floats, rng: np.random.Generator) -> NDArray[np.uint8]:
         np.linspace(1 - tilt, 1 + tilt, size, dtype=np.float32)
         for tilt, size in zip(rng.normal(0, 0.03, 2), image.shape, strict=True)
     ]
-    image *= np.float32(LIGHT * rng.normal(1, 0.05)) * tilts[0][:, None]
+    image *= np.float32(LIGHT * rng.normal(1, 0.035)) * tilts[0][:, None]
     image *= tilts[1]
-    image += np.float32(rng.normal(0, 5))
+    image += np.float32(rng.normal(0, 3.5))
     return np.clip(image, 1, 255, out=image).astype(np.uint8)
 
 

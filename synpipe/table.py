@@ -1,7 +1,7 @@
 """The embedding table: synapses with their vectors in one Parquet file, for every tool that reads Parquet.
 
 In: the synapses, the index of their tiles, and vectors by shard. Out: one file, a row group per shard, so that memory is
-bounded by a shard. Guarantee: one row per tile, of a known synapse, with a vector of unit length.
+bounded by a shard. Guarantee: one row per tile, of a known synapse, with a vector whose length is 1 to within 1/500.
 
 Why the file is smaller than gzipped JSON of the same vectors: a component of a unit vector of d dimensions is about
 1/√d, so all of them are rounded to multiples of one step, 2^−8 of the power of two below 1/√d. Rounded, a row group holds
@@ -38,7 +38,7 @@ def table_schema(dimensions: int) -> pa.Schema:
             pa.field("content_hash", pa.string(), nullable=False),  # of the tile, see `tiles.PART_SCHEMA`
             pa.field("pad_fraction", pa.float32()),
             pa.field("missing_sections", pa.uint8()),
-            pa.field("vector", pa.list_(pa.float32(), dimensions), nullable=False),  # of unit length
+            pa.field("vector", pa.list_(pa.float32(), dimensions), nullable=False),  # of unit length, rounded
             pa.field("norm", pa.float32(), nullable=False),  # length of the vector as the encoder gave it
             pa.field("encoder", pa.string(), nullable=False),
             pa.field("encoder_fingerprint", pa.string(), nullable=False),
@@ -55,7 +55,7 @@ def write_embedding_table(
     tiles: `synapse_id`, `shard`, `content_hash`, `pad_fraction`, `missing_sections`, the rows of a shard together.
     provenance: goes into the schema's metadata under `synpipe` as JSON; `encoder`, `encoder_fingerprint` and
     `dataset_version` of it are columns too.
-    Raises `SynpipeError` where a tile's synapse is unknown, or a vector has no length.
+    Raises `SynpipeError` where a tile's synapse is unknown, or a vector's length is zero or not finite.
     """
     row_of = {synapse_id: row for row, synapse_id in enumerate(synapses["synapse_id"].to_pylist())}
     unknown = [synapse_id for synapse_id in tiles["synapse_id"].to_pylist() if synapse_id not in row_of]
@@ -97,10 +97,11 @@ def _row_group(
     synapses: pa.Table, row_of: dict[int, int], tiles: pa.Table, vectors: np.ndarray, provenance: dict[str, Any]
 ) -> pa.Table:
     norms = np.linalg.norm(vectors, axis=1)
-    if not (norms > 0).all():
-        culprit = tiles["synapse_id"][int(np.argmin(norms))].as_py()
+    bad = np.flatnonzero(~((norms > 0) & np.isfinite(norms)))
+    if len(bad):
         raise SynpipeError(
-            f"The vector of synapse {culprit} is zero: encoder {provenance['encoder']} does not work here."
+            f"The vector of synapse {tiles['synapse_id'][int(bad[0])]} has length {norms[bad[0]]}: encoder "
+            f"{provenance['encoder']} does not work here."
         )
     unit = round_vectors(vectors / norms[:, None])
     count, dimensions = vectors.shape

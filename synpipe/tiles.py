@@ -12,7 +12,6 @@ import hashlib
 import io
 import zlib
 from collections.abc import Callable
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,16 +19,17 @@ import h5py
 import numpy as np
 import pyarrow as pa
 from PIL import Image
-from pydantic import Field
+from pydantic import Field, PositiveInt
 
 from synpipe.errors import SynpipeError
 from synpipe.shards import atomic_path, read_table, write_table
 from synpipe.specs import Spec, digest
-from synpipe.volumes import Volume
+from synpipe.volumes import HDF5_ERRORS, Volume
 
 SECTIONS = 3
 TILE_PX = 256  # height and width of a tile, in voxels of the volume
 PART_TILES = 2048  # 400 MB at 256 px: the memory that a part needs while it is made, and what a kill can cost
+CUT_OUT_VERSION = 1  # raise it whenever `cut_out` would make other bytes or another row of the same recipe
 
 # One row per cut-out that was tried; `row` is −1 and `reason` is set where there is no tile.
 PART_SCHEMA = pa.schema(
@@ -68,7 +68,7 @@ class TileSpec(Spec):
     blank_std: float = Field(8.0, ge=0)
     blank_zero_fraction: float = Field(0.05, ge=0, le=1)
     shards: int = Field(16, ge=1, le=100_000)
-    block_voxels_zyx: tuple[int, int, int] = (32, 1024, 1024)
+    block_voxels_zyx: tuple[PositiveInt, PositiveInt, PositiveInt] = (32, 1024, 1024)
 
     @property
     def window_zyx(self) -> tuple[int, int, int]:
@@ -76,7 +76,7 @@ class TileSpec(Spec):
 
     def recipe(self, volume_fingerprint: str) -> str:
         """Key of the cut-outs: volume and all of the spec that decides their bytes. How they are viewed is not of it."""
-        return digest([volume_fingerprint, self.model_dump(mode="json", exclude={"stacking"})])
+        return digest([CUT_OUT_VERSION, volume_fingerprint, self.model_dump(mode="json", exclude={"stacking"})])
 
 
 def shard_of(starts_zyx: np.ndarray, spec: TileSpec) -> np.ndarray:
@@ -193,19 +193,20 @@ def _read_parts(folder: Path, shard: int) -> pa.Table:
 
 
 def _write_part(volume: Volume, spec: TileSpec, folder: Path, shard: int, starts: list[tuple], progress) -> None:
-    tiles: list[np.ndarray] = []
+    tiles = np.empty((len(starts), SECTIONS, TILE_PX, TILE_PX), dtype=np.uint8)
+    count = 0
     rows = []
     for start in starts:
         tile, row = cut_out(volume, np.array(start), spec)
         if tile is not None:
-            row["row"] = len(tiles)
-            tiles.append(tile)
+            tiles[count] = tile
+            row["row"] = count
+            count += 1
         rows.append(row)
         progress(1)
     path = folder / f"{shard:05d}-{digest(starts)[:12]}.h5"
     with atomic_path(path) as temporary, h5py.File(temporary, "w") as file:
-        stack = np.stack(tiles) if tiles else np.zeros((0, SECTIONS, TILE_PX, TILE_PX), dtype=np.uint8)
-        file.create_dataset("tiles", data=stack)
+        file.create_dataset("tiles", data=tiles[:count])
         file["tiles"].attrs["axes"] = "tile, section (z-1, z, z+1), y, x"
     # Written last: it is what makes the part count.
     write_table(path.with_suffix(".parquet"), pa.Table.from_pylist(rows, schema=PART_SCHEMA))
@@ -227,13 +228,17 @@ class TileReader:
         ids = index["synapse_id"].to_numpy()
         self._order = np.argsort(ids, kind="stable")
         self._sorted_ids = ids[self._order]
+        self._parts: dict[str, np.ndarray] = {}
 
     def read(self, indices: np.ndarray) -> np.ndarray:
         """Tiles at these rows of the index: uint8 (n, 3, 256, 256).
 
         Raises `SynpipeError` naming the file and the row where a tile is absent or differs from its checksum.
         """
-        return np.stack([self._tile(int(index)) for index in indices])
+        tiles = np.empty((len(indices), SECTIONS, TILE_PX, TILE_PX), dtype=np.uint8)
+        for place, index in enumerate(indices):
+            tiles[place] = self._tile(int(index))
+        return tiles
 
     def by_id(self, synapse_id: int) -> np.ndarray:
         """Tile of a synapse: uint8 (3, 256, 256). Raises `SynpipeError` where it has none."""
@@ -249,12 +254,16 @@ class TileReader:
         return buffer.getvalue()
 
     def _tile(self, index: int) -> np.ndarray:
-        path, row = self._folder / self._files[index], int(self._rows[index])
+        name, row = self._files[index], int(self._rows[index])
+        path = self._folder / name
         try:
-            tile = _open_part(path)[row]
-        except (OSError, KeyError, IndexError) as error:
+            if name not in self._parts:
+                self._parts[name] = _map_part(path)
+            tile = self._parts[name][row]
+        except (*HDF5_ERRORS, TypeError, IndexError) as error:
             raise SynpipeError(
-                f"Tiles {path}, row {row}, cannot be read ({error}): delete that file and materialise synapse_stacks again."
+                f"Tiles {path}, row {row}, cannot be read ({' '.join(str(error).split())}): delete that file and "
+                "materialise synapse_stacks again."
             ) from None
         if zlib.crc32(tile) != self._crc32[index]:
             raise SynpipeError(
@@ -264,8 +273,7 @@ class TileReader:
         return np.broadcast_to(tile[1], tile.shape) if self._grey else tile
 
 
-@lru_cache(maxsize=256)
-def _open_part(path: Path) -> np.ndarray:
+def _map_part(path: Path) -> np.ndarray:
     """Map a part into memory: unlike h5py, that is fast from several threads."""
     with h5py.File(path, "r") as file:
         tiles = file["tiles"]

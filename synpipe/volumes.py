@@ -13,6 +13,7 @@ from pathlib import Path
 
 import h5py
 import numpy as np
+from pydantic import FiniteFloat
 
 from synpipe.errors import SynpipeError
 from synpipe.specs import Spec, digest
@@ -23,6 +24,12 @@ EDGE_TOLERANCE_VOXELS = 1e-6
 
 # The default of 1 MiB makes every cut-out decode its chunks again; 128 MiB keeps a row of chunks of a common volume.
 HDF5_CHUNK_CACHE_BYTES = 128 * 2**20
+
+# What h5py raises of a damaged file, as flipping every byte of one has shown.
+HDF5_ERRORS = (OSError, RuntimeError, KeyError, ValueError)
+
+# Spec and file may say the same number in float32 and in float64, but no more: 10⁻⁵ is two voxels of a whole brain.
+SAME_NUMBER_RTOL, SAME_NUMBER_ATOL_NM = 1e-7, 1e-6
 
 
 class VolumeSpec(Spec):
@@ -35,8 +42,8 @@ class VolumeSpec(Spec):
 
     path: str
     dataset: str = "volumes/raw"
-    voxel_size_nm_zyx: tuple[float, float, float] | None = None
-    offset_nm_zyx: tuple[float, float, float] | None = None
+    voxel_size_nm_zyx: tuple[FiniteFloat, FiniteFloat, FiniteFloat] | None = None
+    offset_nm_zyx: tuple[FiniteFloat, FiniteFloat, FiniteFloat] | None = None
 
     def resolve(self, base: Path) -> Path:
         return (base / self.path).resolve()
@@ -57,14 +64,24 @@ class Volume:
         try:
             self._file = h5py.File(self.path, "r", rdcc_nbytes=HDF5_CHUNK_CACHE_BYTES)
         except OSError as error:
-            raise SynpipeError(f"{where} is truncated or not an HDF5 file ({error}): copy it again.") from None
+            raise SynpipeError(f"{where} is truncated or not an HDF5 file ({_line(error)}): copy it again.") from None
+        try:
+            self._describe(spec, where)
+        except HDF5_ERRORS as error:
+            self.close()
+            raise SynpipeError(f"{where} is damaged ({_line(error)}): copy it again.") from None
+        except SynpipeError:
+            self.close()
+            raise
+
+    def _describe(self, spec: VolumeSpec, where: str) -> None:
         data = self._file.get(spec.dataset)
         if not isinstance(data, h5py.Dataset):
             raise SynpipeError(
                 f"{where} has no data set `{spec.dataset}`; it has {', '.join(_datasets(self._file)) or 'none'}. Set "
                 "`volume.dataset` in the data set's YAML file."
             )
-        if data.ndim != 3 or 0 in data.shape:
+        if data.shape is None or len(data.shape) != 3 or 0 in data.shape:
             raise SynpipeError(
                 f"{where}: `{spec.dataset}` has shape {data.shape}, but sections as (z, y, x) are needed."
             )
@@ -109,10 +126,10 @@ class Volume:
         z, y, x = (slice(int(a), int(b)) for a, b in zip(start_zyx, stop_zyx, strict=True))
         try:
             return self._data[z, y, x]
-        except OSError as error:
+        except HDF5_ERRORS as error:
             raise SynpipeError(
                 f"Volume {self.path} cannot be read at voxels z {z.start}–{z.stop}, y {y.start}–{y.stop}, "
-                f"x {x.start}–{x.stop} ({error}): the file is truncated or damaged, copy it again."
+                f"x {x.start}–{x.stop} ({_line(error)}): the file is truncated or damaged, copy it again."
             ) from None
 
     def fingerprint(self) -> str:
@@ -137,13 +154,13 @@ class Volume:
 
 
 def file_sha256(path: Path) -> str:
-    """SHA-256 of a file's content, read again only when its size or modification time changed."""
+    """SHA-256 of a file's content, read again only when its size, its times or its inode changed."""
     status = path.stat()
-    return _file_sha256(path, status.st_size, status.st_mtime_ns)
+    return _file_sha256(path, (status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino))
 
 
 @lru_cache(maxsize=256)
-def _file_sha256(path: Path, _size: int, _modified_ns: int) -> str:
+def _file_sha256(path: Path, _status: tuple[int, ...]) -> str:
     with open(path, "rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
@@ -154,13 +171,32 @@ def _datasets(file: h5py.File) -> list[str]:
     return names
 
 
+def _line(error: BaseException) -> str:
+    """The text of an error in one line; HDF5's have several."""
+    return " ".join(str(error).split())
+
+
 def _agreed(where: str, key: str, from_spec, from_file, default=None) -> np.ndarray:
-    """The value that spec and file agree on, or the one that is there."""
+    """The value that spec and file agree on, or the one that is there: float64 (3,), finite."""
     given = None if from_spec is None else np.asarray(from_spec, dtype=np.float64)
-    read = None if from_file is None else np.asarray(from_file, dtype=np.float64)
-    if given is not None and read is not None and not np.allclose(given, read):
+    read = None if from_file is None else _three_numbers(from_file)
+    if from_file is not None and read is None:
+        raise SynpipeError(f"{where} says {key} = {from_file}, but three finite numbers, z, y, x, in nm, are needed.")
+    if (
+        given is not None
+        and read is not None
+        and not np.allclose(given, read, rtol=SAME_NUMBER_RTOL, atol=SAME_NUMBER_ATOL_NM)
+    ):
         raise SynpipeError(f"{where} says {key} = {read.tolist()}, the data set's YAML file says {given.tolist()}.")
     value = given if given is not None else read if read is not None else default
     if value is None:
         raise SynpipeError(f"{where} does not say its voxel size: set `volume.{key}` in the data set's YAML file.")
     return np.asarray(value, dtype=np.float64)
+
+
+def _three_numbers(value) -> np.ndarray | None:
+    try:
+        numbers = np.asarray(value, dtype=np.float64)
+    except (TypeError, ValueError):
+        return None
+    return numbers if numbers.shape == (3,) and np.isfinite(numbers).all() else None

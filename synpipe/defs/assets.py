@@ -1,169 +1,74 @@
-"""The asset graph: a trunk per data set, and a branch of three assets per encoder.
+"""The asset graph in Dagster: each step of `synpipe.graph` is an asset that runs it, shows what it made, and checks it."""
 
-An asset calls one step of `synpipe.pipeline`, shows what it made, and checks it. The code version of a branch holds the
-identity of its encoder in every asset: Dagster's staleness looks one hop up only.
-"""
-
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable
 
 import dagster as dg
 
-from synpipe import checks, pipeline
+from synpipe import checks
 from synpipe.datasets import Dataset
-from synpipe.defs import show
-from synpipe.encoders import identity
+from synpipe.defs.show import KINDS, SHOW
 from synpipe.errors import SynpipeError
-from synpipe.specs import digest
+from synpipe.graph import Step, steps
 
-Make = Callable[[Dataset, pipeline.Log], pipeline.Manifest]
-Show = Callable[[Dataset, pipeline.Manifest], dict[str, Any]]
-Check = Callable[[Dataset], checks.Finding]
+Check = Callable[..., checks.Finding]
+
+# Checks by kind of step. All are blocking: what lies downstream does not run on tiles or vectors that are wrong.
+CHECKS: dict[str, dict[str, Check]] = {
+    "synapse_stacks": {"match_synapses": checks.stacks_match_synapses},
+    "rgb_tiles": {"are_there": checks.tiles_are_there},
+    "embeddings": {"vectors_vary": checks.vectors_vary},
+    "embedding_table": {"match_tiles": checks.table_matches_tiles},
+    "index": {"recall": checks.index_finds_neighbours},
+}
 
 # Two embeddings at once on one GPU gain nothing and may not fit.
-GPU_POOL = "gpu"
+POOLS = {"embeddings": "gpu"}
 
 
 def dataset_assets(dataset: Dataset) -> list[dg.AssetsDefinition]:
     """All assets of a data set, in the order in which the data flows."""
-    spec = dataset.spec
-
-    def trunk(
-        name: str, make: Make, deps: Sequence[str], shows: Show, described: Any, **options: Any
-    ) -> dg.AssetsDefinition:
-        version = _code_version(name, described)
-        return _asset(dataset, name, make, deps, shows, version, group=dataset.name, **options)
-
-    volume = [spec.volume, spec.synthetic]
-    assets = [
-        trunk("volume", pipeline.make_volume, [], show.volume, volume),
-        trunk(
-            "annotations", pipeline.make_annotations, ["volume"] if spec.synthetic else [], show.files, spec.annotations
-        ),
-        trunk("synapses", pipeline.make_synapses, ["volume", "annotations"], show.synapses, spec.classes),
-        trunk(
-            "synapse_stacks",
-            pipeline.make_synapse_stacks,
-            ["volume", "synapses"],
-            show.stacks,
-            spec.tiles.model_dump(mode="json", exclude={"stacking"}),
-            blocking={"match_synapses": checks.stacks_match_synapses},
-        ),
-        trunk(
-            "rgb_tiles",
-            pipeline.make_rgb_tiles,
-            ["synapse_stacks"],
-            show.tiles,
-            spec.tiles.stacking,
-            blocking={"are_there": checks.tiles_are_there},
-        ),
-        trunk("rejects", pipeline.make_rejects, ["synapses", "synapse_stacks"], show.rejects, None),
-    ]
-    return [*assets, *(asset for encoder in dataset.encoders for asset in _branch(dataset, encoder))]
+    return [step_asset(step) for step in steps(dataset)]
 
 
-def _branch(dataset: Dataset, encoder: str) -> list[dg.AssetsDefinition]:
-    who = identity(dataset.encoders[encoder], dataset.weights_base)
-
-    def branch(
-        step: str, make: Callable, deps: Sequence[str], shows: Show, checked: Mapping[str, Callable], **options: Any
-    ):
-        bound = {name: lambda dataset, check=check: check(dataset, encoder) for name, check in checked.items()}
-        return _asset(
-            dataset,
-            f"{step}_{encoder}",
-            lambda dataset, log: make(dataset, encoder, log),
-            deps,
-            shows,
-            _code_version(step, who),
-            group=f"{dataset.name}_{encoder}",
-            blocking=bound,
-            doc=make.__doc__,
-            **options,
-        )
-
-    return [
-        branch(
-            "embeddings",
-            pipeline.make_embeddings,
-            ["rgb_tiles"],
-            show.embeddings,
-            {"vectors_vary": checks.vectors_vary},
-            pool=GPU_POOL,
-        ),
-        branch(
-            "embedding_table",
-            pipeline.make_embedding_table,
-            ["synapses", "rgb_tiles", f"embeddings_{encoder}"],
-            show.embedding_table,
-            {"match_tiles": checks.table_matches_tiles},
-        ),
-        branch(
-            "index",
-            pipeline.make_index,
-            [f"embedding_table_{encoder}"],
-            show.index,
-            {"recall": checks.index_finds_neighbours},
-        ),
-    ]
+def asset_key(dataset: Dataset, asset: str) -> dg.AssetKey:
+    return dg.AssetKey([dataset.name, asset])
 
 
-def _asset(
-    dataset: Dataset,
-    name: str,
-    make: Make,
-    deps: Sequence[str],
-    shows: Show,
-    code_version: str,
-    *,
-    group: str,
-    blocking: Mapping[str, Check] | None = None,
-    pool: str | None = None,
-    doc: str | None = None,
-) -> dg.AssetsDefinition:
-    key = dg.AssetKey([dataset.name, name])
-    blocking = blocking or {}
+def step_asset(step: Step) -> dg.AssetsDefinition:
+    key = asset_key(step.dataset, step.asset)
+    found = CHECKS.get(step.kind, {})
+    which = () if step.encoder is None else (step.encoder,)
 
     @dg.asset(
         key=key,
-        deps=[dg.AssetKey([dataset.name, dep]) for dep in deps],
-        group_name=group,
-        code_version=code_version,
-        description=doc or make.__doc__,
-        pool=pool,
-        kinds=show.KINDS.get(name.split("_")[0], set()),
+        deps=[asset_key(step.dataset, dep) for dep in step.deps],
+        group_name=f"{step.dataset.name}_{step.encoder}" if step.encoder else step.dataset.name,
+        code_version=step.code_version,
+        description=step.make.__doc__,
+        pool=POOLS.get(step.kind),
+        kinds=KINDS[step.kind],
         check_specs=[
-            dg.AssetCheckSpec(check, asset=key, blocking=True, description=found.__doc__)
-            for check, found in blocking.items()
+            dg.AssetCheckSpec(name, asset=key, blocking=True, description=check.__doc__)
+            for name, check in found.items()
         ],
     )
     def made(context: dg.AssetExecutionContext) -> dg.MaterializeResult:
         try:
-            manifest = make(dataset, context.log.info)
-            findings = {check: find(dataset) for check, find in blocking.items()}
+            manifest = step.run(context.log.info, context.run_id)
+            findings = {name: check(step.dataset, *which) for name, check in found.items()}
+            metadata = SHOW[step.kind](step.dataset, manifest)
         except SynpipeError as error:
             # The message is for the user; the traceback would bury it.
             raise dg.Failure(description=str(error), allow_retries=False) from None
         return dg.MaterializeResult(
             data_version=dg.DataVersion(manifest.data_version),
-            metadata=shows(dataset, manifest),
+            metadata=metadata,
             check_results=[
                 dg.AssetCheckResult(
-                    check_name=check, passed=finding.passed, description=finding.description, metadata=finding.figures
+                    check_name=name, passed=finding.passed, description=finding.description, metadata=finding.figures
                 )
-                for check, finding in findings.items()
+                for name, finding in findings.items()
             ],
         )
 
     return made
-
-
-def _code_version(step: str, described: Any) -> str:
-    """Changes whenever the step would make something else of the same inputs."""
-    return f"{pipeline.CODE_VERSIONS[step]}-{digest(_plain(described))[:12]}"
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    return value.model_dump(mode="json") if hasattr(value, "model_dump") else value

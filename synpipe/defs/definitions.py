@@ -39,8 +39,9 @@ def available_datasets(project: Project) -> list[Dataset]:
 
 @dg.logger
 def progress_logger(_context: dg.InitLoggerContext) -> logging.Logger:
-    """One line per message of a step; for a terminal."""
+    """One line per message of a step, for a terminal; Dagster's own events, steps not run and so on, are for its UI."""
     handler = logging.StreamHandler()
+    handler.addFilter(lambda record: getattr(record, "dagster_meta", {}).get("dagster_event") is None)
     handler.setFormatter(_Line())
     log = logging.Logger("progress", level=logging.INFO)
     log.addHandler(handler)

@@ -30,13 +30,20 @@ def prepare_home(project: Project) -> Path:
     """Make the folder that holds Dagster's history, and name it in DAGSTER_HOME unless that is set.
 
     It lies in the store: a history belongs to the files that it tells of.
+    Raises `SynpipeError` where it cannot be written.
     """
-    home = Path(os.environ.get("DAGSTER_HOME") or project.store / "dagster_home")
+    home = Path(os.environ.get("DAGSTER_HOME") or project.store / "dagster_home").resolve()
     if not (home / "dagster.yaml").exists():
         write_text(home / "dagster.yaml", INSTANCE_YAML)
     # The page asks every new visitor for an e-mail address unless this file says that it has done so.
     if not (home / ".nux" / "nux.yaml").exists():
         write_text(home / ".nux" / "nux.yaml", "seen: 1\n")
+    # A store that somebody shares read-only has these files already; SQLite would fail later, with a traceback.
+    if not os.access(home, os.W_OK):
+        raise SynpipeError(
+            f"Cannot write {home}: this store can be searched, but nothing can be made in it. Choose another one with "
+            "--store or SYNPIPE_STORE."
+        )
     os.environ["DAGSTER_HOME"] = str(home)
     os.environ["SYNPIPE_STORE"] = str(project.store)
     os.environ["SYNPIPE_DATA"] = str(project.data)
@@ -46,18 +53,17 @@ def prepare_home(project: Project) -> Path:
 def materialize(project: Project, dataset: str, selection: Sequence[str] = ()) -> None:
     """Materialise a data set's assets in this process, as a run of the project's Dagster instance.
 
-    selection: asset names without the data set, in Dagster's selection syntax (`embeddings_x*`: that one and what lies
-    downstream); none means all.
+    selection: asset names without the data set; `x+` is that one and all downstream of it, `+x` all upstream. None
+    means all.
     Raises `SynpipeError` with the message of the asset that failed.
     """
     prepare_home(project)
     definitions = build_definitions(project, [dataset])
-    graph = definitions.resolve_asset_graph()
     keys = _selected(definitions, dataset, selection)
     with dg.DagsterInstance.get() as instance:
         result = definitions.resolve_implicit_global_asset_job_def().execute_in_process(
             instance=instance,
-            asset_selection=sorted(keys & graph.materializable_asset_keys, key=str),
+            asset_selection=sorted(keys),
             run_config={"loggers": {"progress": {}}},
             raise_on_error=False,
         )
@@ -67,33 +73,46 @@ def materialize(project: Project, dataset: str, selection: Sequence[str] = ()) -
 
 def _selected(definitions: dg.Definitions, dataset: str, selection: Sequence[str]) -> set[dg.AssetKey]:
     graph = definitions.resolve_asset_graph()
+    keys = {key.path[-1]: key for key in graph.materializable_asset_keys}
     if not selection:
-        return set(graph.materializable_asset_keys)
-    names = {key.path[-1] for key in graph.materializable_asset_keys}
+        return set(keys.values())
     found: set[dg.AssetKey] = set()
     for item in selection:
-        name = item.strip("*+")
-        if name not in names:
-            raise SynpipeError(f"{dataset} has no asset {name!r}. Its assets: {', '.join(sorted(names))}.")
-        whole = item.replace(name, f"{dataset}/{name}")
-        found |= dg.AssetSelection.from_string(whole.replace("*", "+")).resolve(graph)
+        name = item.removeprefix("+").removesuffix("+")
+        if name not in keys:
+            raise SynpipeError(f"{dataset} has no asset {name!r}. Its assets: {', '.join(sorted(keys))}.")
+        chosen = dg.AssetSelection.assets(keys[name])
+        found |= chosen.resolve(graph)
+        if item.startswith("+"):
+            found |= chosen.upstream().resolve(graph)
+        if item.endswith("+"):
+            found |= chosen.downstream().resolve(graph)
     return found
 
 
 def _why(result: dg.ExecuteInProcessResult) -> str:
-    """The message of the first asset that failed, or of the check that stopped the chain."""
+    """What the first asset that failed says, or the check that stopped the chain; and which others failed."""
+    checks = {
+        check.asset_key.to_user_string(): check for check in result.get_asset_check_evaluations() if not check.passed
+    }
+    reasons = {}
     for event in result.all_events:
-        if event.is_step_failure:
-            data = event.step_failure_data.user_failure_data
-            if data and data.description:
-                return f"{str(event.step_key).replace('__', '/', 1)}: {data.description}"
-    for check in result.get_asset_check_evaluations():
-        if not check.passed:
-            return f"{check.asset_key.to_user_string()}: the check {check.check_name} failed. {check.description}"
-    for event in result.all_events:
-        if event.is_failure:
-            return f"{event.step_key or 'the run'}: {event.message}"
-    return "The run failed; `synpipe ui` shows why."
+        if not event.is_step_failure:
+            continue
+        asset = str(event.step_key).replace("__", "/", 1)
+        failure = event.step_failure_data
+        if failure.user_failure_data:
+            reasons[asset] = str(failure.user_failure_data.description)
+        elif asset in checks:
+            reasons[asset] = f"the check {checks[asset].check_name} failed. {checks[asset].description}"
+        else:
+            error = failure.error and (failure.error.cause or failure.error)
+            message = " ".join(error.message.split()) if error else "no reason given"
+            reasons[asset] = f"{message}. That is a fault in synpipe; `synpipe ui` shows the run."
+    if not reasons:
+        return "The run failed; `synpipe ui` shows why."
+    (asset, reason), *others = reasons.items()
+    return f"{asset}: {reason}" + (f" Failed too: {', '.join(other for other, _ in others)}." if others else "")
 
 
 def serve_ui(project: Project, host: str, port: int) -> None:

@@ -1,6 +1,6 @@
 """What a person sees of an asset in the Dagster UI: figures, tables, pictures."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import dagster as dg
@@ -9,21 +9,22 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from synpipe.datasets import Dataset
+from synpipe.manifests import Manifest
 from synpipe.pictures import contact_sheet, data_uri, section_picture
-from synpipe.pipeline import Manifest
 from synpipe.shards import read_table
 from synpipe.tiles import TileReader
 from synpipe.volumes import Volume
 
-# Badges of the assets, by the first word of their name.
+# Badges of the assets, by kind of step.
 KINDS = {
     "volume": {"hdf5"},
+    "annotations": {"file"},
     "synapses": {"parquet"},
-    "synapse": {"hdf5"},
-    "rgb": {"hdf5"},
+    "synapse_stacks": {"hdf5"},
+    "rgb_tiles": {"hdf5"},
     "rejects": {"parquet"},
     "embeddings": {"pytorch"},
-    "embedding": {"parquet"},
+    "embedding_table": {"parquet"},
     "index": {"lancedb"},
 }
 SHEET_TILES = 40
@@ -124,3 +125,17 @@ def _contact_sheet(dataset: Dataset) -> dict[str, Any]:
 
 def _picture(image, caption: str) -> dg.MetadataValue:
     return dg.MetadataValue.md(f"![{caption}]({data_uri(image)})")
+
+
+# What is shown, by kind of step.
+SHOW: dict[str, Callable[[Dataset, Manifest], dict[str, Any]]] = {
+    "volume": volume,
+    "annotations": files,
+    "synapses": synapses,
+    "synapse_stacks": stacks,
+    "rgb_tiles": tiles,
+    "rejects": rejects,
+    "embeddings": embeddings,
+    "embedding_table": embedding_table,
+    "index": index,
+}

@@ -1,0 +1,153 @@
+"""The graph of a data set: its steps, what depends on what, what each has made, and which are out of date.
+
+In: a `Dataset`. Out: its `Step`s in the order in which the data flows; a `Manifest` per asset, written when the step has
+finished; the `State` of each asset. Guarantee: the state follows from files alone (specs, sources, manifests), so that
+command line, schedule and tests agree on it, with or without Dagster's history.
+"""
+
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from synpipe import pipeline
+from synpipe.datasets import Dataset
+from synpipe.encoders import identity
+from synpipe.errors import SynpipeError
+from synpipe.manifests import Manifest, find_manifest, read_manifest, write_manifest
+from synpipe.pipeline import Log, Made
+from synpipe.specs import Spec, digest
+
+
+@dataclass(frozen=True)
+class Step:
+    """One asset of a data set. kind: the asset's name without the encoder. described: all of the specs that decide what
+    the step makes of its inputs."""
+
+    dataset: Dataset
+    kind: str
+    encoder: str | None
+    deps: tuple[str, ...]
+    described: Any
+    make: Callable[..., Made]
+
+    @property
+    def asset(self) -> str:
+        return f"{self.kind}_{self.encoder}" if self.encoder else self.kind
+
+    @property
+    def code_version(self) -> str:
+        """Changes whenever the step would make something else of the same inputs."""
+        return f"{pipeline.CODE_VERSIONS[self.kind]}-{digest(_plain(self.described))[:12]}"
+
+    def run(self, log: Log, run_id: str | None = None) -> Manifest:
+        """Do the work and write the manifest.
+
+        Raises `SynpipeError` where an input has not been made, and for whatever stops the work.
+        """
+        inputs = {dep: read_manifest(self.dataset, dep).data_version for dep in self.deps}
+        which = () if self.encoder is None else (self.encoder,)
+        made = self.make(self.dataset, *which, inputs, log)
+        manifest = Manifest(self.asset, made.data_version, self.code_version, inputs, made.counts, made.notes, run_id)
+        write_manifest(self.dataset, manifest)
+        return manifest
+
+
+# Assets whose version can change with nobody telling: the version of their files as they are now.
+SOURCES = {"volume": pipeline.volume_version, "annotations": pipeline.annotations_version}
+
+
+def steps(dataset: Dataset) -> list[Step]:
+    """A trunk, and a branch of three assets per encoder.
+
+    The identity of the encoder describes all three: Dagster's staleness looks one hop up only.
+    """
+    spec = dataset.spec
+    made_here = ("volume",) if spec.synthetic else ()
+    cutting = spec.tiles.model_dump(mode="json", exclude={"stacking"})
+    trunk = [
+        ("volume", (), [spec.volume, spec.synthetic], pipeline.make_volume),
+        ("annotations", made_here, spec.annotations, pipeline.make_annotations),
+        ("synapses", ("volume", "annotations"), spec.classes, pipeline.make_synapses),
+        ("synapse_stacks", ("volume", "synapses"), cutting, pipeline.make_synapse_stacks),
+        ("rgb_tiles", ("synapse_stacks",), spec.tiles.stacking, pipeline.make_rgb_tiles),
+        ("rejects", ("synapses", "synapse_stacks"), None, pipeline.make_rejects),
+    ]
+    found = [Step(dataset, kind, None, deps, described, make) for kind, deps, described, make in trunk]
+    for encoder, entry in dataset.encoders.items():
+        who = identity(entry, dataset.weights_base)
+        embeddings, table = f"embeddings_{encoder}", f"embedding_table_{encoder}"
+        found += [
+            Step(dataset, "embeddings", encoder, ("rgb_tiles",), who, pipeline.make_embeddings),
+            Step(
+                dataset,
+                "embedding_table",
+                encoder,
+                ("synapses", "rgb_tiles", embeddings),
+                who,
+                pipeline.make_embedding_table,
+            ),
+            Step(dataset, "index", encoder, (table,), who, pipeline.make_index),
+        ]
+    return found
+
+
+@dataclass(frozen=True)
+class State:
+    """Whether an asset is up to date, and if not, why: a sentence per reason."""
+
+    asset: str
+    state: Literal["fresh", "stale", "missing"]
+    reasons: tuple[str, ...] = ()
+
+
+def states(dataset: Dataset) -> list[State]:
+    """The state of every asset, in the order of the steps.
+
+    An asset is stale when its spec or code changed, when an input has another version than the one it was made of, when
+    its source changed, or when something upstream is stale or missing.
+    """
+    found: list[State] = []
+    outdated: set[str] = set()
+    versions: dict[str, str] = {}
+    for step in steps(dataset):
+        manifest = find_manifest(dataset, step.asset)
+        if manifest is None:
+            found.append(State(step.asset, "missing"))
+            outdated.add(step.asset)
+            continue
+        versions[step.asset] = manifest.data_version
+        reasons = [*_own_reasons(step, manifest), *_input_reasons(step, manifest, versions, outdated)]
+        if reasons:
+            outdated.add(step.asset)
+        found.append(State(step.asset, "stale" if reasons else "fresh", tuple(reasons)))
+    return found
+
+
+def _own_reasons(step: Step, manifest: Manifest) -> list[str]:
+    if manifest.code_version != step.code_version:
+        what = f"encoder {step.encoder}" if step.encoder else "its spec or code"
+        return [f"{what} changed ({manifest.code_version} → {step.code_version})"]
+    if step.kind in SOURCES:
+        try:
+            now = SOURCES[step.kind](step.dataset, manifest.counts)
+        except SynpipeError as error:
+            return [f"its source cannot be read: {error}"]
+        if now not in (None, manifest.data_version):
+            return [f"its source changed ({manifest.data_version[:12]} → {now[:12]})"]
+    return []
+
+
+def _input_reasons(step: Step, manifest: Manifest, versions: dict[str, str], outdated: Collection[str]) -> list[str]:
+    reasons = []
+    for dep in step.deps:
+        if dep in outdated:
+            reasons.append(f"{dep} is out of date")
+        elif manifest.inputs.get(dep) != versions[dep]:
+            reasons.append(f"{dep} changed ({(manifest.inputs.get(dep) or 'none')[:12]} → {versions[dep][:12]})")
+    return reasons
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value.model_dump(mode="json") if isinstance(value, Spec) else value

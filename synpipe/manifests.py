@@ -1,0 +1,64 @@
+"""What has been made: one small JSON file per asset, written when everything else of it is in place.
+
+In and out: `Manifest`s in the data set's folder. Guarantee: an asset with a manifest is whole.
+"""
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from synpipe import __version__
+from synpipe.datasets import Dataset
+from synpipe.errors import SynpipeError
+from synpipe.shards import read_json, write_json
+
+
+# Of the store: the layout of its folder and the columns of its files. A change raises it, and the README tells of it.
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What an asset is: written last, so that an asset with a manifest is whole.
+
+    inputs: data version of each input when it was made. run_id: the Dagster run that made it, if any.
+    """
+
+    asset: str
+    data_version: str
+    code_version: str
+    inputs: dict[str, str]
+    counts: dict[str, Any] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    run_id: str | None = None
+    synpipe_version: str = __version__
+    format: int = FORMAT
+
+
+def find_manifest(dataset: Dataset, asset: str) -> Manifest | None:
+    """The manifest of an asset, or None where it has not been made, or only in an older format of the store.
+
+    What is older is made anew by materialising; tiles and vectors are taken from their caches where those can be read.
+    Raises `SynpipeError` for a store that a newer synpipe has written.
+    """
+    path = dataset.manifest_path(asset)
+    if not path.exists():
+        return None
+    content = read_json(path)
+    if content.get("format", 0) > FORMAT:
+        raise SynpipeError(
+            f"{path} was written by synpipe {content.get('synpipe_version')}, whose store this version, {__version__}, cannot "
+            "read: upgrade synpipe, or choose another store with --store."
+        )
+    return Manifest(**content) if content.get("format") == FORMAT else None
+
+
+def read_manifest(dataset: Dataset, asset: str) -> Manifest:
+    """Raises `SynpipeError` where the asset has not been made."""
+    manifest = find_manifest(dataset, asset)
+    if manifest is None:
+        raise SynpipeError(f"{dataset.name}/{asset} has not been made: `synpipe materialize --dataset {dataset.name}`.")
+    return manifest
+
+
+def write_manifest(dataset: Dataset, manifest: Manifest) -> None:
+    write_json(dataset.manifest_path(manifest.asset), asdict(manifest))
