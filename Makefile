@@ -3,10 +3,9 @@
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
-NODE_READER := synpipe_tests/node/node_modules/.package-lock.json
 
 .DEFAULT_GOAL := help
-.PHONY: help demo ui test check format lock clean
+.PHONY: help demo ui test check bench format lock clean
 
 help: ## List the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "make %-8s %s\n", $$1, $$2 }'
@@ -24,6 +23,9 @@ check: $(INSTALLED) ## Lint, formatting and types
 	@$(BIN)/ruff check
 	@$(BIN)/ruff format --check
 	@$(BIN)/mypy
+
+bench: $(INSTALLED) ## Measure size and speed on the demo data set
+	@$(BIN)/python -m synpipe_tests.bench
 
 format: $(INSTALLED) ## Put the code into its standard form
 	@$(BIN)/ruff check --fix

@@ -14,7 +14,7 @@ from typing import Any
 import click
 
 from synpipe import __version__
-from synpipe.datasets import Dataset, Project
+from synpipe.datasets import Project
 from synpipe.errors import SynpipeError
 
 
@@ -136,6 +136,8 @@ def search(project: Project, synapse_id: int, dataset: str, encoder: str | None,
     index = SynapseIndex(chosen, chosen.encoder(encoder))
     answer = index.search(synapse_id, options["metric"], options["per_class"], parse_where(options["where"]))
     if options["picture"]:
+        from synpipe.pictures import neighbours_picture
+
         _save(options["picture"], neighbours_picture(chosen, {synapse_id: answer}))
     if options["as_json"]:
         _print_json(
@@ -196,32 +198,140 @@ def status(project: Project, dataset: str, as_json: bool) -> None:
 
 
 @main.command()
+@dataset_option
+@encoder_option
+@json_option
+@click.pass_obj
+def versions(project: Project, dataset: str, encoder: str | None, as_json: bool) -> None:
+    """The published versions of an index, the newest first.
+
+    Readers see the one marked `current`; `synpipe rollback TAG` goes back to another.
+    """
+    from synpipe.history import versions as list_versions
+
+    chosen = project.dataset(dataset)
+    found = list_versions(chosen, chosen.encoder(encoder))
+    if as_json:
+        _print_json([asdict(version) for version in found])
+        return
+    for version in found:
+        mark = "current" if version.current else ""
+        click.echo(f"{version.number:>6}  {version.tag}  {version.made_at}  {version.rows:>12,} rows  {mark}")
+
+
+@main.command()
+@click.argument("a")
+@click.argument("b", default="current")
+@dataset_option
+@encoder_option
+@json_option
+@click.pass_obj
+def diff(project: Project, a: str, b: str, dataset: str, encoder: str | None, as_json: bool) -> None:
+    """What changed from version A of an index to version B (tags or numbers, see `versions`; B is `current` by default).
+
+    \b
+    Example:
+      synpipe diff 7 14
+    """
+    from synpipe.history import diff as compare
+
+    chosen = project.dataset(dataset)
+    found = compare(chosen, chosen.encoder(encoder), a, b)
+    if as_json:
+        content = asdict(found)
+        _print_json(content | {name: [str(one) for one in content[name]] for name in ("added", "removed", "changed")})
+        return
+    for name in ("added", "removed", "changed"):
+        ids = getattr(found, name)
+        examples = f"  {', '.join(map(str, ids[:5]))}{' …' if len(ids) > 5 else ''}" if ids else ""
+        click.echo(f"{name:<8} {len(ids):>10,} rows{examples}")
+    cosine = "not comparable" if found.mean_cosine is None else f"mean cosine {found.mean_cosine:.6f}"
+    click.echo(f"matched  {found.matched:>10,} rows  {cosine}")
+    if not found.same_encoder:
+        click.echo("The two versions were made by different encoders: their vectors are not of one space.")
+
+
+@main.command()
+@click.argument("version")
+@dataset_option
+@encoder_option
+@click.pass_obj
+def rollback(project: Project, version: str, dataset: str, encoder: str | None) -> None:
+    """Let readers see VERSION of an index (a tag or a number) from now on.
+
+    Nothing is removed: the same command goes forward again. Materialising the index publishes the newest version anew.
+    """
+    from synpipe.history import rollback as go_back
+
+    chosen = project.dataset(dataset)
+    now = go_back(chosen, chosen.encoder(encoder), version)
+    click.echo(f"Readers see version {now.number} now: {now.tag}, {now.rows:,} rows, made {now.made_at}.")
+
+
+@main.command()
+@click.argument("synapse_id", type=int, metavar="ID")
+@dataset_option
+@encoder_option
+@json_option
+@click.pass_obj
+def provenance(project: Project, synapse_id: int, dataset: str, encoder: str | None, as_json: bool) -> None:
+    """Where the row of synapse ID comes from: tile, volume, annotation file, weights, code, Dagster runs."""
+    import yaml
+
+    from synpipe.history import provenance as trace
+
+    chosen = project.dataset(dataset)
+    found = trace(chosen, chosen.encoder(encoder), synapse_id)
+    if as_json:
+        _print_json(found)
+    else:
+        click.echo(yaml.safe_dump(json.loads(json.dumps(found)), sort_keys=False, allow_unicode=True), nl=False)
+
+
+@main.command()
+@dataset_option
+@click.option("--delete", is_flag=True, help="Remove what is listed. Without it, nothing is.")
+@json_option
+@click.pass_obj
+def gc(project: Project, dataset: str, delete: bool, as_json: bool) -> None:
+    """List the files of a data set that nothing refers to any more; remove them with --delete.
+
+    Among them are vectors of encoders no longer used: going back to such an encoder embeds its tiles again.
+    """
+    from synpipe.housekeeping import leftovers, remove
+
+    found = leftovers(project.dataset(dataset))
+    if as_json:
+        _print_json([{"path": str(one.path), "bytes": one.bytes, "reason": one.reason} for one in found])
+    else:
+        for one in found:
+            click.echo(f"{one.bytes / 1e6:>10.1f} MB  {one.reason:<44} {_short(one.path)}")
+        total = sum(one.bytes for one in found) / 1e6
+        click.echo(f"{len(found):,} files, {total:.1f} MB{', removed' if delete else '; remove them with --delete'}")
+    if delete:
+        remove(found)
+
+
+@main.command()
 @click.pass_obj
 def demo(project: Project) -> None:
-    """Make the synthetic demo data set and all of its assets, and search in it."""
-    import pyarrow.compute as pc
+    """Make the synthetic demo data set and all of its assets, and search in it.
 
+    \b
+    Examples:
+      synpipe demo
+      synpipe --store /data/synpipe demo
+    """
     from synpipe.defs.run import materialize as run
     from synpipe.manifests import read_manifest
-    from synpipe.search import SynapseIndex
-    from synpipe.shards import read_table
+    from synpipe.pictures import example_queries, nearest_neighbours
 
     dataset, again = project.dataset("demo"), _command(project)
     run(project, "demo")
     encoder = dataset.encoder(None)
-    index = SynapseIndex(dataset, encoder)
-    table = read_table(
-        dataset.table_path(encoder), ["synapse_id", "neurotransmitter", "pad_fraction", "missing_sections"]
-    )
-    whole = table.filter(pc.and_(pc.equal(table["pad_fraction"], 0), pc.equal(table["missing_sections"], 0)))
-    queries = {}
-    for name in dataset.spec.classes:
-        of_class = whole.filter(pc.equal(whole["neurotransmitter"], name))["synapse_id"]
-        if len(of_class):
-            queries[of_class[0].as_py()] = name
-    answers = {query: index.search(query) for query in queries}
+    queries = example_queries(dataset, encoder)
     picture = dataset.folder / "neighbours.png"
-    _save(picture, neighbours_picture(dataset, answers))
+    _save(picture, nearest_neighbours(dataset, encoder))
 
     counts = {asset: read_manifest(dataset, asset).counts for asset in ("synapses", "rgb_tiles", "rejects")}
     folder, rows = _short(dataset.folder), {name: count["rows"] for name, count in counts.items()}
@@ -235,7 +345,7 @@ def demo(project: Project) -> None:
 
 Next:
   {again} ui                the graph in the browser: Dagster on http://127.0.0.1:3000
-  {again} search {next(iter(queries))}    the most similar synapses of each class
+  {again} search {queries[0]}    the most similar synapses of each class
   {again} status            what is made, and what is out of date
   {again} --help            everything else
 """)
@@ -249,27 +359,8 @@ def ui(project: Project, host: str, port: int) -> None:
     """Open the graph in the browser: Dagster with this project's data sets and history."""
     from synpipe.defs.run import serve_ui
 
-    click.echo(f"Dagster on http://{host}:{port} — open “Assets”, then “Materialize all”. Ctrl-C ends it.")
+    click.echo(f"The graph will be on http://{host}:{port}/asset-groups in half a minute. Ctrl-C ends it.")
     serve_ui(project, host, port)
-
-
-def neighbours_picture(dataset: Dataset, answers: dict[int, dict]) -> Any:
-    """A row per query: its tile, then the most similar synapses of each class, the nearest first: a PIL image."""
-    from synpipe.pictures import sheet
-    from synpipe.shards import read_table
-    from synpipe.tiles import TileReader
-
-    reader = TileReader(read_table(dataset.tiles_path), dataset.folder, dataset.spec.tiles.stacking)
-    labels = read_table(dataset.synapses_path, ["synapse_id", "neurotransmitter"])
-    label_of = dict(zip(labels["synapse_id"].to_pylist(), labels["neurotransmitter"].to_pylist(), strict=True))
-    rows, heads = [], []
-    for query, answer in answers.items():
-        row = [(reader.by_id(query), f"query {query}")]
-        for name, found in answer.items():
-            row += [(reader.by_id(one.synapse_id), f"{name[:8]} {one.distance:.3f}") for one in found[:2]]
-        rows.append(row)
-        heads.append(label_of[query] or "unlabelled")
-    return sheet(rows, tile_px=112, head_px=110, heads=heads)
 
 
 def _save(path: Path, image: Any) -> None:

@@ -142,6 +142,8 @@ class Encoder:
     """A model ready to embed; made by `open_encoder`."""
 
     spec: EncoderSpec
+    weights: str
+    """Identity of the weights that were loaded: `sha256:` and the digest of the file, or `random:` and the seed."""
     fingerprint: str
     dim: int
     device: "torch.device"
@@ -197,7 +199,7 @@ def open_encoder(spec: EncoderSpec, base: Path, device: str = "auto") -> Encoder
             f"Encoder {spec.model} cannot take tiles of {crop_px} px ({_shorten(error)}): set another `crop_px`."
         ) from None
     fingerprint = digest({**_declaration(spec), "weights": weights, "preprocessing": preprocessing})
-    return Encoder(spec, fingerprint, dim, target, preprocessing, forward)
+    return Encoder(spec, weights, fingerprint, dim, target, preprocessing, forward)
 
 
 def _device(device: str) -> "torch.device":

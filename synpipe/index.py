@@ -11,15 +11,11 @@ the same recall; SQ and PQ show approximate distances, HNSW builds four times sl
 
 import json
 import math
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
-
-# LanceDB warns of every table that it makes anew; read when the library is loaded.
-os.environ.setdefault("LANCEDB_LOG", "error")
 
 import lancedb
 import numpy as np
@@ -97,8 +93,10 @@ def _publish(table_path: Path, folder: Path, name: str, data_version: str, log: 
     partitions = partitions_for(source.metadata.num_rows)
     if partitions:
         table.create_index("vector", config=IvfFlat(distance_type="cosine", num_partitions=partitions))
-    for column, config in [*((c, Bitmap()) for c in BITMAP_COLUMNS), *((c, BTree()) for c in BTREE_COLUMNS)]:
-        table.create_index(column, config=config)
+    for column in BITMAP_COLUMNS:
+        table.create_index(column, config=Bitmap())
+    for column in BTREE_COLUMNS:
+        table.create_index(column, config=BTree())
 
     if table.count_rows() != source.metadata.num_rows:
         raise SynpipeError(f"{folder}/{name} has {table.count_rows()} rows, {table_path} {source.metadata.num_rows}.")
@@ -118,9 +116,7 @@ def _publish(table_path: Path, folder: Path, name: str, data_version: str, log: 
     tag = tag_for(data_version, provenance["encoder_fingerprint"])
     for label in (tag, CURRENT):
         _move_tag(table, label)
-    return IndexReport(
-        table.version, tag, table.count_rows(), "IVF_FLAT" if partitions else "flat", partitions, nprobes, recall
-    )
+    return published(folder, name)
 
 
 def open_current(folder: Path, name: str) -> Any:
@@ -138,16 +134,27 @@ def open_current(folder: Path, name: str) -> Any:
     return table
 
 
-def published_version(folder: Path, name: str) -> tuple[str, IndexReport] | None:
-    """Data version and report of what `current` names, or None where there is no such table."""
+def republish(folder: Path, name: str, data_version: str, fingerprint: str) -> bool:
+    """Let `current` name the version that was published of this data before; False where there is none."""
+    tag = tag_for(data_version, fingerprint)
     try:
         table = open_current(folder, name)
     except SynpipeError:
-        return None
+        return False
+    published = table.tags.list().get(tag)
+    if published is None:
+        return False
+    table.tags.update(CURRENT, published["version"])
+    return True
+
+
+def published(folder: Path, name: str) -> IndexReport:
+    """What `current` names. Raises `SynpipeError` where nothing has been published."""
+    table = open_current(folder, name)
     provenance = json.loads(table.schema.metadata[METADATA_KEY])
-    settings = {key.decode(): value.decode() for key, value in (table.schema.field("vector").metadata or {}).items()}
+    settings = {key.decode(): value.decode() for key, value in table.schema.field("vector").metadata.items()}
     partitions = partitions_for(table.count_rows())
-    report = IndexReport(
+    return IndexReport(
         version=table.version,
         tag=tag_for(provenance["data_version"], provenance["encoder_fingerprint"]),
         rows=table.count_rows(),
@@ -156,7 +163,6 @@ def published_version(folder: Path, name: str) -> tuple[str, IndexReport] | None
         nprobes=int(settings["synpipe.nprobes"]),
         recall=float(settings["synpipe.recall_at_10"]),
     )
-    return provenance["data_version"], report
 
 
 def _unit(batch: pa.RecordBatch) -> pa.RecordBatch:

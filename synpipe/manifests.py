@@ -11,7 +11,6 @@ from synpipe.datasets import Dataset
 from synpipe.errors import SynpipeError
 from synpipe.shards import read_json, write_json
 
-
 # Of the store: the layout of its folder and the columns of its files. A change raises it, and the README tells of it.
 FORMAT = 1
 

@@ -1,52 +1,82 @@
-"""Pictures of tiles for people: contact sheets, neighbours, a section of the volume.
+"""Pictures for people: tiles by class, synapses with their nearest neighbours, a section of the volume.
 
-In: uint8 tiles (3, size, size) with captions. Out: encoded images as bytes. Guarantee: small enough to be kept in
-Dagster's event log (a contact sheet is a JPEG of some 100 kB).
+In: what the store holds of a data set. Out: PIL images. Guarantee: small enough to be kept in Dagster's history (as JPEG
+some 200 kB), however large the data set.
 """
 
 import base64
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
+import pyarrow.compute as pc
 from PIL import Image, ImageDraw, ImageFont
 
+from synpipe.datasets import Dataset
+from synpipe.search import UNLABELLED, Neighbour, SynapseIndex
+from synpipe.shards import read_table
+from synpipe.tiles import TileReader
 from synpipe.volumes import Volume
+
+Cell = tuple[np.ndarray, str]  # a tile, uint8 (3, size, size), and its caption
 
 CAPTION_PX = 14
 GAP_PX = 4
+HEAD_PX = 104
 BACKGROUND = (24, 24, 27)
 TEXT = (228, 228, 231)
+MAX_CLASSES = 12
 
 
-def sheet(
-    rows: Sequence[Sequence[tuple[np.ndarray, str]]], tile_px: int = 96, head_px: int = 0, heads: Sequence[str] = ()
-):
-    """Rows of (tile, caption), each row with an optional head to its left: a PIL image.
+def tiles_by_class(dataset: Dataset, per_class: int = 8, tile_px: int = 96) -> Image.Image | None:
+    """A row of tiles per class, taken at even distances from the index of the tiles; None where there is no tile."""
+    index = read_table(dataset.tiles_path)
+    reader = TileReader(index, dataset.folder, dataset.spec.tiles.stacking)
+    labels = _labels(dataset)
+    classes = np.array([labels[synapse_id] for synapse_id in index["synapse_id"].to_pylist()])
+    rows: dict[str, list[Cell]] = {}
+    for name in (*dataset.spec.classes, UNLABELLED):
+        of_class = np.flatnonzero(classes == name)
+        if len(of_class) and len(rows) < MAX_CLASSES:
+            chosen = of_class[np.linspace(0, len(of_class) - 1, min(per_class, len(of_class))).astype(int)]
+            captions = [str(index["synapse_id"][row]) for row in chosen.tolist()]
+            rows[name] = list(zip(reader.read(chosen), captions, strict=True))
+    return _sheet(rows, tile_px) if rows else None
 
-    tile: uint8 (3, size, size), sections z−1, z, z+1 as red, green, blue.
+
+def example_queries(dataset: Dataset, encoder: str) -> list[int]:
+    """A synapse of each class to search with, the first whose tile is whole."""
+    columns = ["synapse_id", "neurotransmitter", "pad_fraction", "missing_sections"]
+    table = read_table(dataset.table_path(encoder), columns)
+    whole = table.filter(pc.and_(pc.equal(table["pad_fraction"], 0), pc.equal(table["missing_sections"], 0)))
+    of_class = (whole.filter(pc.equal(whole["neurotransmitter"], name)) for name in dataset.spec.classes)
+    return [found["synapse_id"][0].as_py() for found in of_class if len(found)][:MAX_CLASSES]
+
+
+def neighbours_picture(
+    dataset: Dataset, answers: Mapping[int, Mapping[str, Sequence[Neighbour]]], tile_px: int = 80
+) -> Image.Image:
+    """A row per query: its tile, then the two most similar synapses of each class, with their distances.
+
+    answers: what `SynapseIndex.search` found, by the query's synapse id; at least one.
     """
-    font = ImageFont.load_default(size=10)
-    columns = max((len(row) for row in rows), default=0)
-    step_x, step_y = tile_px + GAP_PX, tile_px + CAPTION_PX + GAP_PX
-    canvas = Image.new("RGB", (head_px + columns * step_x + GAP_PX, len(rows) * step_y + GAP_PX), BACKGROUND)
-    draw = ImageDraw.Draw(canvas)
-    for number, row in enumerate(rows):
-        top = GAP_PX + number * step_y
-        if head_px:
-            draw.text((GAP_PX, top + tile_px // 2 - 6), heads[number], font=ImageFont.load_default(size=12), fill=TEXT)
-        for column, (tile, caption) in enumerate(row):
-            left = head_px + GAP_PX + column * step_x
-            picture = Image.fromarray(np.ascontiguousarray(tile.transpose(1, 2, 0)))
-            canvas.paste(picture.resize((tile_px, tile_px), Image.Resampling.LANCZOS), (left, top))
-            draw.text((left, top + tile_px + 1), _fit(draw, caption, font, tile_px), font=font, fill=TEXT)
-    return canvas
+    reader = TileReader(read_table(dataset.tiles_path), dataset.folder, dataset.spec.tiles.stacking)
+    labels = _labels(dataset)
+    rows = {}
+    for query, answer in answers.items():
+        found = [
+            (one.synapse_id, f"{name[:7]} {one.distance:.3f}") for name, near in answer.items() for one in near[:2]
+        ]
+        cells = [(reader.by_id(synapse_id), caption) for synapse_id, caption in [(query, "query"), *found]]
+        rows[f"{labels[query]}\n{query}"] = cells
+    return _sheet(rows, tile_px)
 
 
-def contact_sheet(tiles: Sequence[np.ndarray], captions: Sequence[str], columns: int = 8, tile_px: int = 112):
-    """Tiles in a grid, row by row: a PIL image."""
-    cells = list(zip(tiles, captions, strict=True))
-    return sheet([cells[first : first + columns] for first in range(0, len(cells), columns)], tile_px)
+def nearest_neighbours(dataset: Dataset, encoder: str) -> Image.Image | None:
+    """`neighbours_picture` for an example of each class; None where no tile of a known class is whole."""
+    index = SynapseIndex(dataset, encoder)
+    answers = {query: index.search(query) for query in example_queries(dataset, encoder)}
+    return neighbours_picture(dataset, answers) if answers else None
 
 
 def section_picture(volume: Volume, edge_px: int = 1536, width_px: int = 640) -> Image.Image:
@@ -66,7 +96,33 @@ def data_uri(image: Image.Image) -> str:
     return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
-def _fit(draw: ImageDraw.ImageDraw, text: str, font, width: int) -> str:
-    while text and draw.textlength(text, font=font) > width:
+def _sheet(rows: Mapping[str, Sequence[Cell]], tile_px: int) -> Image.Image:
+    """Rows of tiles by the text to their left; sections z−1, z, z+1 are red, green and blue."""
+    step_x, step_y = tile_px + GAP_PX, tile_px + CAPTION_PX + GAP_PX
+    columns = max(map(len, rows.values()))
+    canvas = Image.new("RGB", (HEAD_PX + columns * step_x + GAP_PX, len(rows) * step_y + GAP_PX), BACKGROUND)
+    draw = ImageDraw.Draw(canvas)
+    large, small = ImageFont.load_default(size=12), ImageFont.load_default(size=10)
+    for number, (head, row) in enumerate(rows.items()):
+        top = GAP_PX + number * step_y
+        lines = [_fit(draw, line, large, HEAD_PX - 2 * GAP_PX) for line in head.splitlines()]
+        draw.text((2 * GAP_PX, top + tile_px // 2 - 8 * len(lines)), "\n".join(lines), font=large, fill=TEXT)
+        for column, (tile, caption) in enumerate(row):
+            left = HEAD_PX + column * step_x
+            picture = Image.fromarray(np.ascontiguousarray(tile.transpose(1, 2, 0)))
+            canvas.paste(picture.resize((tile_px, tile_px), Image.Resampling.LANCZOS), (left, top))
+            draw.text((left, top + tile_px + 1), _fit(draw, caption, small, tile_px), font=small, fill=TEXT)
+    return canvas
+
+
+def _fit(draw: ImageDraw.ImageDraw, text: str, font, width_px: int) -> str:
+    while text and draw.textlength(text, font=font) > width_px:
         text = text[:-1]
     return text
+
+
+def _labels(dataset: Dataset) -> dict[int, str]:
+    """Class by synapse."""
+    table = read_table(dataset.synapses_path, ["synapse_id", "neurotransmitter"])
+    labels = (label or UNLABELLED for label in table["neurotransmitter"].to_pylist())
+    return dict(zip(table["synapse_id"].to_pylist(), labels, strict=True))

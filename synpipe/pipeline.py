@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from synpipe import __version__, embedding, index, table, tiles
+from synpipe import __version__, embedding, table, tiles
 from synpipe.annotations import REJECT_SCHEMA, read_annotations
 from synpipe.datasets import Dataset
 from synpipe.encoders import identity, open_encoder
@@ -317,13 +317,17 @@ def make_embedding_table(dataset: Dataset, name: str, inputs: Inputs, log: Log) 
 
 def make_index(dataset: Dataset, name: str, inputs: Inputs, log: Log) -> Made:
     """Publish the table as a version of the LanceDB table of the same name."""
+    # LanceDB takes two seconds to import, which `synpipe status` and a reload of the code location need not wait for.
+    from synpipe import index
+
     version = _version("index", inputs)
-    published = index.published_version(dataset.lancedb_folder, name)
-    if published is not None and published[0] == version:
-        log("the published index is of this version already")
-        report = published[1]
+    fingerprint = read_manifest(dataset, f"embeddings_{name}").counts["encoder_fingerprint"]
+    # Going back to what was published before, after a swap there and back or a rollback, builds nothing.
+    if index.republish(dataset.lancedb_folder, name, version, fingerprint):
+        log("this version was published before")
     else:
-        report = index.publish(dataset.table_path(name), dataset.lancedb_folder, name, version, log)
+        index.publish(dataset.table_path(name), dataset.lancedb_folder, name, version, log)
+    report = index.published(dataset.lancedb_folder, name)
     log(f"{report.rows:,} rows, {report.kind}, recall@10 {report.recall:.4f}, tag {report.tag}")
     return Made(version, asdict(report))
 

@@ -16,7 +16,7 @@ from typing import Literal, get_args
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from lancedb.expr import Expr, col, lit
+from lancedb.expr import Expr, col, func, lit
 
 from synpipe.datasets import Dataset
 from synpipe.errors import SynpipeError
@@ -136,18 +136,15 @@ class SynapseIndex:
         nprobes = CLASS_NPROBES_FACTOR * int(settings[b"synpipe.nprobes"])
         answers = {}
         for name in (*self._classes, None):
-            condition: Expr = col("synapse_id") != lit(synapse_id)
-            if name is not None:
-                condition = condition & (col("neurotransmitter") == lit(name))
+            # LanceDB's expressions have no IS NULL; `concat` takes a null for an empty string, which is no class. Conditions
+            # stay expressions: as SQL (`to_sql`), LanceDB 0.40 lets a value that holds \' end its own quotes.
+            label = func("concat", col("neurotransmitter"), lit("")) if name is None else col("neurotransmitter")
+            condition: Expr = (col("synapse_id") != lit(synapse_id)) & (label == lit(name or ""))
             for column, value in wanted.items():
                 condition = condition & (col(column) == lit(value))
             # No upper limit: where a class has no `per_class` members in those partitions, the search goes on.
             search = self._table.search(query).distance_type("cosine").minimum_nprobes(nprobes).maximum_nprobes(0)
-            # LanceDB's expressions have no IS NULL. `to_sql` writes values as literals, with their quotes doubled.
-            search = search.where(
-                condition if name is not None else f"({condition.to_sql()}) AND neurotransmitter IS NULL"
-            )
-            table = search.limit(per_class).to_arrow()
+            table = search.where(condition).limit(per_class).to_arrow()
             if len(table):
                 answers[name or UNLABELLED] = _neighbours(table, table["_distance"].to_numpy())
         return answers

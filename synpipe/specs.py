@@ -65,9 +65,11 @@ class _Loader(yaml.SafeLoader):
 def read_yaml(path: Path) -> Mapping[str, Any]:
     """Read a YAML file whose top level is a mapping. Raises `SynpipeError` naming the file and the line."""
     try:
-        content = yaml.load(path.read_text(), Loader=_Loader)
+        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
     except FileNotFoundError:
         raise SynpipeError(f"{path} does not exist.") from None
+    except OSError as error:
+        raise SynpipeError(f"{path} cannot be read: {error.strerror}.") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise SynpipeError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(content, Mapping):

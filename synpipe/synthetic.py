@@ -69,8 +69,8 @@ class SyntheticSpec(Spec):
 def make_demo(folder: Path, spec: SyntheticSpec, progress: Callable[[str], None] | None = None) -> None:
     """Write `volume.h5` and `synapses.csv` into `folder`, unless both are there and were made from the same spec.
 
-    `progress` is told about every section. Raises `SynpipeError` where the folder cannot be written or the volume is
-    too small for the synapses asked for.
+    `progress` is told about every eighth section and the last. Raises `SynpipeError` where the folder cannot be written
+    or the volume is too small for the synapses asked for.
     """
     if _is_made(folder, spec):
         return
@@ -80,13 +80,17 @@ def make_demo(folder: Path, spec: SyntheticSpec, progress: Callable[[str], None]
     map_shape = (-(-height // 2), -(-width // 2))
     missing, repeated = _spoilt_sections(spec)
 
+    def tell_section(what: str, number: int) -> None:
+        if number % 8 == 0 or number == depth:
+            tell(f"{what} section {number} of {depth}")
+
     tell("synthetic tissue: growing neurites")
     tissue = grow(spec.shape_zyx, streams[0])
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         maps = []
         for section in pool.map(lambda z: section_map(tissue, z, map_shape), range(depth)):
             maps.append(section)
-            tell(f"synthetic tissue: membranes of section {len(maps)} of {depth}")
+            tell_section("synthetic tissue: membranes of", len(maps))
         neurons = _neurons(spec, streams[1])
         owner = give_neurites(tissue, neurons, spec.shape_zyx, streams[1])
         sites = place_synapses(spec.shape_zyx, missing, repeated, tissue, maps, neurons, owner, streams[2])
@@ -108,7 +112,7 @@ def make_demo(folder: Path, spec: SyntheticSpec, progress: Callable[[str], None]
             raw.attrs["resolution"], raw.attrs["offset"] = VOXEL_NM, (0.0, 0.0, 0.0)
             for z, picture in enumerate(pool.map(draw, range(depth))):
                 raw[z] = picture
-                tell(f"synthetic volume: section {z + 1} of {depth}")
+                tell_section("synthetic volume:", z + 1)
             _write_annotations(file, table, sites)
             file.attrs["title"] = "synthetic demo data, not a brain"
             file.attrs["synthetic"] = True

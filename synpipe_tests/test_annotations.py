@@ -15,8 +15,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from synpipe import annotations
-from synpipe.annotations import REJECT_SCHEMA, SYNAPSE_SCHEMA, Annotations, Cremi, SynisterV3, Table, read_annotations
+from synpipe import annotation_files
+from synpipe.annotation_formats import Cremi, SynisterV3, Table
+from synpipe.annotations import REJECT_SCHEMA, SYNAPSE_SCHEMA, Annotations, AnnotationSpec, read_annotations
 from synpipe.errors import SynpipeError
 from synpipe.specs import Spec
 
@@ -126,7 +127,7 @@ def test_every_kind_of_bad_row_is_rejected_with_its_reason_and_line_and_stops_no
 
 
 def test_line_numbers_hold_across_blocks_of_a_large_csv(tmp_path, monkeypatch):
-    monkeypatch.setattr(annotations, "CSV_BLOCK_BYTES", 500)
+    monkeypatch.setattr(annotation_files, "CSV_BLOCK_BYTES", 500)
     lines = ["synapse_id,x,y,z"]
     for number in range(2, 602):
         short, bad = number % 7 == 0, number % 11 == 0
@@ -272,7 +273,7 @@ def test_the_first_usable_row_keeps_an_id_across_sources(tmp_path):
 
 
 def test_first_rows_and_row_numbers_hold_across_batches_of_a_large_parquet_file(tmp_path, monkeypatch):
-    monkeypatch.setattr(annotations, "BATCH_ROWS", 300)
+    monkeypatch.setattr(annotation_files, "BATCH_ROWS", 300)
     ids = np.random.default_rng(0).integers(0, 50, 1000)
     rows = np.arange(1.0, 1001.0)
     path = write_table(tmp_path / "a.parquet", {"synapse_id": ids, "x": rows, "y": rows, "z": rows})
@@ -450,6 +451,40 @@ def test_a_repeated_key_in_json_is_rejected_not_dropped(tmp_path):
     ]
 
 
+@pytest.mark.parametrize("half", [r"\ud800", r"\udfff", "\ud800"], ids=["high", "low", "not escaped"])
+def test_half_a_character_in_json_rejects_the_synapses_that_have_it(tmp_path, half):
+    place = '"x": 1, "y": 1, "z": 1'
+    entries = [
+        f'"1": {{{place}, "skeleton_id": 1, "brain_region": "L\\ud83d\\ude00H"}}',  # a pair, so one whole character
+        f'"2": {{{place}, "brain_region": ["LH", "{half}"]}}',
+        f'"3": {{{place}, "skeleton_id": "{half}"}}',
+        f'"4": {{"x": "{half}", "y": 1, "z": 1}}',
+        f'"5{half}": {{{place}}}',
+        f'"6": {{{place}, "skeleton_id": 2}}',
+        f'"7": {{{place}, "skeleton_id": 3}}',
+        f'"8": {{{place}, "skeleton_id": 4}}',
+        f'"9": "{half}"',
+    ]
+    spec = synister(
+        tmp_path,
+        "",
+        {"1": {"nt_known": ["gaba"]}, "2": {"hemi_lineage_id": 5}, "3": {"nt_known": ["HALF"]}}
+        | {"4": {"nt_known": ["gaba", "HALF"]}},
+        {"5": {"hemi_lineage_name": "HALF"}},
+    )
+    for name in ("skeletons.json", "hemi_lineages.json"):
+        content = (tmp_path / name).read_text().replace("HALF", half)
+        (tmp_path / name).write_bytes(content.encode(errors="surrogatepass"))
+    (tmp_path / "synapses.json").write_bytes(f"{{{', '.join(entries)}}}".encode(errors="surrogatepass"))
+    result = read(tmp_path, spec)
+    assert result.synapses.select(["synapse_id", "region"]).to_pylist() == [{"synapse_id": 1, "region": "L😀H"}]
+    written = r"5\udfff" if half == r"\udfff" else r"5\ud800"
+    assert rejected(result) == [(source_id, "malformed_row") for source_id in ["2", "3", "4", written, *"6789"]]
+    assert result.rejects["detail"][0].as_py().startswith("synapses.json, entry 2 (id '2'): ")
+    assert "lone surrogate" in result.rejects["detail"][0].as_py()
+    assert "".join(result.notes).encode()  # so that they can be shown
+
+
 def test_real_fafb_labels_per_neuron(real_em, tmp_path):
     folder = real_em / "fafb_v3"
     skeletons = json.loads((folder / "skeletons_v3.json").read_text())
@@ -552,7 +587,7 @@ def test_a_column_of_lists_is_an_error_of_the_file(tmp_path):
 
 
 class Holder(Spec):
-    annotations: tuple[annotations.AnnotationSpec, ...]
+    annotations: tuple[AnnotationSpec, ...]
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,6 @@ import safetensors.torch
 import timm
 import torch
 
-from synpipe import encoders
 from synpipe.encoders import EncoderSpec, identity, load_registry, open_encoder
 from synpipe.errors import SynpipeError
 
@@ -45,11 +44,14 @@ class FreshProcess:
     A process of its own because huggingface_hub reads HF_ENDPOINT when it is imported.
     """
 
+    HUB_TIMEOUT_S = 2.0  # shorter than ours, so that the tests do not wait long
     CODE = """
 import json, sys, time, numpy as np, timm
 from pathlib import Path
+from synpipe import encoders
 from synpipe.encoders import EncoderSpec, open_encoder
 from synpipe.errors import SynpipeError
+encoders._HUB_TIMEOUT_S = float(sys.argv[1])
 tile = np.random.default_rng(0).integers(0, 256, (1, 3, 256, 256), dtype=np.uint8)
 for line in sys.stdin:
     start = time.monotonic()
@@ -68,7 +70,7 @@ for line in sys.stdin:
         environment = {k: v for k, v in os.environ.items() if k not in unwanted and not k.lower().endswith("_proxy")}
         environment |= {"HF_ENDPOINT": f"http://127.0.0.1:{self.port}", "HF_HOME": str(cache)}
         self.process = subprocess.Popen(
-            [sys.executable, "-c", self.CODE],
+            [sys.executable, "-c", self.CODE, str(self.HUB_TIMEOUT_S)],
             cwd=ROOT,
             env=environment,
             stdin=subprocess.PIPE,
@@ -85,7 +87,8 @@ for line in sys.stdin:
 def fresh_process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FreshProcess]:
     fresh = FreshProcess(tmp_path_factory.mktemp("huggingface"))
     yield fresh
-    fresh.process.communicate(timeout=30)
+    fresh.process.kill()
+    fresh.process.communicate()
 
 
 @pytest.fixture(scope="module")
@@ -174,7 +177,9 @@ def test_fingerprints_differ_with_crop_and_seed_and_agree_across_defaults(tmp_pa
     assert open_encoder(spec_of(description="x"), tmp_path).fingerprint == fingerprint
     assert open_encoder(spec_of(crop_px=160), tmp_path).fingerprint == fingerprint  # 160 is the model's own size
     assert open_encoder(spec_of(crop_px=128), tmp_path).fingerprint != fingerprint
-    assert open_encoder(spec_of(seed=1), tmp_path).fingerprint != fingerprint
+    other = open_encoder(spec_of(seed=1), tmp_path)
+    assert other.fingerprint != fingerprint
+    assert other.weights == "random:1"
 
 
 def test_weights_file_counts_by_content_not_by_name(tmp_path: Path, state: dict[str, torch.Tensor]) -> None:
@@ -182,6 +187,8 @@ def test_weights_file_counts_by_content_not_by_name(tmp_path: Path, state: dict[
         safetensors.torch.save_file(state, tmp_path / name)
     first, second = (open_encoder(file_spec(name), tmp_path) for name in ("a.safetensors", "b.safetensors"))
     assert first.fingerprint == second.fingerprint
+    content = (tmp_path / "a.safetensors").read_bytes()
+    assert first.weights == second.weights == f"sha256:{hashlib.sha256(content).hexdigest()}"
     before = identity(file_spec("a.safetensors"), tmp_path)
     assert before == identity(file_spec("b.safetensors"), tmp_path)
     safetensors.torch.save_file({**state, "conv1.0.weight": state["conv1.0.weight"] * 2}, tmp_path / "a.safetensors")
@@ -390,7 +397,7 @@ def test_hub_without_network_then_with_it_then_from_its_cache(
             "`weights: random`",
         ):
             assert part in result["error"]
-        assert result["seconds"] < encoders._HUB_TIMEOUT_S + 5
+        assert result["seconds"] < fresh_process.HUB_TIMEOUT_S + 5
 
     safetensors.torch.save_file(state, tmp_path / "w.safetensors")
     with http.server.ThreadingHTTPServer(address, _Hub) as server:

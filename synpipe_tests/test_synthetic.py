@@ -14,6 +14,7 @@ from synpipe.errors import SynpipeError
 from synpipe.synthetic import SyntheticSpec, _neurons, make_demo
 
 SMALL = SyntheticSpec(shape_zyx=(12, 1024, 1024), n_synapses=120, n_neurons=18, n_missing_sections=1)
+TINY = SyntheticSpec(shape_zyx=(9, 512, 512), n_synapses=36, n_neurons=12, n_missing_sections=1)  # made in 0.5 s
 TRANSMITTERS = {"acetylcholine", "gaba", "glutamate", "dopamine", "serotonin", "octopamine"}
 FILES = {"volume.h5", "synapses.csv"}
 N_BAD = 4
@@ -62,27 +63,34 @@ def test_another_seed_is_another_data_set(demo: Path, tmp_path: Path):
     assert all(theirs[name] != ours[name] for name in FILES)
 
 
-def test_a_finished_demo_is_left_alone_and_a_damaged_one_made_again(demo: Path):
-    written = {path.name: path.stat().st_mtime_ns for path in demo.iterdir()}
-    expected = sha256(demo)
+def test_a_finished_demo_is_left_alone_and_a_damaged_one_made_again(tmp_path: Path):
+    make_demo(tmp_path, TINY)
+    written = {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+    expected = sha256(tmp_path)
     said: list[str] = []
-    make_demo(demo, SMALL, said.append)
+    make_demo(tmp_path, TINY, said.append)
     assert said == []
-    assert {path.name: path.stat().st_mtime_ns for path in demo.iterdir()} == written
-    (demo / "synapses.csv").write_text("synapse_id\n")
-    make_demo(demo, SMALL, said.append)
-    assert said
-    assert sha256(demo) == expected
+    assert {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == written
+    (tmp_path / "synapses.csv").write_text("synapse_id\n")
+    make_demo(tmp_path, TINY, said.append)
+    assert sha256(tmp_path) == expected
+    assert said == [  # every eighth section, and the last
+        "synthetic tissue: growing neurites",
+        "synthetic tissue: membranes of section 8 of 9",
+        "synthetic tissue: membranes of section 9 of 9",
+        "synthetic volume: section 8 of 9",
+        "synthetic volume: section 9 of 9",
+    ]
 
 
-@pytest.mark.parametrize("when", ["membranes of section 3", "volume: section 2", "volume: section 12"])
+@pytest.mark.parametrize("when", ["membranes of section 8", "volume: section 8", "volume: section 9"])
 def test_stopped_in_the_middle_nothing_is_left(tmp_path: Path, when: str):
     def stop(message: str) -> None:
         if when in message:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        make_demo(tmp_path, SMALL, stop)
+        make_demo(tmp_path, TINY, stop)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -238,7 +238,7 @@ def test_a_voxel_size_that_is_none_is_refused(tmp_path: Path, resolution: Any) -
 
 
 def test_spec_refuses_numbers_that_are_not_finite() -> None:
-    with pytest.raises(SynpipeError, match="voxel_size_nm_zyx.1"):
+    with pytest.raises(SynpipeError, match=r"voxel_size_nm_zyx\.1"):
         VolumeSpec.parse({"path": "volume.h5", "voxel_size_nm_zyx": [40, float("nan"), 4]}, "demo.yaml")
 
 

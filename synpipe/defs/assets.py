@@ -6,7 +6,8 @@ import dagster as dg
 
 from synpipe import checks
 from synpipe.datasets import Dataset
-from synpipe.defs.show import KINDS, SHOW
+from synpipe.defs.locks import one_step_at_a_time, register_run
+from synpipe.defs.show import KINDS, SHOW, describe
 from synpipe.errors import SynpipeError
 from synpipe.graph import Step, steps
 
@@ -20,9 +21,6 @@ CHECKS: dict[str, dict[str, Check]] = {
     "embedding_table": {"match_tiles": checks.table_matches_tiles},
     "index": {"recall": checks.index_finds_neighbours},
 }
-
-# Two embeddings at once on one GPU gain nothing and may not fit.
-POOLS = {"embeddings": "gpu"}
 
 
 def dataset_assets(dataset: Dataset) -> list[dg.AssetsDefinition]:
@@ -44,8 +42,7 @@ def step_asset(step: Step) -> dg.AssetsDefinition:
         deps=[asset_key(step.dataset, dep) for dep in step.deps],
         group_name=f"{step.dataset.name}_{step.encoder}" if step.encoder else step.dataset.name,
         code_version=step.code_version,
-        description=step.make.__doc__,
-        pool=POOLS.get(step.kind),
+        description=describe(step),
         kinds=KINDS[step.kind],
         check_specs=[
             dg.AssetCheckSpec(name, asset=key, blocking=True, description=check.__doc__)
@@ -53,10 +50,13 @@ def step_asset(step: Step) -> dg.AssetsDefinition:
         ],
     )
     def made(context: dg.AssetExecutionContext) -> dg.MaterializeResult:
+        store = step.dataset.folder.parent
         try:
-            manifest = step.run(context.log.info, context.run_id)
-            findings = {name: check(step.dataset, *which) for name, check in found.items()}
-            metadata = SHOW[step.kind](step.dataset, manifest)
+            register_run(context.instance, store, context.run.run_id)
+            with one_step_at_a_time(store, context.log.info):
+                manifest = step.run(context.log.info, context.run.run_id)
+                findings = {name: check(step.dataset, *which) for name, check in found.items()}
+                metadata = SHOW[step.kind](step.dataset, manifest)
         except SynpipeError as error:
             # The message is for the user; the traceback would bury it.
             raise dg.Failure(description=str(error), allow_retries=False) from None

@@ -7,6 +7,7 @@ import dagster as dg
 
 from synpipe.datasets import Dataset, Project
 from synpipe.defs.assets import dataset_assets
+from synpipe.defs.schedules import build_automation
 
 logger = logging.getLogger("synpipe")
 
@@ -19,9 +20,16 @@ def build_definitions(project: Project | None = None, names: Sequence[str] | Non
     project = project or Project.locate()
     datasets = available_datasets(project) if names is None else [project.dataset(name) for name in names]
     assets = [asset for dataset in datasets for asset in dataset_assets(dataset)]
+    schedule, sensor = build_automation(project, datasets)
     # In one process: a chain of short steps takes a fifth of the time that a process per step needs, and torch is
     # imported once.
-    return dg.Definitions(assets=assets, executor=dg.in_process_executor, loggers={"progress": progress_logger})
+    return dg.Definitions(
+        assets=assets,
+        schedules=[schedule],
+        sensors=[sensor],
+        executor=dg.in_process_executor,
+        loggers={"progress": progress_logger},
+    )
 
 
 def available_datasets(project: Project) -> list[Dataset]:

@@ -5,14 +5,18 @@ Guarantee: what the command line materialises is in the same history that the UI
 
 import os
 import shutil
+import signal
 import sys
+import uuid
 from collections.abc import Sequence
 from pathlib import Path
 
 import dagster as dg
+import sqlalchemy.exc
 
 from synpipe.datasets import Project
 from synpipe.defs.definitions import build_definitions
+from synpipe.defs.locks import fail_dead_runs, register_run
 from synpipe.errors import SynpipeError
 from synpipe.shards import write_text
 
@@ -20,9 +24,6 @@ from synpipe.shards import write_text
 INSTANCE_YAML = """\
 telemetry:
   enabled: false
-concurrency:
-  pools:
-    default_limit: 1
 """
 
 
@@ -55,18 +56,27 @@ def materialize(project: Project, dataset: str, selection: Sequence[str] = ()) -
 
     selection: asset names without the data set; `x+` is that one and all downstream of it, `+x` all upstream. None
     means all.
-    Raises `SynpipeError` with the message of the asset that failed.
+    Raises `SynpipeError` with the message of the asset that failed, or where the history cannot be written.
     """
-    prepare_home(project)
+    home = prepare_home(project)
     definitions = build_definitions(project, [dataset])
     keys = _selected(definitions, dataset, selection)
-    with dg.DagsterInstance.get() as instance:
-        result = definitions.resolve_implicit_global_asset_job_def().execute_in_process(
-            instance=instance,
-            asset_selection=sorted(keys),
-            run_config={"loggers": {"progress": {}}},
-            raise_on_error=False,
-        )
+    run_id = str(uuid.uuid4())
+    try:
+        with dg.DagsterInstance.get() as instance:
+            register_run(instance, project.store, run_id)
+            result = definitions.resolve_implicit_global_asset_job_def().execute_in_process(
+                instance=instance,
+                run_id=run_id,
+                asset_selection=sorted(keys),
+                run_config={"loggers": {"progress": {}}},
+                raise_on_error=False,
+            )
+    except sqlalchemy.exc.DatabaseError as error:
+        raise SynpipeError(
+            f"Dagster's history in {home} cannot be written ({error.orig}): check the space and the permissions of that "
+            "folder, or delete it if it is damaged; nothing but the history is lost."
+        ) from None
     if not result.success:
         raise SynpipeError(_why(result))
 
@@ -123,4 +133,10 @@ def serve_ui(project: Project, host: str, port: int) -> None:
     program = shutil.which("dagster", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}")
     if program is None:
         raise SynpipeError("The program `dagster` is not installed beside synpipe: install the lock file again.")
+    with dg.DagsterInstance.get() as instance:
+        fail_dead_runs(instance, project.store)
+    # A shell that starts a program in the background lets it ignore Ctrl-C, and Dagster treats SIGTERM as Ctrl-C.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    ignored = "ignore:Function `dev_command` is superseded"  # by a tool for projects of another layout
+    os.environ["PYTHONWARNINGS"] = ",".join(filter(None, [os.environ.get("PYTHONWARNINGS"), ignored]))
     os.execv(program, [program, "dev", *where, "-h", host, "-p", str(port)])

@@ -1,19 +1,24 @@
-"""What a person sees of an asset in the Dagster UI: figures, tables, pictures."""
+"""What a person sees of an asset in the Dagster UI: what it is, figures, tables, pictures.
 
-from collections.abc import Callable, Mapping
+In: a step and its manifest. Out: descriptions and metadata for Dagster. Guarantee: a bounded size, whatever the size of
+the data set: samples and reduced pictures only.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import dagster as dg
-import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
+from PIL import Image
 
 from synpipe.datasets import Dataset
+from synpipe.graph import Step
 from synpipe.manifests import Manifest
-from synpipe.pictures import contact_sheet, data_uri, section_picture
-from synpipe.shards import read_table
-from synpipe.tiles import TileReader
+from synpipe.pictures import data_uri, nearest_neighbours, section_picture, tiles_by_class
 from synpipe.volumes import Volume
+
+SAMPLE_ROWS = 10
 
 # Badges of the assets, by kind of step.
 KINDS = {
@@ -27,34 +32,89 @@ KINDS = {
     "embedding_table": {"parquet"},
     "index": {"lancedb"},
 }
-SHEET_TILES = 40
-SAMPLE_ROWS = 10
+
+DESCRIPTIONS = {
+    "volume": "The EM volume: its size, voxel size and fingerprint. It is read, never changed.",
+    "annotations": "The files that say where the synapses are, and a fingerprint of what they hold.",
+    "synapses": "One row per usable synapse: position in nm, neuron, hemilineage, region, transmitter. What could not be "
+    "used is in `rejects`.",
+    "synapse_stacks": "For every synapse the sections z−1, z and z+1, 256 × 256 pixels around it, cut out of the volume.",
+    "rgb_tiles": "The stacks as tiles for the encoders: three sections as red, green and blue, or the middle one in grey.",
+    "rejects": "Every synapse that has no tile, with the reason, and the file and row that it comes from.",
+    "embeddings": "A vector per tile. Only tiles that this encoder has not seen are embedded.",
+    "embedding_table": "The synapses with their vectors in one Parquet file, for pandas, Polars, DuckDB and others.",
+    "index": "The table in LanceDB, versioned and indexed, for `synpipe search`.",
+}
+
+COLUMNS = {
+    "synapse_id": "Unique in the data set.",
+    "x_nm": "Position in nanometres.",
+    "y_nm": "Position in nanometres.",
+    "z_nm": "Position in nanometres, across the sections.",
+    "neuron_id": "The presynaptic neuron; empty where it is not known.",
+    "hemilineage": "Hemilineage of that neuron.",
+    "region": "Neuropil.",
+    "neurotransmitter": "The class; empty where it is not known.",
+    "confidence": "Of the detection, as the source gives it.",
+    "source": "The annotation file.",
+    "source_id": "The synapse's name or row in that file.",
+    "reason": "Why there is no tile; empty where there is one.",
+    "detail": "The reason as a sentence.",
+    "shard": "Synapses that lie close together are in the same shard.",
+    "file": "HDF5 file of the tile, in the data set's folder.",
+    "row": "Of the tile in that file.",
+    "start_z": "First voxel of the stack.",
+    "start_y": "First voxel of the stack; negative where it begins outside the volume.",
+    "start_x": "First voxel of the stack; negative where it begins outside the volume.",
+    "z_index": "Section of the synapse, counted from the volume's first.",
+    "pad_fraction": "Share of the tile's area outside the volume.",
+    "missing_sections": "Bits 0, 1, 2: section z−1, z, z+1 is outside, blank or a copy.",
+    "mean": "Grey value of the tile, 0 to 255.",
+    "std": "Contrast of the tile.",
+    "crc32": "Checksum of the tile.",
+    "content_hash": "SHA-256 of the tile, its first 32 digits: what it is embedded under.",
+    "vector": "Embedding of unit length.",
+    "norm": "Length of the vector as the encoder gave it.",
+    "encoder": "Entry of `encoders.yaml`.",
+    "encoder_fingerprint": "Weights, architecture, preprocessing, precision.",
+    "dataset_version": "Of synapses and tiles together.",
+}
+
+
+def describe(step: Step) -> str:
+    """What the asset is, and for an embedding of which encoder."""
+    encoder = step.dataset.encoders[step.encoder].description if step.encoder else ""
+    return f"{DESCRIPTIONS[step.kind]} {encoder}".strip()
 
 
 def volume(dataset: Dataset, manifest: Manifest) -> dict[str, Any]:
     with Volume(dataset.spec.volume, dataset.base) as opened:
         picture = section_picture(opened)
-    return _figures(manifest) | {"section": _picture(picture, "middle section, reduced")}
+    return _picture("middle_section", picture) | _figures(manifest)
 
 
-def files(_dataset: Dataset, manifest: Manifest) -> dict[str, Any]:
+def figures(_dataset: Dataset, manifest: Manifest) -> dict[str, Any]:
     return _figures(manifest)
 
 
 def synapses(dataset: Dataset, manifest: Manifest) -> dict[str, Any]:
-    return _figures(manifest) | _parquet(dataset.synapses_path) | _notes(manifest)
+    columns = ["synapse_id", "x_nm", "y_nm", "z_nm", "neuron_id", "neurotransmitter", "hemilineage", "region"]
+    return _figures(manifest) | _parquet(dataset.synapses_path, columns)
 
 
 def stacks(dataset: Dataset, manifest: Manifest) -> dict[str, Any]:
-    return _figures(manifest) | _parquet(dataset.stacks_path)
+    columns = ["synapse_id", "shard", "start_z", "start_y", "start_x", "pad_fraction", "missing_sections", "reason"]
+    return _figures(manifest) | _parquet(dataset.stacks_path, columns)
 
 
 def tiles(dataset: Dataset, manifest: Manifest) -> dict[str, Any]:
-    return _figures(manifest) | _parquet(dataset.tiles_path) | _contact_sheet(dataset)
+    columns = ["synapse_id", "shard", "row", "z_index", "pad_fraction", "missing_sections", "mean", "std"]
+    pictures = _picture("contact_sheet", tiles_by_class(dataset))
+    return pictures | _figures(manifest) | _parquet(dataset.tiles_path, columns)
 
 
 def rejects(dataset: Dataset, manifest: Manifest) -> dict[str, Any]:
-    return _figures(manifest) | _parquet(dataset.rejects_path)
+    return _figures(manifest) | _parquet(dataset.rejects_path, ["synapse_id", "reason", "detail"])
 
 
 def embeddings(_dataset: Dataset, manifest: Manifest) -> dict[str, Any]:
@@ -63,74 +123,24 @@ def embeddings(_dataset: Dataset, manifest: Manifest) -> dict[str, Any]:
 
 def embedding_table(dataset: Dataset, manifest: Manifest) -> dict[str, Any]:
     encoder = manifest.asset.removeprefix("embedding_table_")
-    return _figures(manifest) | _parquet(dataset.table_path(encoder))
+    columns = ["synapse_id", "neurotransmitter", "neuron_id", "region", "vector", "norm"]
+    return _figures(manifest) | _parquet(dataset.table_path(encoder), columns)
 
 
 def index(dataset: Dataset, manifest: Manifest) -> dict[str, Any]:
-    uri = dg.MetadataValue.path(str(dataset.lancedb_folder))
-    return _figures(manifest) | {"dagster/row_count": manifest.counts["rows"], "lancedb": uri}
+    encoder = manifest.asset.removeprefix("index_")
+    pictures = _picture("nearest_neighbours", nearest_neighbours(dataset, encoder))
+    folder = {"path": dg.MetadataValue.path(str(dataset.lancedb_folder / f"{encoder}.lance"))}
+    return pictures | _figures(manifest) | folder | {"dagster/row_count": manifest.counts["rows"]}
 
 
-def _figures(manifest: Manifest) -> dict[str, Any]:
-    """Counts as they are; counts by value as a table."""
-    return {
-        name: _by_value(name, value) if name in ("classes", "reasons") and isinstance(value, Mapping) else value
-        for name, value in manifest.counts.items()
-    }
-
-
-def _by_value(name: str, counts: Mapping[str, int]) -> dg.MetadataValue:
-    lines = [f"| {name} | rows |", "|---|---|", *(f"| {value} | {count:,} |" for value, count in counts.items())]
-    return dg.MetadataValue.md("\n".join(lines))
-
-
-def _notes(manifest: Manifest) -> dict[str, Any]:
-    return {"notes": dg.MetadataValue.md("\n".join(f"- {note}" for note in manifest.notes))} if manifest.notes else {}
-
-
-def _parquet(path) -> dict[str, Any]:
-    """Where the file is, its rows and schema, and a sample of them."""
-    file = pq.ParquetFile(path)
-    sample = next(file.iter_batches(batch_size=SAMPLE_ROWS), None)
-    schema = file.schema_arrow
-    columns = [dg.TableColumn(field.name, str(field.type)) for field in schema]
-    metadata: dict[str, Any] = {
-        "path": dg.MetadataValue.path(str(path)),
-        "dagster/row_count": file.metadata.num_rows,
-        "dagster/column_schema": dg.TableSchema(columns=columns),
-    }
-    if sample is not None and len(sample):
-        records = [dg.TableRecord({name: _cell(value) for name, value in row.items()}) for row in sample.to_pylist()]
-        text = dg.TableSchema(columns=[dg.TableColumn(field.name, "string") for field in schema])
-        metadata["sample"] = dg.MetadataValue.table(records, schema=text)
-    return metadata
-
-
-def _cell(value: Any) -> str:
-    """Ids above 2⁵³ would lose digits as numbers in a browser; vectors would fill the page."""
-    if isinstance(value, list):
-        return f"[{', '.join(f'{number:.3f}' for number in value[:3])}, … {len(value)} values]"
-    return "" if value is None else str(value)
-
-
-def _contact_sheet(dataset: Dataset) -> dict[str, Any]:
-    table: pa.Table = read_table(dataset.tiles_path)
-    if not len(table):
-        return {}
-    rows = np.linspace(0, len(table) - 1, min(SHEET_TILES, len(table))).astype(int)
-    reader = TileReader(table, dataset.folder, dataset.spec.tiles.stacking)
-    captions = [str(table["synapse_id"][int(row)]) for row in rows]
-    return {"contact_sheet": _picture(contact_sheet(list(reader.read(rows)), captions), "tiles")}
-
-
-def _picture(image, caption: str) -> dg.MetadataValue:
-    return dg.MetadataValue.md(f"![{caption}]({data_uri(image)})")
-
+# Counts for the next steps only.
+HIDDEN = ("encoder_identity", "files")
 
 # What is shown, by kind of step.
 SHOW: dict[str, Callable[[Dataset, Manifest], dict[str, Any]]] = {
     "volume": volume,
-    "annotations": files,
+    "annotations": figures,
     "synapses": synapses,
     "synapse_stacks": stacks,
     "rgb_tiles": tiles,
@@ -139,3 +149,53 @@ SHOW: dict[str, Callable[[Dataset, Manifest], dict[str, Any]]] = {
     "embedding_table": embedding_table,
     "index": index,
 }
+
+
+def _figures(manifest: Manifest) -> dict[str, Any]:
+    """Counts in the form in which the page shows them best; then the notes."""
+    shown = {name: _figure(name, value) for name, value in manifest.counts.items() if name not in HIDDEN}
+    if manifest.notes:
+        shown["notes"] = dg.MetadataValue.md("\n".join(f"- {note}" for note in manifest.notes))
+    return shown
+
+
+def _figure(name: str, value: Any) -> Any:
+    if name in ("classes", "reasons") and isinstance(value, Mapping):
+        rows = (f"| {key} | {count:,} |" for key, count in value.items())
+        return dg.MetadataValue.md("\n".join([f"| {name} | rows |", "|---|---:|", *rows]))
+    if name == "paths":
+        return dg.MetadataValue.md("\n".join(f"- `{file}`" for file in value))
+    if isinstance(value, list):
+        return ", ".join(map(str, value))
+    return value
+
+
+def _parquet(path: Path, sample_columns: Sequence[str]) -> dict[str, Any]:
+    """Where the file is, its rows and schema, and its first rows."""
+    file = pq.ParquetFile(path)
+    columns = [dg.TableColumn(field.name, str(field.type), COLUMNS.get(field.name)) for field in file.schema_arrow]
+    metadata: dict[str, Any] = {
+        "path": dg.MetadataValue.path(str(path)),
+        "dagster/row_count": file.metadata.num_rows,
+        "dagster/column_schema": dg.TableSchema(columns=columns),
+    }
+    sample = next(file.iter_batches(batch_size=SAMPLE_ROWS, columns=list(sample_columns)), None)
+    if sample is not None and len(sample):
+        records = [dg.TableRecord({name: _cell(row[name]) for name in sample_columns}) for row in sample.to_pylist()]
+        text = dg.TableSchema(columns=[dg.TableColumn(name, "string") for name in sample_columns])
+        metadata["sample"] = dg.MetadataValue.table(records, schema=text)
+    return metadata
+
+
+def _cell(value: Any) -> str:
+    """Ids above 2⁵³ would lose digits as numbers in a browser; vectors would fill the page."""
+    if isinstance(value, list):
+        return f"[{', '.join(f'{number:.3f}' for number in value[:3])}, … {len(value)} values]"
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    return "" if value is None else str(value)
+
+
+def _picture(name: str, image: Image.Image | None) -> dict[str, Any]:
+    """Dagster shows Markdown of more than 1,000 characters on a click; there is no other way to give it a picture."""
+    return {} if image is None else {name: dg.MetadataValue.md(f"![{name}]({data_uri(image)})")}

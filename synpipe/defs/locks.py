@@ -1,0 +1,87 @@
+"""Locks that outlive nothing: the kernel frees them when their process ends, killed or not.
+
+In: a store. Two guarantees: one step at a time is made in a store, whoever asked for it; and a run whose process has died
+is marked as failed when the next one begins, instead of being shown as running for ever. Dagster's own pools do neither:
+the slot of a killed run stays taken, and every later run waits for it.
+"""
+
+import fcntl
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import dagster as dg
+
+from synpipe.errors import SynpipeError
+
+DIED = (
+    "The process of this run ended without a word: it was killed, memory ran out, or the machine went down. Materialise "
+    "again: it carries on from the last whole shard."
+)
+
+# Locks of the runs of this process, held until it ends.
+_held: dict[str, int] = {}
+
+
+@contextmanager
+def one_step_at_a_time(store: Path, log: Callable[[str], None]) -> Iterator[None]:
+    """Wait until no other run makes anything in the store.
+
+    Two embeddings at once on one GPU gain nothing and may not fit; two runs of one data set would make its files twice.
+    """
+    handle = _open(store, "step")
+    try:
+        if not _try(handle):
+            log("waiting for another run, which is at work in this store")
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
+def register_run(instance: dg.DagsterInstance, store: Path, run_id: str) -> None:
+    """Show for as long as this process lives that the run is alive, and fail the runs that are not."""
+    if run_id in _held:
+        return
+    _held[run_id] = _open(store, f"run-{run_id}")
+    fcntl.flock(_held[run_id], fcntl.LOCK_EX)
+    fail_dead_runs(instance, store)
+
+
+def fail_dead_runs(instance: dg.DagsterInstance, store: Path) -> None:
+    """Mark as failed every registered run that has not finished and whose process is gone."""
+    for path in _folder(store).glob("run-*"):
+        handle = _open(store, path.name)
+        try:
+            if not _try(handle):
+                continue
+            run = instance.get_run_by_id(path.name.removeprefix("run-"))
+            if run is not None and not run.is_finished:
+                instance.report_run_failed(run, DIED)
+            path.unlink(missing_ok=True)
+        finally:
+            os.close(handle)
+
+
+def _folder(store: Path) -> Path:
+    return store / ".locks"
+
+
+def _open(store: Path, name: str) -> int:
+    path = _folder(store) / name
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    except OSError as error:
+        raise SynpipeError(
+            f"Cannot write {path}: {error.strerror}. Choose another store with --store or SYNPIPE_STORE."
+        ) from error
+
+
+def _try(handle: int) -> bool:
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True

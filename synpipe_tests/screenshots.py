@@ -1,0 +1,68 @@
+"""The pictures of the README, made anew from the demo in the store: `make pictures`.
+
+Out: `asset_graph.png`, `tiles.png` and `neighbours.png` in data/pictures/, together below a megabyte.
+"""
+
+import io
+import tempfile
+from pathlib import Path
+
+from PIL import Image, ImageOps
+from playwright.sync_api import Page
+
+from synpipe.datasets import Project
+from synpipe.pictures import nearest_neighbours, tiles_by_class
+from synpipe.shards import atomic_path
+from synpipe_tests.browser import chromium, serve
+
+WIDTH_PX = 1200
+MARGIN_PX = 16
+# Wide enough for the graph and the two panes beside it, high enough to keep the graph clear of the buttons below it.
+WINDOW = {"width": WIDTH_PX + 560, "height": 1500}
+BUTTONS_PX = 460
+# The dots of the page's background are lighter than this, and nothing else is.
+BACKGROUND_GREY = 232
+
+
+def main() -> None:
+    project = Project.locate()
+    dataset = project.dataset("demo")
+    folder = project.data / "pictures"
+    _save(tiles_by_class(dataset, tile_px=64), folder / "tiles.png")
+    _save(nearest_neighbours(dataset, dataset.encoder(None)), folder / "neighbours.png")
+    with tempfile.TemporaryDirectory() as logs, serve(project, Path(logs)) as ui:
+        with chromium() as browser:
+            page = browser.new_page(viewport=WINDOW)
+            page.goto(f'{ui.url}/asset-groups?asset-selection=key:"demo/*"')
+            _save(_graph(page), folder / "asset_graph.png")
+        ui.stop()
+
+
+def _graph(page: Page) -> Image.Image:
+    """The asset graph with all groups expanded, without the page around it."""
+    page.get_by_role("button", name="Materialize all").wait_for()
+    page.get_by_text("demo", exact=True).last.wait_for()
+    page.wait_for_timeout(2000)
+    page.keyboard.press("Alt+e")
+    page.get_by_text("rgb_tiles").last.wait_for()
+    page.wait_for_timeout(3000)  # the graph glides into its place
+    search = page.get_by_placeholder("Search and filter assets").bounding_box()
+    left, top = search["x"] - 20, search["y"] + search["height"] + 20
+    clip = {"x": left, "y": top, "width": WINDOW["width"] - left, "height": WINDOW["height"] - BUTTONS_PX - top}
+    shot = Image.open(io.BytesIO(page.screenshot(clip=clip))).convert("RGB")
+    drawn = shot.convert("L").point(lambda grey: 255 * (grey < BACKGROUND_GREY))
+    return ImageOps.expand(shot.crop(drawn.getbbox()), MARGIN_PX, "white")
+
+
+def _save(image: Image.Image | None, path: Path) -> None:
+    """As a PNG of 256 colours, a third of the size."""
+    if image is None:
+        raise SystemExit("The demo has nothing to show: run `make demo` first.")
+    path.parent.mkdir(exist_ok=True)
+    with atomic_path(path) as temporary:
+        image.quantize(256, dither=Image.Dither.NONE).save(temporary, "PNG", optimize=True)
+    print(f"{path}  {image.width} × {image.height}  {path.stat().st_size / 1e3:.0f} kB")
+
+
+if __name__ == "__main__":
+    main()
