@@ -5,7 +5,7 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo ui test check bench format lock clean
+.PHONY: help demo ui test check bench pictures format lock clean
 
 help: ## List the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "make %-8s %s\n", $$1, $$2 }'
@@ -26,6 +26,9 @@ check: $(INSTALLED) ## Lint, formatting and types
 
 bench: $(INSTALLED) ## Measure size and speed on the demo data set
 	@$(BIN)/python -m synpipe_tests.bench
+
+pictures: $(INSTALLED) ## Make the pictures of the README anew from the demo (needs Chromium)
+	@$(BIN)/python -m synpipe_tests.screenshots
 
 format: $(INSTALLED) ## Put the code into its standard form
 	@$(BIN)/ruff check --fix

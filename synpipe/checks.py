@@ -62,14 +62,14 @@ def vectors_vary(dataset: Dataset, encoder: str) -> Finding:
         hashes = tiles.filter(pc.equal(tiles["shard"], shard))["content_hash"].to_pylist()
         sample.append(cache.read(shard_name(shard), list(dict.fromkeys(hashes))[:128]))
     vectors = np.concatenate(sample)
-    spread = float(np.linalg.norm(vectors.std(axis=0)) / np.linalg.norm(vectors, axis=1).mean())
-    figures = {"spread": round(spread, 6), "vectors": len(vectors)}
     if not np.isfinite(vectors).all():
-        return Finding(False, "There are NaN or infinite values.", figures)
+        return Finding(False, "There are NaN or infinite values.", {"vectors": len(vectors)})
+    length = float(np.linalg.norm(vectors, axis=1).mean())
+    spread = float(np.linalg.norm(vectors.std(axis=0))) / length if length else 0.0
+    figures = {"spread": round(spread, 6), "vectors": len(vectors)}
     if len(vectors) > 1 and spread < MIN_SPREAD:
-        return Finding(
-            False, f"The vectors are constant (spread {spread:.2g}): this encoder tells nothing apart.", figures
-        )
+        text = f"The vectors are constant (spread {spread:.2g}): this encoder tells nothing apart."
+        return Finding(False, text, figures)
     return Finding(True, f"The vectors spread by {spread:.2g} of their length.", figures)
 
 

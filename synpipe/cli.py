@@ -9,13 +9,16 @@ import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from synpipe import __version__
-from synpipe.datasets import Project
 from synpipe.errors import SynpipeError
+
+# The rest is imported by the commands that need it, so that help appears at once.
+if TYPE_CHECKING:
+    from synpipe.datasets import Project
 
 
 class _Commands(click.Group):
@@ -53,6 +56,8 @@ def main(context: click.Context, store: str | None) -> None:
     Your own volume: copy data/datasets/demo.yaml, then
       synpipe materialize --dataset NAME
     """
+    from synpipe.datasets import Project
+
     context.obj = Project.locate(store)
 
 
@@ -67,7 +72,7 @@ def main(context: click.Context, store: str | None) -> None:
 )
 @click.option("--stale", is_flag=True, help="Only what is stale or missing, and what lies downstream of it.")
 @click.pass_obj
-def materialize(project: Project, dataset: str, select: tuple[str, ...], stale: bool) -> None:
+def materialize(project: "Project", dataset: str, select: tuple[str, ...], stale: bool) -> None:
     """Make the assets of a data set: synapses, tiles, embeddings, tables, indexes.
 
     What is made already is not made again: run it after every change, and after an interruption.
@@ -121,7 +126,7 @@ def materialize(project: Project, dataset: str, select: tuple[str, ...], stale: 
 )
 @json_option
 @click.pass_obj
-def search(project: Project, synapse_id: int, dataset: str, encoder: str | None, **options: Any) -> None:
+def search(project: "Project", synapse_id: int, dataset: str, encoder: str | None, **options: Any) -> None:
     """The synapses most similar to the synapse ID, for each class.
 
     \b
@@ -138,7 +143,7 @@ def search(project: Project, synapse_id: int, dataset: str, encoder: str | None,
     if options["picture"]:
         from synpipe.pictures import neighbours_picture
 
-        _save(options["picture"], neighbours_picture(chosen, {synapse_id: answer}))
+        _save(options["picture"], neighbours_picture(chosen, {synapse_id: answer}, tile_px=128))
     if options["as_json"]:
         _print_json(
             {
@@ -168,7 +173,7 @@ def search(project: Project, synapse_id: int, dataset: str, encoder: str | None,
 @dataset_option
 @json_option
 @click.pass_obj
-def status(project: Project, dataset: str, as_json: bool) -> None:
+def status(project: "Project", dataset: str, as_json: bool) -> None:
     """For each asset of a data set: fresh, stale and why, or missing.
 
     \b
@@ -202,7 +207,7 @@ def status(project: Project, dataset: str, as_json: bool) -> None:
 @encoder_option
 @json_option
 @click.pass_obj
-def versions(project: Project, dataset: str, encoder: str | None, as_json: bool) -> None:
+def versions(project: "Project", dataset: str, encoder: str | None, as_json: bool) -> None:
     """The published versions of an index, the newest first.
 
     Readers see the one marked `current`; `synpipe rollback TAG` goes back to another.
@@ -226,7 +231,7 @@ def versions(project: Project, dataset: str, encoder: str | None, as_json: bool)
 @encoder_option
 @json_option
 @click.pass_obj
-def diff(project: Project, a: str, b: str, dataset: str, encoder: str | None, as_json: bool) -> None:
+def diff(project: "Project", a: str, b: str, dataset: str, encoder: str | None, as_json: bool) -> None:
     """What changed from version A of an index to version B (tags or numbers, see `versions`; B is `current` by default).
 
     \b
@@ -256,7 +261,7 @@ def diff(project: Project, a: str, b: str, dataset: str, encoder: str | None, as
 @dataset_option
 @encoder_option
 @click.pass_obj
-def rollback(project: Project, version: str, dataset: str, encoder: str | None) -> None:
+def rollback(project: "Project", version: str, dataset: str, encoder: str | None) -> None:
     """Let readers see VERSION of an index (a tag or a number) from now on.
 
     Nothing is removed: the same command goes forward again. Materialising the index publishes the newest version anew.
@@ -274,7 +279,7 @@ def rollback(project: Project, version: str, dataset: str, encoder: str | None) 
 @encoder_option
 @json_option
 @click.pass_obj
-def provenance(project: Project, synapse_id: int, dataset: str, encoder: str | None, as_json: bool) -> None:
+def provenance(project: "Project", synapse_id: int, dataset: str, encoder: str | None, as_json: bool) -> None:
     """Where the row of synapse ID comes from: tile, volume, annotation file, weights, code, Dagster runs."""
     import yaml
 
@@ -293,7 +298,7 @@ def provenance(project: Project, synapse_id: int, dataset: str, encoder: str | N
 @click.option("--delete", is_flag=True, help="Remove what is listed. Without it, nothing is.")
 @json_option
 @click.pass_obj
-def gc(project: Project, dataset: str, delete: bool, as_json: bool) -> None:
+def gc(project: "Project", dataset: str, delete: bool, as_json: bool) -> None:
     """List the files of a data set that nothing refers to any more; remove them with --delete.
 
     Among them are vectors of encoders no longer used: going back to such an encoder embeds its tiles again.
@@ -314,7 +319,7 @@ def gc(project: Project, dataset: str, delete: bool, as_json: bool) -> None:
 
 @main.command()
 @click.pass_obj
-def demo(project: Project) -> None:
+def demo(project: "Project") -> None:
     """Make the synthetic demo data set and all of its assets, and search in it.
 
     \b
@@ -331,7 +336,7 @@ def demo(project: Project) -> None:
     encoder = dataset.encoder(None)
     queries = example_queries(dataset, encoder)
     picture = dataset.folder / "neighbours.png"
-    _save(picture, nearest_neighbours(dataset, encoder))
+    _save(picture, nearest_neighbours(dataset, encoder, tile_px=128))
 
     counts = {asset: read_manifest(dataset, asset).counts for asset in ("synapses", "rgb_tiles", "rejects")}
     folder, rows = _short(dataset.folder), {name: count["rows"] for name, count in counts.items()}
@@ -355,7 +360,7 @@ Next:
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on. There is no password.")
 @click.option("--port", "-p", default=3000, show_default=True, type=click.IntRange(1, 65535))
 @click.pass_obj
-def ui(project: Project, host: str, port: int) -> None:
+def ui(project: "Project", host: str, port: int) -> None:
     """Open the graph in the browser: Dagster with this project's data sets and history."""
     from synpipe.defs.run import serve_ui
 
@@ -390,7 +395,7 @@ def _short(path: Path) -> str:
     return relative if len(relative) < len(str(path)) else str(path)
 
 
-def _command(project: Project) -> str:
+def _command(project: "Project") -> str:
     """How this program was called, so that a printed command can be pasted."""
     program = _short(Path(sys.argv[0])) if os.sep in sys.argv[0] else "synpipe"
-    return program if project.store == Project.locate().store else f"{program} --store {_short(project.store)}"
+    return program if project.store == type(project).locate().store else f"{program} --store {_short(project.store)}"

@@ -99,6 +99,9 @@ class Dataset:
     def manifest_path(self, asset: str) -> Path:
         return self.folder / "manifests" / f"{asset}.json"
 
+    def lineage_path(self, asset: str, data_version: str) -> Path:
+        return self.folder / "lineage" / asset / f"{data_version}.json"
+
     def encoder(self, name: str | None) -> str:
         """The encoder of that name, or the default one. Raises `SynpipeError` where the data set has no such encoder."""
         if name is None:
@@ -110,13 +113,14 @@ class Dataset:
             )
         return name
 
-    def missing_sources(self) -> list[Path]:
-        """Files that the spec names and that are not there; none where the data set makes its own."""
-        if self.spec.synthetic is not None:
-            return []
+    def source_files(self) -> list[Path]:
+        """The volume and the annotation files that the spec names, whether they are there or not."""
         files = [self.spec.volume.resolve(self.base)]
-        files += [file for annotation in self.spec.annotations for file in annotation.resolve(self.base)]
-        return [file for file in files if not file.exists()]
+        return files + [file for annotation in self.spec.annotations for file in annotation.resolve(self.base)]
+
+    def missing_sources(self) -> list[Path]:
+        """Source files that are not there; none where the data set makes its own."""
+        return [] if self.spec.synthetic else [file for file in self.source_files() if not file.exists()]
 
 
 @dataclass(frozen=True)

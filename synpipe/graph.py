@@ -6,7 +6,8 @@ command line, schedule and tests agree on it, with or without Dagster's history.
 """
 
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal
 
 from synpipe import pipeline
@@ -16,12 +17,13 @@ from synpipe.errors import SynpipeError
 from synpipe.manifests import Manifest, find_manifest, read_manifest, write_manifest
 from synpipe.pipeline import Log, Made
 from synpipe.specs import Spec, digest
+from synpipe.tiles import CUT_OUT_VERSION
 
 
 @dataclass(frozen=True)
 class Step:
     """One asset of a data set. kind: the asset's name without the encoder. described: all of the specs that decide what
-    the step makes of its inputs."""
+    the step makes of its inputs. path: the file that other steps and tools read, where there is one."""
 
     dataset: Dataset
     kind: str
@@ -29,6 +31,7 @@ class Step:
     deps: tuple[str, ...]
     described: Any
     make: Callable[..., Made]
+    path: Path | None = None
 
     @property
     def asset(self) -> str:
@@ -39,17 +42,53 @@ class Step:
         """Changes whenever the step would make something else of the same inputs."""
         return f"{pipeline.CODE_VERSIONS[self.kind]}-{digest(_plain(self.described))[:12]}"
 
-    def run(self, log: Log, run_id: str | None = None) -> Manifest:
-        """Do the work and write the manifest.
+    def run(self, log: Log, run_id: str | None = None, checks: Collection[str] = ()) -> Manifest:
+        """Do the work and write the manifest. checks: names of those that the caller makes next, see `passed`.
 
-        Raises `SynpipeError` where an input has not been made, and for whatever stops the work.
+        Raises `SynpipeError` where an input has not been made, is not whole or has changed since, and for whatever stops
+        the work; the manifest is then as it was.
         """
-        inputs = {dep: read_manifest(self.dataset, dep).data_version for dep in self.deps}
+        before = find_manifest(self.dataset, self.asset)
+        inputs = self._inputs()
         which = () if self.encoder is None else (self.encoder,)
-        made = self.make(self.dataset, *which, inputs, log)
-        manifest = Manifest(self.asset, made.data_version, self.code_version, inputs, made.counts, made.notes, run_id)
+        # Killed from here on, the asset is out of date even where everything that changed is changed back.
+        if before is not None:
+            write_manifest(self.dataset, replace(before, interrupted=True))
+        try:
+            made = self.make(self.dataset, *which, inputs, log)
+            self._inputs()  # a source that is changed while it is read is of neither version
+        except SynpipeError:
+            if before is not None:
+                write_manifest(self.dataset, before)
+            raise
+        manifest = Manifest(
+            self.asset, made.data_version, self.code_version, inputs, made.counts, made.notes, run_id, [*checks]
+        )
         write_manifest(self.dataset, manifest)
         return manifest
+
+    def _inputs(self) -> dict[str, str]:
+        """Data version by input."""
+        found = {}
+        for step in steps(self.dataset):
+            if step.asset not in self.deps:
+                continue
+            manifest = read_manifest(self.dataset, step.asset)
+            # What is made of a source that has changed would stand, and its cut-outs be kept, under the former version.
+            reasons = _own_reasons(step, manifest) if step.kind in SOURCES else _not_whole(manifest)
+            if reasons:
+                raise SynpipeError(
+                    f"{self.asset} cannot be made: {self.dataset.name}/{step.asset} is out of date, {reasons[0]}. Materialise "
+                    f"that and all downstream of it: `synpipe materialize --dataset {self.dataset.name} --stale`."
+                )
+            found[step.asset] = manifest.data_version
+        return found
+
+    def passed(self, checks: Collection[str]) -> None:
+        """Note which of the checks that `run` was told of have passed: with others left the asset stays out of date."""
+        manifest = read_manifest(self.dataset, self.asset)
+        left = [check for check in manifest.unpassed if check not in checks]
+        write_manifest(self.dataset, replace(manifest, unpassed=left))
 
 
 # Assets whose version can change with nobody telling: the version of their files as they are now.
@@ -63,16 +102,16 @@ def steps(dataset: Dataset) -> list[Step]:
     """
     spec = dataset.spec
     made_here = ("volume",) if spec.synthetic else ()
-    cutting = spec.tiles.model_dump(mode="json", exclude={"stacking"})
-    trunk = [
-        ("volume", (), [spec.volume, spec.synthetic], pipeline.make_volume),
-        ("annotations", made_here, spec.annotations, pipeline.make_annotations),
-        ("synapses", ("volume", "annotations"), spec.classes, pipeline.make_synapses),
-        ("synapse_stacks", ("volume", "synapses"), cutting, pipeline.make_synapse_stacks),
-        ("rgb_tiles", ("synapse_stacks",), spec.tiles.stacking, pipeline.make_rgb_tiles),
-        ("rejects", ("synapses", "synapse_stacks"), None, pipeline.make_rejects),
+    cutting = [CUT_OUT_VERSION, spec.tiles.model_dump(mode="json", exclude={"stacking"})]
+    trunk: list[tuple[str, tuple[str, ...], Any, Callable[..., Made], Path | None]] = [
+        ("volume", (), [spec.volume, spec.synthetic], pipeline.make_volume, None),
+        ("annotations", made_here, spec.annotations, pipeline.make_annotations, None),
+        ("synapses", ("volume", "annotations"), spec.classes, pipeline.make_synapses, dataset.synapses_path),
+        ("synapse_stacks", ("volume", "synapses"), cutting, pipeline.make_synapse_stacks, dataset.stacks_path),
+        ("rgb_tiles", ("synapse_stacks",), spec.tiles.stacking, pipeline.make_rgb_tiles, dataset.tiles_path),
+        ("rejects", ("synapses", "synapse_stacks"), None, pipeline.make_rejects, dataset.rejects_path),
     ]
-    found = [Step(dataset, kind, None, deps, described, make) for kind, deps, described, make in trunk]
+    found = [Step(dataset, kind, None, deps, described, make, path) for kind, deps, described, make, path in trunk]
     for encoder, entry in dataset.encoders.items():
         who = identity(entry, dataset.weights_base)
         embeddings, table = f"embeddings_{encoder}", f"embedding_table_{encoder}"
@@ -83,8 +122,9 @@ def steps(dataset: Dataset) -> list[Step]:
                 "embedding_table",
                 encoder,
                 ("synapses", "rgb_tiles", embeddings),
-                who,
+                [who, pipeline.TABLE_SCHEMA_VERSION],
                 pipeline.make_embedding_table,
+                dataset.table_path(encoder),
             ),
             Step(dataset, "index", encoder, (table,), who, pipeline.make_index),
         ]
@@ -104,7 +144,8 @@ def states(dataset: Dataset) -> list[State]:
     """The state of every asset, in the order of the steps.
 
     An asset is stale when its spec or code changed, when an input has another version than the one it was made of, when
-    its source changed, or when something upstream is stale or missing.
+    its source changed, when a run of it was interrupted, when a check of it has not passed, when its file is gone, or
+    when something upstream is stale or missing.
     """
     found: list[State] = []
     outdated: set[str] = set()
@@ -127,6 +168,10 @@ def _own_reasons(step: Step, manifest: Manifest) -> list[str]:
     if manifest.code_version != step.code_version:
         what = f"encoder {step.encoder}" if step.encoder else "its spec or code"
         return [f"{what} changed ({manifest.code_version} → {step.code_version})"]
+    if not_whole := _not_whole(manifest):
+        return not_whole
+    if step.path is not None and not step.path.exists():
+        return [f"its file {step.path.name} is not there"]
     if step.kind in SOURCES:
         try:
             now = SOURCES[step.kind](step.dataset, manifest.counts)
@@ -135,6 +180,12 @@ def _own_reasons(step: Step, manifest: Manifest) -> list[str]:
         if now not in (None, manifest.data_version):
             return [f"its source changed ({manifest.data_version[:12]} → {now[:12]})"]
     return []
+
+
+def _not_whole(manifest: Manifest) -> list[str]:
+    if manifest.interrupted:
+        return ["its last run was interrupted"]
+    return [f"its check {' and '.join(manifest.unpassed)} has not passed"] if manifest.unpassed else []
 
 
 def _input_reasons(step: Step, manifest: Manifest, versions: dict[str, str], outdated: Collection[str]) -> list[str]:

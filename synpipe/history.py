@@ -1,12 +1,14 @@
 """Versions of an index: which there are, how two of them differ, going back to one, and where a row of it comes from.
 
 In: the LanceDB table of an encoder, whose every published version has a tag. Out: lists and figures; a moved tag.
-Guarantee: going back moves the tag `current` and nothing else, so that readers see one whole version or another.
+Guarantees: going back moves the tag `current` and nothing else, so that readers see one whole version or another; what
+is told of a row's origin is that of the version which readers see, not of what was made since.
 """
 
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import UTC
 from typing import Any
 
 import lancedb
@@ -15,15 +17,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from synpipe.annotations import SYNAPSE_SCHEMA
 from synpipe.datasets import Dataset
 from synpipe.errors import SynpipeError
-from synpipe.graph import steps
 from synpipe.index import CURRENT, METADATA_KEY, open_current
-from synpipe.manifests import find_manifest
+from synpipe.manifests import Manifest, find_version
 from synpipe.shards import read_table
 
 # Columns whose change makes a row another one; the encoder's vector is compared by its cosine.
-ROW_COLUMNS = ("x_nm", "y_nm", "z_nm", "neuron_id", "hemilineage", "region", "neurotransmitter", "content_hash")
+ROW_COLUMNS = (*SYNAPSE_SCHEMA.names[1:], "content_hash", "pad_fraction", "missing_sections")
 
 
 @dataclass(frozen=True)
@@ -59,36 +61,35 @@ def versions(dataset: Dataset, encoder: str) -> list[Version]:
     current = table.version
     made_at = {entry["version"]: entry["timestamp"] for entry in table.list_versions()}
     found = []
-    for tag, content in table.tags.list().items():
-        if tag == CURRENT:
-            continue
-        table.checkout(tag)
-        provenance = _provenance(table)
+    for tag, number in _tags(table).items():
+        table.checkout(number)
+        told = _provenance(table)
         found.append(
             Version(
                 tag=tag,
-                number=content["version"],
-                made_at=made_at[content["version"]].astimezone().isoformat(timespec="seconds"),
+                number=number,
+                made_at=made_at[number].astimezone(UTC).isoformat(timespec="seconds"),
                 rows=table.count_rows(),
-                data_version=provenance["data_version"],
-                encoder_fingerprint=provenance["encoder_fingerprint"],
-                current=content["version"] == current,
+                data_version=told["data_version"],
+                encoder_fingerprint=told["encoder_fingerprint"],
+                current=number == current,
             )
         )
     return sorted(found, key=lambda version: -version.number)
 
 
 def open_version(dataset: Dataset, encoder: str, which: str) -> Any:
-    """The version with this tag or number, read-only. Raises `SynpipeError` where there is no such one."""
-    for version in versions(dataset, encoder):
-        if which in (version.tag, str(version.number)) or (which == CURRENT and version.current):
-            table = lancedb.connect(dataset.lancedb_folder).open_table(encoder)
-            table.checkout(version.number)
-            return table
-    raise SynpipeError(
-        f"The index {encoder} of {dataset.name} has no version {which!r}: `synpipe versions --dataset {dataset.name} "
-        f"--encoder {encoder}` lists them."
-    )
+    """The version with this tag or number, or `current`, read-only. Raises `SynpipeError` where there is no such one."""
+    table = open_current(dataset.lancedb_folder, encoder)
+    published = _tags(table)
+    numbers = {str(number): number for number in published.values()} | published | {CURRENT: table.version}
+    if which not in numbers:
+        raise SynpipeError(
+            f"The index {encoder} of {dataset.name} has no version {which!r}: `synpipe versions --dataset {dataset.name} "
+            f"--encoder {encoder}` lists them."
+        )
+    table.checkout(numbers[which])
+    return table
 
 
 def diff(dataset: Dataset, encoder: str, a: str, b: str) -> Difference:
@@ -102,7 +103,7 @@ def diff(dataset: Dataset, encoder: str, a: str, b: str) -> Difference:
     for column in ROW_COLUMNS:
         same = pc.fill_null(pc.equal(old_both[column], new_both[column]), False)
         neither = pc.and_(pc.is_null(old_both[column]), pc.is_null(new_both[column]))
-        changed |= ~pc.or_(same, neither).to_numpy(zero_copy_only=False)
+        changed |= ~pc.or_(same, neither).to_numpy()
     vectors = [_vectors(table) for table in (old_both, new_both)]
     comparable = len(ids) > 0 and vectors[0].shape == vectors[1].shape
     return Difference(
@@ -118,7 +119,7 @@ def diff(dataset: Dataset, encoder: str, a: str, b: str) -> Difference:
 def rollback(dataset: Dataset, encoder: str, which: str) -> Version:
     """Let readers see version `which` (a tag or a number) from now on; returns it.
 
-    It holds until the index is built or materialised again.
+    It holds until the index is materialised again.
     """
     number = open_version(dataset, encoder, which).version
     lancedb.connect(dataset.lancedb_folder).open_table(encoder).tags.update(CURRENT, number)
@@ -128,7 +129,8 @@ def rollback(dataset: Dataset, encoder: str, which: str) -> Version:
 def provenance(dataset: Dataset, encoder: str, synapse_id: int) -> dict[str, Any]:
     """Where a row of the published index comes from: its tile, volume, annotation, weights, code and runs.
 
-    Raises `SynpipeError` where the index has no such synapse.
+    Of an asset that was made again to the same version, the first run and code are told. Raises `SynpipeError` where the
+    index has no such synapse.
     """
     table = open_current(dataset.lancedb_folder, encoder)
     columns = [field.name for field in table.schema if field.name != "vector"]
@@ -136,17 +138,27 @@ def provenance(dataset: Dataset, encoder: str, synapse_id: int) -> dict[str, Any
     if not found:
         raise SynpipeError(f"Synapse {synapse_id} is not in the index {encoder} of {dataset.name}.")
     row, told = found[0], _provenance(table)
-    stacks = read_table(dataset.stacks_path)
-    cut = stacks.filter(pc.equal(stacks["content_hash"], row["content_hash"])).to_pylist()
-    manifests = {step.asset: find_manifest(dataset, step.asset) for step in steps(dataset)}
-    upstream = [step.asset for step in steps(dataset) if step.encoder in (None, encoder)]
+    made_of = {f"index_{encoder}": told["data_version"], f"embedding_table_{encoder}": told["table_data_version"]}
+    lineage = _lineage(dataset, made_of)
+    annotations = lineage["annotations"]
     return {
         "row": row,
         "index": {"version": table.version, "data_version": told["data_version"], "schema": told["schema_version"]},
         "encoder": {"name": told["encoder"], "fingerprint": told["encoder_fingerprint"], **told["encoder_details"]},
-        "tile": _tile(cut, told, row["content_hash"]),
-        "volume": _of(manifests.get("volume"), "path", "shape_zyx", "voxel_size_nm_zyx"),
-        "annotations": _of(manifests.get("annotations"), "paths") | {"source": row["source"], "id": row["source_id"]},
+        "tile": _tile(dataset, told, row),
+        "volume": {
+            "data_version": lineage["volume"].data_version,
+            **{
+                name: lineage["volume"].counts[name]
+                for name in ("path", "shape_zyx", "voxel_size_nm_zyx", "offset_nm_zyx")
+            },
+        },
+        "annotation": {
+            "data_version": annotations.data_version,
+            "source": row["source"],
+            "source_id": row["source_id"],
+            "sha256_by_file": annotations.counts["sha256_by_source"][row["source"]],
+        },
         "assets": {
             asset: {
                 "data_version": manifest.data_version,
@@ -154,26 +166,46 @@ def provenance(dataset: Dataset, encoder: str, synapse_id: int) -> dict[str, Any
                 "synpipe_version": manifest.synpipe_version,
                 "dagster_run": manifest.run_id,
             }
-            for asset in upstream
-            if (manifest := manifests[asset]) is not None
+            for asset, manifest in lineage.items()
         },
     }
 
 
-def _tile(cut: list[dict[str, Any]], told: Mapping[str, Any], content_hash: str) -> dict[str, Any]:
-    recipe = {"content_hash": content_hash, "recipe": told["dataset_spec"]["tiles"]}
-    if not cut:
-        return recipe  # of an older version: its tile is no longer among the stacks
+def _lineage(dataset: Dataset, made_of: Mapping[str, str]) -> dict[str, Manifest]:
+    """Manifests of these versions and of all upstream of them, by asset.
+
+    Nearest first: a version of the stacks that serves two versions of the synapses names the first of them only.
+    """
+    found: dict[str, Manifest] = {}
+    queue = dict(made_of)
+    while queue:
+        for asset, data_version in queue.items():
+            if asset not in found and (manifest := find_version(dataset, asset, data_version)) is not None:
+                found[asset] = manifest
+        upstream = {dep: version for asset in queue if asset in found for dep, version in found[asset].inputs.items()}
+        queue = {asset: version for asset, version in upstream.items() if asset not in found}
+    return found
+
+
+def _tile(dataset: Dataset, told: Mapping[str, Any], row: Mapping[str, Any]) -> dict[str, Any]:
+    recipe = {"content_hash": row["content_hash"], "recipe": told["dataset_spec"]["tiles"]}
+    tiles = read_table(dataset.tiles_path)
+    found = tiles.filter(pc.equal(tiles["content_hash"], row["content_hash"])).to_pylist()
+    if not found:
+        return recipe  # of an older version: its tile is no longer among the tiles
     names = ("file", "row", "start_z", "start_y", "start_x", "pad_fraction", "missing_sections", "crc32")
-    return recipe | {name: cut[0][name] for name in names}
-
-
-def _of(manifest: Any, *names: str) -> dict[str, Any]:
-    return {} if manifest is None else {"data_version": manifest.data_version, **{n: manifest.counts[n] for n in names}}
+    # Tiles of one content may be several, at several places.
+    own = next((tile for tile in found if tile["synapse_id"] == row["synapse_id"]), found[0])
+    return recipe | {name: own[name] for name in names}
 
 
 def _is(synapse_id: int) -> Any:
     return lancedb.expr.col("synapse_id") == lancedb.expr.lit(synapse_id)
+
+
+def _tags(table: Any) -> dict[str, int]:
+    """Number of each published version by its tag."""
+    return {tag: content["version"] for tag, content in table.tags.list().items() if tag != CURRENT}
 
 
 def _provenance(table: Any) -> dict[str, Any]:

@@ -1,9 +1,11 @@
 """What has been made: one small JSON file per asset, written when everything else of it is in place.
 
-In and out: `Manifest`s in the data set's folder. Guarantee: an asset with a manifest is whole.
+In and out: `Manifest`s in the data set's folder. Guarantees: an asset whose manifest says nothing else is whole; of
+every version that was ever whole, the manifest under which it was made first is kept.
 """
 
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 from synpipe import __version__
@@ -19,7 +21,9 @@ FORMAT = 1
 class Manifest:
     """What an asset is: written last, so that an asset with a manifest is whole.
 
-    inputs: data version of each input when it was made. run_id: the Dagster run that made it, if any.
+    inputs: data version of each input when it was made. run_id: the Dagster run that made it, if any. unpassed: names of
+    the checks that it failed, or was to undergo when the process ended. interrupted: a run of it began and did not end;
+    its files may be of this version or of the next.
     """
 
     asset: str
@@ -29,6 +33,8 @@ class Manifest:
     counts: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     run_id: str | None = None
+    unpassed: list[str] = field(default_factory=list)
+    interrupted: bool = False
     synpipe_version: str = __version__
     format: int = FORMAT
 
@@ -39,7 +45,15 @@ def find_manifest(dataset: Dataset, asset: str) -> Manifest | None:
     What is older is made anew by materialising; tiles and vectors are taken from their caches where those can be read.
     Raises `SynpipeError` for a store that a newer synpipe has written.
     """
-    path = dataset.manifest_path(asset)
+    return _find(dataset.manifest_path(asset))
+
+
+def find_version(dataset: Dataset, asset: str, data_version: str) -> Manifest | None:
+    """The manifest under which this version of an asset was made first, or None where it never was."""
+    return _find(dataset.lineage_path(asset, data_version))
+
+
+def _find(path: Path) -> Manifest | None:
     if not path.exists():
         return None
     content = read_json(path)
@@ -60,4 +74,8 @@ def read_manifest(dataset: Dataset, asset: str) -> Manifest:
 
 
 def write_manifest(dataset: Dataset, manifest: Manifest) -> None:
+    whole = not manifest.interrupted and not manifest.unpassed
+    # Before the manifest itself: what is known to be whole has its lineage.
+    if whole and find_version(dataset, manifest.asset, manifest.data_version) is None:
+        write_json(dataset.lineage_path(manifest.asset, manifest.data_version), asdict(manifest))
     write_json(dataset.manifest_path(manifest.asset), asdict(manifest))

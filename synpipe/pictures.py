@@ -54,7 +54,7 @@ def example_queries(dataset: Dataset, encoder: str) -> list[int]:
 
 
 def neighbours_picture(
-    dataset: Dataset, answers: Mapping[int, Mapping[str, Sequence[Neighbour]]], tile_px: int = 80
+    dataset: Dataset, answers: Mapping[int, Mapping[str, Sequence[Neighbour]]], tile_px: int = 64
 ) -> Image.Image:
     """A row per query: its tile, then the two most similar synapses of each class, with their distances.
 
@@ -65,18 +65,18 @@ def neighbours_picture(
     rows = {}
     for query, answer in answers.items():
         found = [
-            (one.synapse_id, f"{name[:7]} {one.distance:.3f}") for name, near in answer.items() for one in near[:2]
+            (one.synapse_id, f"{name[:4]}  {one.distance:.2g}") for name, near in answer.items() for one in near[:2]
         ]
         cells = [(reader.by_id(synapse_id), caption) for synapse_id, caption in [(query, "query"), *found]]
         rows[f"{labels[query]}\n{query}"] = cells
     return _sheet(rows, tile_px)
 
 
-def nearest_neighbours(dataset: Dataset, encoder: str) -> Image.Image | None:
+def nearest_neighbours(dataset: Dataset, encoder: str, tile_px: int = 64) -> Image.Image | None:
     """`neighbours_picture` for an example of each class; None where no tile of a known class is whole."""
     index = SynapseIndex(dataset, encoder)
     answers = {query: index.search(query) for query in example_queries(dataset, encoder)}
-    return neighbours_picture(dataset, answers) if answers else None
+    return neighbours_picture(dataset, answers, tile_px) if answers else None
 
 
 def section_picture(volume: Volume, edge_px: int = 1536, width_px: int = 640) -> Image.Image:

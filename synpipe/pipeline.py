@@ -29,7 +29,7 @@ from synpipe.manifests import find_manifest, read_manifest
 from synpipe.shards import read_table, remove_leftovers, write_table
 from synpipe.specs import digest
 from synpipe.synthetic import make_demo
-from synpipe.volumes import Volume
+from synpipe.volumes import Volume, file_sha256
 
 Log = Callable[[str], None]
 Inputs = Mapping[str, str]  # data version by asset
@@ -95,14 +95,14 @@ def make_volume(dataset: Dataset, inputs: Inputs, log: Log) -> Made:
             "shape_zyx": volume.shape_zyx.tolist(),
             "voxel_size_nm_zyx": volume.voxel_size_nm_zyx.tolist(),
             "offset_nm_zyx": volume.offset_nm_zyx.tolist(),
-            "files": _status_of([volume.path]),
+            "files": status_of([volume.path]),
         }
         return Made(volume.fingerprint(), counts)
 
 
 def volume_version(dataset: Dataset, counts: Mapping[str, Any]) -> str | None:
     """Version that the volume has now; None where its file was not touched since `counts` of its manifest were taken."""
-    if _status_of([dataset.spec.volume.resolve(dataset.base)]) == counts["files"]:
+    if status_of([dataset.spec.volume.resolve(dataset.base)]) == counts["files"]:
         return None
     with Volume(dataset.spec.volume, dataset.base) as volume:
         return volume.fingerprint()
@@ -111,12 +111,17 @@ def volume_version(dataset: Dataset, counts: Mapping[str, Any]) -> str | None:
 def make_annotations(dataset: Dataset, inputs: Inputs, log: Log) -> Made:
     """Take the fingerprint of the annotation files and of how they are read."""
     files = _annotation_files(dataset)
-    return Made(_annotations_version(dataset), {"paths": [str(file) for file in files], "files": _status_of(files)})
+    # The status first: a file that is edited in between is then seen to have changed.
+    counts: dict[str, Any] = {"paths": [str(file) for file in files], "files": status_of(files), "sha256_by_source": {}}
+    for annotation in dataset.spec.annotations:
+        hashes = {str(file): file_sha256(file) for file in annotation.files(dataset.base)}
+        counts["sha256_by_source"].setdefault(annotation.name, {}).update(hashes)
+    return Made(_annotations_version(dataset), counts)
 
 
 def annotations_version(dataset: Dataset, counts: Mapping[str, Any]) -> str | None:
     """Version that the annotations have now; None where no file was touched since `counts` were taken."""
-    return None if _status_of(_annotation_files(dataset)) == counts["files"] else _annotations_version(dataset)
+    return None if status_of(_annotation_files(dataset)) == counts["files"] else _annotations_version(dataset)
 
 
 def make_synapses(dataset: Dataset, inputs: Inputs, log: Log) -> Made:
@@ -200,6 +205,7 @@ def make_rgb_tiles(dataset: Dataset, inputs: Inputs, log: Log) -> Made:
     write_table(dataset.tiles_path, good, _metadata(dataset, version, inputs))
     counts = {
         "rows": len(good),
+        "stacking": stacking,
         "padded": int(pc.sum(pc.greater(good["pad_fraction"], 0)).as_py() or 0),
         "with_missing_sections": int(pc.sum(pc.greater(good["missing_sections"], 0)).as_py() or 0),
     }
@@ -246,11 +252,14 @@ def make_embeddings(dataset: Dataset, name: str, inputs: Inputs, log: Log) -> Ma
         if not missing_from(cache):
             # Opening the network takes ten seconds, most of it to import torch, and would change nothing.
             log(f"0 tiles embedded, {len(index_table):,} were there")
-            return Made(made.data_version, made.counts | {"tiles_embedded": 0})
+            version = _version("embeddings", inputs, [made.counts["encoder_fingerprint"]])
+            return Made(version, made.counts | {"tiles_embedded": 0})
 
     encoder = open_encoder(dataset.encoders[name], dataset.weights_base)
     log(f"{encoder.spec.model} on {encoder.device}, {encoder.dim} dimensions, fingerprint {encoder.fingerprint[:12]}")
-    reader = tiles.TileReader(index_table, dataset.folder, dataset.spec.tiles.stacking)
+    # As the hashes were taken, not as the spec may say by now: a vector is kept under the content that was embedded.
+    stacking = read_manifest(dataset, "rgb_tiles").counts["stacking"]
+    reader = tiles.TileReader(index_table, dataset.folder, stacking)
     cache = embedding.EmbeddingCache(dataset.embeddings_folder, encoder.fingerprint)
     progress = Progress(log, missing_from(cache), "tiles")
     started, embedded = time.monotonic(), 0
@@ -272,7 +281,11 @@ def make_embeddings(dataset: Dataset, name: str, inputs: Inputs, log: Log) -> Ma
         "device": str(encoder.device),
         "encoder_identity": who,
         "encoder_fingerprint": encoder.fingerprint,
-        "encoder": {"spec": encoder.spec.model_dump(mode="json"), "preprocessing": encoder.preprocessing},
+        "encoder": {
+            "spec": encoder.spec.model_dump(mode="json"),
+            "weights": encoder.weights,
+            "preprocessing": encoder.preprocessing,
+        },
     }
     version = _version("embeddings", inputs, [encoder.fingerprint])
     return Made(version, counts)
@@ -280,11 +293,10 @@ def make_embeddings(dataset: Dataset, name: str, inputs: Inputs, log: Log) -> Ma
 
 def make_embedding_table(dataset: Dataset, name: str, inputs: Inputs, log: Log) -> Made:
     """Synapses with their vectors: the Parquet file that other tools read, one row group per shard."""
-    asset = f"embedding_table_{name}"
     made = read_manifest(dataset, f"embeddings_{name}").counts
     version = _version("embedding_table", inputs, [TABLE_SCHEMA_VERSION])
     path = dataset.table_path(name)
-    if _is_made(dataset, asset, version, path):
+    if _is_of_version(path, version):
         log("the table is of this version already")
     else:
         provenance = _provenance(dataset, version, inputs) | {
@@ -340,7 +352,7 @@ def _annotations_version(dataset: Dataset) -> str:
     return digest([annotation.fingerprint(dataset.base) for annotation in dataset.spec.annotations])
 
 
-def _status_of(files: Iterable[Path]) -> list[list[Any]]:
+def status_of(files: Iterable[Path]) -> list[list[Any]]:
     """Size and time of each file: while they stay, its content is not read again."""
     statuses = [(file, file.stat()) for file in files if file.exists()]
     return [[str(file), status.st_size, status.st_mtime_ns] for file, status in statuses]
@@ -350,9 +362,13 @@ def shard_name(shard: int) -> str:
     return f"{shard:05d}"
 
 
-def _is_made(dataset: Dataset, asset: str, version: str, path: Path) -> bool:
-    manifest = find_manifest(dataset, asset)
-    return path.exists() and manifest is not None and manifest.data_version == version
+def _is_of_version(path: Path, version: str) -> bool:
+    """What the file itself says: the manifest may be older where a run was killed between the two."""
+    try:
+        provenance = json.loads(pq.read_schema(path).metadata[b"synpipe"])
+    except (OSError, pa.ArrowInvalid, TypeError, KeyError):  # absent, damaged, or written by something else
+        return False
+    return provenance["data_version"] == version
 
 
 def _provenance(dataset: Dataset, version: str, inputs: Inputs) -> dict[str, Any]:

@@ -55,6 +55,7 @@ class SynapseIndex:
         self._table = open_current(dataset.lancedb_folder, encoder)
         self._classes = dataset.spec.classes
         self.provenance = json.loads(self._table.schema.metadata[METADATA_KEY])
+        self.fingerprint: str = self.provenance["encoder_fingerprint"]
         self.version = self._table.version
         self.exact = self._table.count_rows() <= EXACT_ROWS
         if self.exact:
@@ -76,13 +77,44 @@ class SynapseIndex:
         Raises `SynpipeError` for an unknown synapse, metric or column, `per_class` below 1, or a metric other than cosine
         on a table too large for an exact search.
         """
+        vector = self._query(synapse_id)
+        return self.search_vector(vector, self.fingerprint, metric, per_class, where, leave_out=synapse_id)
+
+    def search_vector(
+        self,
+        vector: np.ndarray,
+        fingerprint: str,
+        metric: Metric = "cosine",
+        per_class: int = 4,
+        where: Mapping[str, str] | None = None,
+        leave_out: int | None = None,
+    ) -> dict[str, list[Neighbour]]:
+        """The synapses whose vectors are most similar to `vector`, (d,), with its length as the encoder gave it.
+
+        fingerprint: of the encoder that made the vector, `Encoder.fingerprint`; vectors of two encoders are of two spaces,
+        whatever their number of dimensions. leave_out: id of a synapse that is no answer. The rest as in `search`.
+        Raises `SynpipeError` also where the fingerprint is not that of the index, or the vector has another number of
+        dimensions, is not finite, or has no length.
+        """
         if metric not in METRICS:
             raise SynpipeError(f"Unknown metric {metric!r}: use one of {', '.join(METRICS)}.")
         if per_class < 1:
             raise SynpipeError(f"The number of neighbours of each class must be at least 1, not {per_class}.")
+        if fingerprint != self.fingerprint:
+            raise SynpipeError(
+                f"The vector was made by the encoder {fingerprint[:12]}, this index of {self.provenance['encoder']} by "
+                f"{self.fingerprint[:12]}: their vectors cannot be compared. Embed the query with the encoder of the index, "
+                "or search in the index of its own."
+            )
+        query = np.asarray(vector, np.float32)
+        dimensions = self._table.schema.field("vector").type.list_size
+        if query.shape != (dimensions,):
+            raise SynpipeError(f"The vector has shape {query.shape}; this index needs ({dimensions},).")
+        if not (np.isfinite(query).all() and query.any()):
+            raise SynpipeError("The vector is zero, or holds values that are not finite: nothing is similar to it.")
         wanted = {column: _filter_value(column, value) for column, value in (where or {}).items()}
         answer = self._exactly if self.exact else self._through_index
-        return answer(self._query(synapse_id), synapse_id, metric, per_class, wanted)
+        return answer(query, leave_out, metric, per_class, wanted)
 
     def _query(self, synapse_id: int) -> np.ndarray:
         """The vector of a synapse with its length: float32 (d,)."""
@@ -98,8 +130,9 @@ class SynapseIndex:
             )
         return _matrix(found)[0] * found["norm"][0].as_py()
 
-    def _exactly(self, query: np.ndarray, synapse_id: int, metric: str, per_class: int, wanted: Mapping) -> dict:
-        keep = pc.not_equal(self._rows["synapse_id"], synapse_id)
+    def _exactly(self, query: np.ndarray, leave_out: int | None, metric: str, per_class: int, wanted: Mapping) -> dict:
+        # No id is negative.
+        keep = pc.not_equal(self._rows["synapse_id"], -1 if leave_out is None else leave_out)
         for column, value in wanted.items():
             keep = pc.and_kleene(keep, pc.equal(self._rows[column], value))
         keep = pc.fill_null(keep, False).to_numpy(zero_copy_only=False)
@@ -126,7 +159,9 @@ class SynapseIndex:
         difference = self._unit * self._norms[:, None] - query
         return np.abs(difference).sum(axis=1) if metric == "l1" else np.linalg.norm(difference, axis=1)
 
-    def _through_index(self, query: np.ndarray, synapse_id: int, metric: str, per_class: int, wanted: Mapping) -> dict:
+    def _through_index(
+        self, query: np.ndarray, leave_out: int | None, metric: str, per_class: int, wanted: Mapping
+    ) -> dict:
         if metric != "cosine":
             raise SynpipeError(
                 f"The metric {metric} needs an exact search, which is made up to {EXACT_ROWS:,} rows; this index has "
@@ -139,7 +174,9 @@ class SynapseIndex:
             # LanceDB's expressions have no IS NULL; `concat` takes a null for an empty string, which is no class. Conditions
             # stay expressions: as SQL (`to_sql`), LanceDB 0.40 lets a value that holds \' end its own quotes.
             label = func("concat", col("neurotransmitter"), lit("")) if name is None else col("neurotransmitter")
-            condition: Expr = (col("synapse_id") != lit(synapse_id)) & (label == lit(name or ""))
+            condition: Expr = label == lit(name or "")
+            if leave_out is not None:
+                condition = condition & (col("synapse_id") != lit(leave_out))
             for column, value in wanted.items():
                 condition = condition & (col(column) == lit(value))
             # No upper limit: where a class has no `per_class` members in those partitions, the search goes on.

@@ -64,8 +64,11 @@ class Ui:
 
 
 @contextlib.contextmanager
-def serve(project: Project, folder: Path) -> Iterator[Ui]:
-    """`synpipe ui` on a free port, in the background as a shell would start it: with Ctrl-C ignored."""
+def serve(project: Project, folder: Path, **variables: str) -> Iterator[Ui]:
+    """`synpipe ui` on a free port, in the background as a shell would start it: with Ctrl-C ignored.
+
+    variables: of the environment, besides those that name the project.
+    """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -74,7 +77,7 @@ def serve(project: Project, folder: Path) -> Iterator[Ui]:
     log = folder / "ui.log"
     with log.open("w") as output:
         process = subprocess.Popen(
-            command, env=environment(project), stdout=output, stderr=output, start_new_session=True
+            command, env=environment(project) | variables, stdout=output, stderr=output, start_new_session=True
         )
     ui = Ui(f"http://127.0.0.1:{port}", process, log)
     try:

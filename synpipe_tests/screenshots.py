@@ -6,6 +6,7 @@ Out: `asset_graph.png`, `tiles.png` and `neighbours.png` in data/pictures/, toge
 import io
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from PIL import Image, ImageOps
 from playwright.sync_api import Page
@@ -17,9 +18,9 @@ from synpipe_tests.browser import chromium, serve
 
 WIDTH_PX = 1200
 MARGIN_PX = 16
-# Wide enough for the graph and the two panes beside it, high enough to keep the graph clear of the buttons below it.
-WINDOW = {"width": WIDTH_PX + 560, "height": 1500}
-BUTTONS_PX = 460
+# High enough to keep the graph, in the middle, clear of the toolbar above it and the buttons below it.
+PANES_PX, TOOLBAR_PX, BUTTONS_PX = 545, 115, 460
+WINDOW: Any = {"width": PANES_PX + WIDTH_PX, "height": 1500}
 # The dots of the page's background are lighter than this, and nothing else is.
 BACKGROUND_GREY = 232
 
@@ -46,9 +47,8 @@ def _graph(page: Page) -> Image.Image:
     page.keyboard.press("Alt+e")
     page.get_by_text("rgb_tiles").last.wait_for()
     page.wait_for_timeout(3000)  # the graph glides into its place
-    search = page.get_by_placeholder("Search and filter assets").bounding_box()
-    left, top = search["x"] - 20, search["y"] + search["height"] + 20
-    clip = {"x": left, "y": top, "width": WINDOW["width"] - left, "height": WINDOW["height"] - BUTTONS_PX - top}
+    width, height = WINDOW["width"] - PANES_PX, WINDOW["height"] - TOOLBAR_PX - BUTTONS_PX
+    clip: Any = {"x": PANES_PX, "y": TOOLBAR_PX, "width": width, "height": height}
     shot = Image.open(io.BytesIO(page.screenshot(clip=clip))).convert("RGB")
     drawn = shot.convert("L").point(lambda grey: 255 * (grey < BACKGROUND_GREY))
     return ImageOps.expand(shot.crop(drawn.getbbox()), MARGIN_PX, "white")

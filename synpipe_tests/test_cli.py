@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -309,3 +310,20 @@ def test_the_demo_prints_commands_that_can_be_pasted(made_here: Project, monkeyp
     again = invoke(made_here, *(pasted[1] or "").split(), "search", pasted[2], SYNPIPE_STORE=None)
     assert again.exit_code == 0, again.stderr
     assert "96 synapses" in result.stdout
+
+
+def test_ctrl_c_is_no_fault_and_the_same_command_carries_on(project: Project):
+    command = [str(Path(sys.executable).parent / "synpipe"), "materialize", "--select", "volume"]
+    process = subprocess.Popen(
+        command, env=environment(project), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stderr is not None
+    for line in process.stderr:
+        if "demo/volume" in line:
+            break
+    process.send_signal(signal.SIGINT)
+    output, errors = process.communicate(timeout=60)
+    message = refusal(subprocess.CompletedProcess(command, process.returncode, output, errors))
+    assert "demo/volume: interrupted" in message
+    assert not (project.store / "demo" / "manifests").exists()
+    answer(project, "materialize", "--select", "volume")

@@ -204,7 +204,9 @@ def test_tables_are_shown_with_rows_columns_and_a_sample(made: Dataset, seen: Se
         ids = pq.read_table(path, columns=["synapse_id"])["synapse_id"].to_pylist()
         shown = ["" if each is None else str(each) for each in ids[: len(sample)]]  # strings: exact in a browser
         assert [row["synapse_id"] for row in sample] == shown
-    assert "1280 values" in seen("embedding_table_tiny")["sample"].records[0].data["vector"]
+    vector = seen("embedding_table_tiny")["sample"].records[0].data["vector"]
+    assert "…" in vector  # 1,280 numbers would fill the page
+    assert len(vector) < 60
     for encoder in made.encoders:
         for asset in (f"embeddings_{encoder}", f"index_{encoder}"):
             assert seen(asset)["dagster/row_count"] == len(read_table(made.tiles_path, ["row"]))

@@ -54,8 +54,9 @@ def step_asset(step: Step) -> dg.AssetsDefinition:
         try:
             register_run(context.instance, store, context.run.run_id)
             with one_step_at_a_time(store, context.log.info):
-                manifest = step.run(context.log.info, context.run.run_id)
+                manifest = step.run(context.log.info, context.run.run_id, found)
                 findings = {name: check(step.dataset, *which) for name, check in found.items()}
+                step.passed([name for name, finding in findings.items() if finding.passed])
                 metadata = SHOW[step.kind](step.dataset, manifest)
         except SynpipeError as error:
             # The message is for the user; the traceback would bury it.

@@ -44,24 +44,30 @@ def register_run(instance: dg.DagsterInstance, store: Path, run_id: str) -> None
     """Show for as long as this process lives that the run is alive, and fail the runs that are not."""
     if run_id in _held:
         return
-    _held[run_id] = _open(store, f"run-{run_id}")
+    # Locked first and named then: nobody finds it unlocked and takes the run for dead.
+    _held[run_id] = _open(store, f"new-{run_id}")
     fcntl.flock(_held[run_id], fcntl.LOCK_EX)
+    os.rename(_folder(store) / f"new-{run_id}", _folder(store) / f"run-{run_id}")
     fail_dead_runs(instance, store)
 
 
-def fail_dead_runs(instance: dg.DagsterInstance, store: Path) -> None:
-    """Mark as failed every registered run that has not finished and whose process is gone."""
+def fail_dead_runs(instance: dg.DagsterInstance, store: Path) -> set[str]:
+    """Mark as failed every registered run that has not finished and whose process is gone; return ids of the others."""
+    alive = set()
     for path in _folder(store).glob("run-*"):
+        run_id = path.name.removeprefix("run-")
         handle = _open(store, path.name)
         try:
             if not _try(handle):
+                alive.add(run_id)
                 continue
-            run = instance.get_run_by_id(path.name.removeprefix("run-"))
+            run = instance.get_run_by_id(run_id)
             if run is not None and not run.is_finished:
                 instance.report_run_failed(run, DIED)
             path.unlink(missing_ok=True)
         finally:
             os.close(handle)
+    return alive
 
 
 def _folder(store: Path) -> Path:

@@ -117,6 +117,8 @@ def _why(result: dg.ExecuteInProcessResult) -> str:
             reasons[asset] = f"the check {checks[asset].check_name} failed. {checks[asset].description}"
         else:
             error = failure.error and (failure.error.cause or failure.error)
+            if error and error.cls_name == dg.DagsterExecutionInterruptedError.__name__:
+                return f"{asset}: interrupted. What is finished is kept, and the same command carries on from there."
             message = " ".join(error.message.split()) if error else "no reason given"
             reasons[asset] = f"{message}. That is a fault in synpipe; `synpipe ui` shows the run."
     if not reasons:

@@ -123,7 +123,7 @@ def embeddings(_dataset: Dataset, manifest: Manifest) -> dict[str, Any]:
 
 def embedding_table(dataset: Dataset, manifest: Manifest) -> dict[str, Any]:
     encoder = manifest.asset.removeprefix("embedding_table_")
-    columns = ["synapse_id", "neurotransmitter", "neuron_id", "region", "vector", "norm"]
+    columns = ["synapse_id", "neurotransmitter", "neuron_id", "norm", "vector"]
     return _figures(manifest) | _parquet(dataset.table_path(encoder), columns)
 
 
@@ -135,7 +135,7 @@ def index(dataset: Dataset, manifest: Manifest) -> dict[str, Any]:
 
 
 # Counts for the next steps only.
-HIDDEN = ("encoder_identity", "files")
+HIDDEN = ("rows", "encoder_identity", "files", "sha256_by_source")
 
 # What is shown, by kind of step.
 SHOW: dict[str, Callable[[Dataset, Manifest], dict[str, Any]]] = {
@@ -190,7 +190,7 @@ def _parquet(path: Path, sample_columns: Sequence[str]) -> dict[str, Any]:
 def _cell(value: Any) -> str:
     """Ids above 2⁵³ would lose digits as numbers in a browser; vectors would fill the page."""
     if isinstance(value, list):
-        return f"[{', '.join(f'{number:.3f}' for number in value[:3])}, … {len(value)} values]"
+        return ", ".join(f"{number:.2g}" for number in value[:2]) + ", …"
     if isinstance(value, float):
         return f"{value:.6g}"
     return "" if value is None else str(value)
