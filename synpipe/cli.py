@@ -340,6 +340,14 @@ def demo(project: "Project") -> None:
 
     counts = {asset: read_manifest(dataset, asset).counts for asset in ("synapses", "rgb_tiles", "rejects")}
     folder, rows = _short(dataset.folder), {name: count["rows"] for name, count in counts.items()}
+    open_ui = "make ui" if again == os.path.join(".venv", "bin", "synpipe") else f"{again} ui"
+    next_steps = {
+        open_ui: "the graph in the browser: Dagster on http://127.0.0.1:3000",
+        f"{again} search {queries[0]}": "the most similar synapses of each class",
+        f"{again} status": "what is made, and what is out of date",
+        f"{again} --help": "everything else",
+    }
+    width = max(map(len, next_steps))
     click.echo(f"""
 {dataset.spec.title}
   {rows["synapses"]:,} synapses, {rows["rgb_tiles"]:,} tiles, {rows["rejects"]:,} rejects with their reasons
@@ -348,12 +356,9 @@ def demo(project: "Project") -> None:
   {folder}/lancedb              the same as LanceDB tables with indexes
   {_short(picture)}   neighbours of one synapse of each class: look at it
 
-Next:
-  {again} ui                the graph in the browser: Dagster on http://127.0.0.1:3000
-  {again} search {queries[0]}    the most similar synapses of each class
-  {again} status            what is made, and what is out of date
-  {again} --help            everything else
-""")
+Next:""")
+    for command, what in next_steps.items():
+        click.echo(f"  {command:<{width}}   {what}")
 
 
 @main.command()

@@ -195,12 +195,14 @@ def test_a_wrong_file_is_named_and_after_the_mend_all_is_well(own: Own, whole: O
     # In an empty store there is what could be made, and of the rest no file at all.
     left = files(empty.store / "mine")
     assert {Path(path).stem for path in left if path.startswith("manifests/")} == wrong.made
+    assert {Path(path).parts[1] for path in left if path.startswith("lineage/")} == wrong.made
     if "synapses" not in wrong.made:
-        assert {path for path in left if not path.startswith("manifests/")} == set()
+        assert {path for path in left if not path.startswith(("manifests/", "lineage/"))} == set()
     # What was made before is untouched: every file but the manifests of steps that ran again.
     now, again = files(folder), {f"manifests/{asset}.json" for asset in wrong.made}
-    assert now.keys() == good.keys()
-    assert [path for path in good if path not in again and now[path] != good[path]] == []
+    added = {Path(path).parts[:2] for path in now.keys() - good.keys()}
+    assert added <= {("lineage", asset) for asset in wrong.made}
+    assert [path for path in good if path not in again and now.get(path) != good[path]] == []
 
     mend(own, whole)
     answer(own.project, *MATERIALIZE)
