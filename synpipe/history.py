@@ -20,6 +20,7 @@ import pyarrow.compute as pc
 from synpipe.annotations import SYNAPSE_SCHEMA
 from synpipe.datasets import Dataset
 from synpipe.errors import SynpipeError
+from synpipe.graph import steps
 from synpipe.index import CURRENT, METADATA_KEY, open_current
 from synpipe.manifests import Manifest, find_version
 from synpipe.shards import read_table
@@ -138,8 +139,7 @@ def provenance(dataset: Dataset, encoder: str, synapse_id: int) -> dict[str, Any
     if not found:
         raise SynpipeError(f"Synapse {synapse_id} is not in the index {encoder} of {dataset.name}.")
     row, told = found[0], _provenance(table)
-    made_of = {f"index_{encoder}": told["data_version"], f"embedding_table_{encoder}": told["table_data_version"]}
-    lineage = _lineage(dataset, made_of)
+    lineage = _lineage(dataset, encoder, told)
     annotations = lineage["annotations"]
     return {
         "row": row,
@@ -171,20 +171,17 @@ def provenance(dataset: Dataset, encoder: str, synapse_id: int) -> dict[str, Any
     }
 
 
-def _lineage(dataset: Dataset, made_of: Mapping[str, str]) -> dict[str, Manifest]:
-    """Manifests of these versions and of all upstream of them, by asset.
-
-    Nearest first: a version of the stacks that serves two versions of the synapses names the first of them only.
-    """
-    found: dict[str, Manifest] = {}
-    queue = dict(made_of)
-    while queue:
-        for asset, data_version in queue.items():
-            if asset not in found and (manifest := find_version(dataset, asset, data_version)) is not None:
-                found[asset] = manifest
-        upstream = {dep: version for asset in queue if asset in found for dep, version in found[asset].inputs.items()}
-        queue = {asset: version for asset, version in upstream.items() if asset not in found}
-    return found
+def _lineage(dataset: Dataset, encoder: str, told: Mapping[str, Any]) -> dict[str, Manifest]:
+    """Manifests, by asset, of all that a version of the index was made of, in the order in which the data flows."""
+    made_of = {f"index_{encoder}": told["data_version"], f"embedding_table_{encoder}": told["table_data_version"]}
+    found = {}
+    for step in reversed(steps(dataset)):
+        data_version = made_of.get(step.asset)
+        if data_version and (manifest := find_version(dataset, step.asset, data_version)):
+            found[step.asset] = manifest
+            # The asset that lies next downstream says it best: the same stacks may serve two versions of the synapses.
+            made_of = manifest.inputs | made_of
+    return dict(reversed(found.items()))
 
 
 def _tile(dataset: Dataset, told: Mapping[str, Any], row: Mapping[str, Any]) -> dict[str, Any]:

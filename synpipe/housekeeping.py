@@ -1,21 +1,20 @@
 """What lies in the store and nothing refers to: tiles of moved synapses, vectors of encoders no longer used.
 
-In: a `Dataset`. Out: a list of files with their sizes, and on request their removal. Guarantee: what a manifest, an index
-of tiles or a tagged version of an index refers to is never listed.
+In: a `Dataset`. Out: a list of files with their sizes, and on request their removal. Guarantees: what a manifest, the
+index of the tiles or an embedding table refers to is never listed, nor what a run that is interrupted or still to come
+would take up: while the tiles or an encoder's vectors are out of date, none of their files counts as left over. Published
+versions of an index hold their own vectors and lose nothing.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import pyarrow.parquet as pq
-
 from synpipe.datasets import Dataset
 from synpipe.errors import SynpipeError
-from synpipe.graph import steps
-from synpipe.history import versions
-from synpipe.manifests import find_manifest
-from synpipe.shards import read_table
+from synpipe.graph import states, steps
+from synpipe.manifests import read_manifest
+from synpipe.shards import TEMPORARY_PREFIX, read_table
 
 
 @dataclass(frozen=True)
@@ -29,7 +28,14 @@ class Leftover:
 
 def leftovers(dataset: Dataset) -> list[Leftover]:
     """Files that can be removed without any asset or version losing anything; making them again would cost work."""
-    return [*_tiles(dataset), *_embeddings(dataset), *_tables(dataset)]
+    fresh = {state.asset for state in states(dataset) if state.state == "fresh"}
+    # Manifests first: without them an asset whose files are gone counts as missing, also when the removal is killed.
+    found = [*_of_dropped_encoders(dataset), *_damaged(dataset)]
+    if "rgb_tiles" in fresh:
+        found += _tiles(dataset)
+    if {step.asset for step in steps(dataset) if step.kind == "embeddings"} <= fresh:
+        found += _embeddings(dataset)
+    return found
 
 
 def remove(found: Iterable[Leftover]) -> None:
@@ -37,56 +43,55 @@ def remove(found: Iterable[Leftover]) -> None:
         leftover.path.unlink(missing_ok=True)
 
 
+def _of_dropped_encoders(dataset: Dataset) -> list[Leftover]:
+    assets = {step.asset for step in steps(dataset)}
+    manifests = [path for path in _files(dataset.manifest_path("any").parent, "*.json") if path.stem not in assets]
+    tables = [
+        path for path in _files(dataset.table_path("any").parent, "*.parquet") if path.stem not in dataset.encoders
+    ]
+    return [_leftover(path, "of an encoder that the data set does not name") for path in manifests + tables]
+
+
+def _damaged(dataset: Dataset) -> list[Leftover]:
+    return [
+        _leftover(path, "damaged vectors, computed anew") for path in _files(dataset.embeddings_folder, "*/*.damaged")
+    ]
+
+
 def _tiles(dataset: Dataset) -> list[Leftover]:
     """Parts of which no tile is in use: a part never changes, so one that is used in part stays whole."""
     used: set[str] = set()
     for path in (dataset.stacks_path, dataset.tiles_path):
-        if path.exists():
-            used.update(read_table(path, ["file"])["file"].unique().to_pylist())
+        used.update(read_table(path, ["file"])["file"].unique().to_pylist())
     return [
         _leftover(path, "tiles of no synapse")
-        for path in sorted(dataset.cut_outs_folder.glob("*/*"))
-        if str(path.with_suffix(".h5").relative_to(dataset.folder)) not in used and not path.name.startswith(".")
+        for path in _files(dataset.cut_outs_folder, "*/*")
+        if str(path.with_suffix(".h5").relative_to(dataset.folder)) not in used
     ]
 
 
 def _embeddings(dataset: Dataset) -> list[Leftover]:
-    """Vectors of fingerprints that no encoder of the data set has and no tagged version names, and of tiles now gone."""
-    fingerprints: set[str] = set()
-    tagged: set[str] = set()
-    for step in steps(dataset):
-        if step.kind == "embeddings" and (manifest := find_manifest(dataset, step.asset)):
-            fingerprints.add(manifest.counts["encoder_fingerprint"])
-    for table in dataset.lancedb_folder.glob("*.lance"):
-        try:
-            tagged.update(version.encoder_fingerprint for version in versions(dataset, table.stem))
-        except SynpipeError:
-            continue  # never published: it names no version
-    hashes: set[str] = set()
-    if dataset.tiles_path.exists():
-        hashes.update(read_table(dataset.tiles_path, ["content_hash"])["content_hash"].to_pylist())
+    """Vectors of fingerprints that no encoder of the data set has, and of tiles now gone."""
+    manifests = [read_manifest(dataset, step.asset) for step in steps(dataset) if step.kind == "embeddings"]
+    fingerprints = {manifest.counts["encoder_fingerprint"] for manifest in manifests}
+    hashes = set(read_table(dataset.tiles_path, ["content_hash"])["content_hash"].to_pylist())
     found = []
-    for path in sorted(dataset.embeddings_folder.glob("*/*")):
-        if path.name.startswith("."):
-            continue  # a writer may be at work on it
-        fingerprint = path.parent.name
-        if path.suffix == ".damaged":
-            found.append(_leftover(path, "damaged vectors, computed anew"))
-        elif fingerprint not in fingerprints | tagged:
+    for path in _files(dataset.embeddings_folder, "*/*.parquet"):
+        if path.parent.name not in fingerprints:
             found.append(_leftover(path, "vectors of an encoder no longer used"))
-        elif fingerprint in fingerprints and hashes.isdisjoint(_content_hashes(path)):
+            continue
+        try:
+            content = read_table(path, ["content_hash"])["content_hash"].to_pylist()
+        except SynpipeError:
+            continue  # damaged: whoever embeds next moves it aside
+        if hashes.isdisjoint(content):
             found.append(_leftover(path, "vectors of tiles no longer there"))
     return found
 
 
-def _tables(dataset: Dataset) -> list[Leftover]:
-    kept = {dataset.table_path(encoder) for encoder in dataset.encoders}
-    found = sorted(path for path in dataset.table_path("any").parent.glob("*.parquet") if path not in kept)
-    return [_leftover(path, "table of an encoder that the data set does not name") for path in found]
-
-
-def _content_hashes(path: Path) -> list[str]:
-    return pq.read_table(path, columns=["content_hash"])["content_hash"].to_pylist()
+def _files(folder: Path, pattern: str) -> Iterator[Path]:
+    """Files that are whole, in order: a writer may be at work on the others."""
+    return (path for path in sorted(folder.glob(pattern)) if not path.name.startswith(TEMPORARY_PREFIX))
 
 
 def _leftover(path: Path, reason: str) -> Leftover:
