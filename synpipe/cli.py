@@ -303,18 +303,28 @@ def gc(project: "Project", dataset: str, delete: bool, as_json: bool) -> None:
 
     Among them are vectors of encoders no longer used: going back to such an encoder embeds its tiles again.
     """
+    from contextlib import nullcontext
+
+    from synpipe.defs.locks import one_step_at_a_time
+    from synpipe.graph import states
     from synpipe.housekeeping import leftovers, remove
 
-    found = leftovers(project.dataset(dataset))
+    chosen = project.dataset(dataset)
+    # A run at work would take up what it has just made and nothing refers to yet.
+    alone = one_step_at_a_time(project.store, lambda line: click.echo(line, err=True)) if delete else nullcontext()
+    with alone:
+        found = leftovers(chosen)
+        if delete:
+            remove(found)
     if as_json:
         _print_json([{"path": str(one.path), "bytes": one.bytes, "reason": one.reason} for one in found])
-    else:
-        for one in found:
-            click.echo(f"{one.bytes / 1e6:>10.1f} MB  {one.reason:<44} {_short(one.path)}")
-        total = sum(one.bytes for one in found) / 1e6
-        click.echo(f"{len(found):,} files, {total:.1f} MB{', removed' if delete else '; remove them with --delete'}")
-    if delete:
-        remove(found)
+        return
+    for one in found:
+        click.echo(f"{one.bytes / 1e6:>10.1f} MB  {one.reason:<44} {_short(one.path)}")
+    total = sum(one.bytes for one in found) / 1e6
+    click.echo(f"{len(found):,} files, {total:.1f} MB{', removed' if delete else '; remove them with --delete'}")
+    if any(state.state != "fresh" for state in states(chosen)):
+        click.echo("Some assets are out of date: materialise them, and what only they still need is listed too.")
 
 
 @main.command()

@@ -13,9 +13,9 @@ import pyarrow.compute as pc
 from PIL import Image, ImageDraw, ImageFont
 
 from synpipe.datasets import Dataset
+from synpipe.pipeline import open_tiles
 from synpipe.search import UNLABELLED, Neighbour, SynapseIndex
 from synpipe.shards import read_table
-from synpipe.tiles import TileReader
 from synpipe.volumes import Volume
 
 Cell = tuple[np.ndarray, str]  # a tile, uint8 (3, size, size), and its caption
@@ -31,7 +31,7 @@ MAX_CLASSES = 12
 def tiles_by_class(dataset: Dataset, per_class: int = 8, tile_px: int = 96) -> Image.Image | None:
     """A row of tiles per class, taken at even distances from the index of the tiles; None where there is no tile."""
     index = read_table(dataset.tiles_path)
-    reader = TileReader(index, dataset.folder, dataset.spec.tiles.stacking)
+    reader = open_tiles(dataset)
     labels = _labels(dataset)
     classes = np.array([labels[synapse_id] for synapse_id in index["synapse_id"].to_pylist()])
     rows: dict[str, list[Cell]] = {}
@@ -60,7 +60,7 @@ def neighbours_picture(
 
     answers: what `SynapseIndex.search` found, by the query's synapse id; at least one.
     """
-    reader = TileReader(read_table(dataset.tiles_path), dataset.folder, dataset.spec.tiles.stacking)
+    reader = open_tiles(dataset)
     labels = _labels(dataset)
     rows = {}
     for query, answer in answers.items():

@@ -215,6 +215,15 @@ def make_rgb_tiles(dataset: Dataset, inputs: Inputs, log: Log) -> Made:
     return Made(version, counts)
 
 
+def open_tiles(dataset: Dataset) -> tiles.TileReader:
+    """The tiles of `rgb_tiles`, as they were made and hashed: the spec may say another stacking by now.
+
+    Raises `SynpipeError` where they have not been made.
+    """
+    stacking = read_manifest(dataset, "rgb_tiles").counts["stacking"]
+    return tiles.TileReader(read_table(dataset.tiles_path), dataset.folder, stacking)
+
+
 def make_rejects(dataset: Dataset, inputs: Inputs, log: Log) -> Made:
     """Every synapse that has no tile, with its position and the reason."""
     synapses = read_table(dataset.synapses_path)
@@ -238,7 +247,7 @@ def make_embeddings(dataset: Dataset, name: str, inputs: Inputs, log: Log) -> Ma
     """Embed every tile that this encoder, as it now is, has not embedded before."""
     asset = f"embeddings_{name}"
     who = identity(dataset.encoders[name], dataset.weights_base)
-    index_table = read_table(dataset.tiles_path, ["synapse_id", "shard", "file", "row", "crc32", "content_hash"])
+    index_table = read_table(dataset.tiles_path, ["shard", "content_hash"])
     shards = index_table["shard"].to_numpy()
     hashes = np.array(index_table["content_hash"].to_pylist())
 
@@ -257,9 +266,7 @@ def make_embeddings(dataset: Dataset, name: str, inputs: Inputs, log: Log) -> Ma
 
     encoder = open_encoder(dataset.encoders[name], dataset.weights_base)
     log(f"{encoder.spec.model} on {encoder.device}, {encoder.dim} dimensions, fingerprint {encoder.fingerprint[:12]}")
-    # As the hashes were taken, not as the spec may say by now: a vector is kept under the content that was embedded.
-    stacking = read_manifest(dataset, "rgb_tiles").counts["stacking"]
-    reader = tiles.TileReader(index_table, dataset.folder, stacking)
+    reader = open_tiles(dataset)
     cache = embedding.EmbeddingCache(dataset.embeddings_folder, encoder.fingerprint)
     progress = Progress(log, missing_from(cache), "tiles")
     started, embedded = time.monotonic(), 0

@@ -17,9 +17,9 @@ import pyarrow.parquet as pq
 
 from synpipe.datasets import Dataset, Project
 from synpipe.defs.run import materialize
+from synpipe.pipeline import open_tiles
 from synpipe.search import SynapseIndex
 from synpipe.shards import read_table
-from synpipe.tiles import TileReader
 
 REPEATS = 50
 
@@ -61,7 +61,7 @@ def _parquet_bytes(vectors: np.ndarray) -> int:
 def print_latencies(dataset: Dataset) -> None:
     """A tile by id, and the most similar synapses of every class."""
     index = read_table(dataset.tiles_path)
-    reader = TileReader(index, dataset.folder, dataset.spec.tiles.stacking)
+    reader = open_tiles(dataset)
     ids = np.random.default_rng(0).choice(index["synapse_id"].to_numpy(), REPEATS).tolist()
     search = SynapseIndex(dataset, dataset.encoder(None))
     print(f"\nMedian of {REPEATS}, ms")
