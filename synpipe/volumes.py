@@ -174,7 +174,7 @@ class Volume:
     def fingerprint(self) -> str:
         """Digest of the content and of how it is read.
 
-        Of local files it changes exactly when a voxel's value or place may. Of remote ones only the metadata are looked at:
+        Of local files it changes whenever a voxel's value or place may. Of remote ones only the metadata are looked at:
         their content, and the version (ETag) that the server gives them.
         """
         described = self._source.identity() | {
