@@ -61,7 +61,7 @@ class Chunked(Source):
     def __init__(self, kind: str, place: str | Path, wanted_nm_zyx: tuple[float, float, float] | None):
         self._kind, self._folder = kind, place if isinstance(place, Path) else None
         self.location = f"{kind}://{place}"
-        url = f"file://{place}/" if self._folder else f"{str(place).rstrip('/')}/"
+        root = {"driver": "file", "path": f"{place}/"} if self._folder else f"{str(place).rstrip('/')}/"
         self._documents: dict[str, Any] = {}
         self._context = ts.Context(
             {
@@ -71,7 +71,7 @@ class Chunked(Source):
             }
         )
         try:
-            self._root = ts.KvStore.open(ts.KvStore.Spec(url), context=self._context).result()
+            self._root = ts.KvStore.open(ts.KvStore.Spec(root), context=self._context).result()
             self._scale = self._chosen(SCALES[kind](self), wanted_nm_zyx)
             self._open()
         except self.errors as error:

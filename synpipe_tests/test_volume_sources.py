@@ -20,9 +20,13 @@ from PIL import Image
 
 from synpipe.defs.definitions import available_datasets
 from synpipe.errors import SynpipeError
+from synpipe.graph import states
+from synpipe.shards import read_table
+from synpipe.synthetic import SyntheticSpec, make_demo
 from synpipe.tiles import TileSpec, cut_out
 from synpipe.volumes import Volume, VolumeSpec, to_uint8
-from synpipe_tests.conftest import REPOSITORY, write_project
+from synpipe_tests.command import invoke
+from synpipe_tests.conftest import REPOSITORY, SMALL_DEMO, write_project
 
 SIZE_NM, OFFSET_NM = (50.0, 4.6, 4.6), (100.0, -46.0, 9.2)
 OFFSET_VOXELS_XYZ = [2, -10, 2]
@@ -249,9 +253,31 @@ def test_jpeg_within_its_loss(real_volumes: Path, serve: Callable, em: np.ndarra
 
 
 def test_relative_paths_start_at_the_folder_of_the_yaml_file(tmp_path: Path, grey: np.ndarray) -> None:
-    write_n5(tmp_path / "volume", grey)
-    with Volume(VolumeSpec(path="n5://volume"), tmp_path) as volume:
+    write_n5(tmp_path / "fly #1 50%20" / "volume", grey)
+    with Volume(VolumeSpec(path="n5://fly #1 50%20/volume/"), tmp_path) as volume:
         np.testing.assert_array_equal(everything(volume), grey)
+
+
+def test_a_data_set_over_http_end_to_end(tmp_path: Path, serve: Callable[[Path], Server]) -> None:
+    """The same stacks as from the local file; what is made is fresh while the server is away, and needs no request."""
+    source = tmp_path / "source"
+    make_demo(source, SyntheticSpec.parse(SMALL_DEMO["synthetic"], "test"), lambda message: None)
+    with h5py.File(source / "volume.h5") as file:
+        data, said = file["volumes/raw"][:], dict(file["volumes/raw"].attrs)
+    write_zarr3(source / "volume.zarr", data, resolution=list(said["resolution"]), offset=list(said["offset"]))
+    server = serve(source)
+    made = []
+    for name, path in (("local", f"{source}/volume.h5"), ("remote", f"zarr://{server.url}/volume.zarr")):
+        annotations = [{**SMALL_DEMO["annotations"][0], "path": f"{source}/synapses.csv"}]
+        project = write_project(tmp_path / name, synthetic=None, volume={"path": path}, annotations=annotations)
+        invoke(project, "materialize", "-s", "+rgb_tiles")
+        columns = ["synapse_id", "start_z", "start_y", "start_x", "content_hash", "missing_sections"]
+        made.append(read_table(project.dataset("demo").tiles_path, columns).sort_by("synapse_id"))
+    assert made[0].equals(made[1]) and len(made[0]) > 50
+    server.status, server.requests = 503, []
+    found = {state.asset: state.state for state in states(project.dataset("demo"))}
+    assert {found[asset] for asset in ("volume", "synapses", "synapse_stacks", "rgb_tiles")} == {"fresh"}
+    assert server.requests == []
 
 
 # Scales, sizes, offsets
@@ -481,7 +507,7 @@ def test_a_server_that_is_not_there_is_given_up(serve: Callable[[Path], Server],
     server = serve(tmp_path)
     server.status = 503
     refusal(lambda: opened("precomputed", server.url), "cannot be opened", "503", "try again")
-    assert len(server.requests) == 3
+    assert len(server.requests) in (2, 3)  # versions of tensorstore count the first attempt or not
 
 
 @pytest.mark.parametrize(
