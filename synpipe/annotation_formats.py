@@ -21,8 +21,8 @@ from pydantic import Field, FiniteFloat, PositiveFloat, model_validator
 from synpipe.annotation_columns import MAX_ID
 from synpipe.annotation_files import TABLE_READERS, damage_reported, json_object, json_records, numbered
 from synpipe.errors import SynpipeError
+from synpipe.fingerprints import file_sha256
 from synpipe.specs import Spec, digest
-from synpipe.volumes import file_sha256
 
 COLUMNS = ("synapse_id", "x", "y", "z", "neuron_id", "hemilineage", "region", "neurotransmitter", "confidence")
 REQUIRED_COLUMNS = COLUMNS[:4]

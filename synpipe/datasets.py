@@ -113,10 +113,16 @@ class Dataset:
             )
         return name
 
+    def volume_files(self) -> list[Path]:
+        """The volume's file or folder, whether it is there or not; none where it is reached over a network."""
+        path = self.spec.volume.resolve(self.base)
+        return [] if path is None else [path]
+
     def source_files(self) -> list[Path]:
         """The volume and the annotation files that the spec names, whether they are there or not."""
-        files = [self.spec.volume.resolve(self.base)]
-        return files + [file for annotation in self.spec.annotations for file in annotation.resolve(self.base)]
+        return self.volume_files() + [
+            file for annotation in self.spec.annotations for file in annotation.resolve(self.base)
+        ]
 
     def missing_sources(self) -> list[Path]:
         """Source files that are not there; none where the data set makes its own."""

@@ -25,11 +25,12 @@ from synpipe.annotations import REJECT_SCHEMA, read_annotations
 from synpipe.datasets import Dataset
 from synpipe.encoders import identity, open_encoder
 from synpipe.errors import SynpipeError
+from synpipe.fingerprints import file_sha256, status
 from synpipe.manifests import find_manifest, read_manifest
 from synpipe.shards import read_table, remove_leftovers, write_table
 from synpipe.specs import digest
 from synpipe.synthetic import make_demo
-from synpipe.volumes import Volume, file_sha256
+from synpipe.volumes import Volume
 
 Log = Callable[[str], None]
 Inputs = Mapping[str, str]  # data version by asset
@@ -91,18 +92,21 @@ def make_volume(dataset: Dataset, inputs: Inputs, log: Log) -> Made:
         make_demo(dataset.base, dataset.spec.synthetic, log)
     with Volume(dataset.spec.volume, dataset.base) as volume:
         counts = {
-            "path": str(volume.path),
+            "path": volume.path,
             "shape_zyx": volume.shape_zyx.tolist(),
             "voxel_size_nm_zyx": volume.voxel_size_nm_zyx.tolist(),
             "offset_nm_zyx": volume.offset_nm_zyx.tolist(),
-            "files": status_of([volume.path]),
+            "files": status_of(dataset.volume_files()),
         }
         return Made(volume.fingerprint(), counts)
 
 
 def volume_version(dataset: Dataset, counts: Mapping[str, Any]) -> str | None:
-    """Version that the volume has now; None where its file was not touched since `counts` of its manifest were taken."""
-    if status_of([dataset.spec.volume.resolve(dataset.base)]) == counts["files"]:
+    """Version that the volume has now; None where its file was not touched since `counts` of its manifest were taken.
+
+    What is reached over a network is not looked at: what is stale is answered at once, and offline.
+    """
+    if status_of(dataset.volume_files()) == counts["files"]:
         return None
     with Volume(dataset.spec.volume, dataset.base) as volume:
         return volume.fingerprint()
@@ -155,7 +159,7 @@ def make_synapse_stacks(dataset: Dataset, inputs: Inputs, log: Log) -> Made:
     started, made = time.monotonic(), 0
     stacks = []
     with Volume(dataset.spec.volume, dataset.base) as volume:
-        starts = volume.window_starts(positions, spec.window_zyx)
+        starts = volume.window_starts(positions, spec.window_zyx(volume.voxel_size_nm_zyx))
         shards = tiles.shard_of(starts, spec)
         progress = Progress(log, len(starts), "cut-outs")
         for shard in np.unique(shards).tolist():
@@ -360,9 +364,8 @@ def _annotations_version(dataset: Dataset) -> str:
 
 
 def status_of(files: Iterable[Path]) -> list[list[Any]]:
-    """Size and time of each file: while they stay, its content is not read again."""
-    statuses = [(file, file.stat()) for file in files if file.exists()]
-    return [[str(file), status.st_size, status.st_mtime_ns] for file, status in statuses]
+    """Size and time of each file or folder: while they stay, its content is not read again."""
+    return [[str(file), *status(file)] for file in files if file.exists()]
 
 
 def shard_name(shard: int) -> str:

@@ -19,15 +19,17 @@ import h5py
 import numpy as np
 import pyarrow as pa
 from PIL import Image
-from pydantic import Field, PositiveInt
+from pydantic import Field, FiniteFloat, PositiveInt
 
 from synpipe.errors import SynpipeError
 from synpipe.shards import atomic_path, read_table, write_table
 from synpipe.specs import Spec, digest
-from synpipe.volumes import HDF5_ERRORS, Volume
+from synpipe.volume_sources import HDF5_ERRORS
+from synpipe.volumes import MissingChunk, Volume
 
 SECTIONS = 3
 TILE_PX = 256  # height and width of a tile, in voxels of the volume
+STEP_TOLERANCE = 1e-4  # of a section: a step is written with the digits that a person writes
 PART_TILES = 2048  # 400 MB at 256 px: the memory that a part needs while it is made, and what a kill can cost
 CUT_OUT_VERSION = 1  # raise it whenever `cut_out` would make other bytes or another row of the same recipe
 
@@ -54,25 +56,38 @@ PART_SCHEMA = pa.schema(
 class TileSpec(Spec):
     """The recipe of a tile.
 
-    stacking: "colour" (z−1, z, z+1 → red, green, blue) or "grey" (section z thrice). section_step: sections between two
-    channels. border: what to do where the window leaves the volume, "pad" (with the mean grey value, share recorded:
-    mirroring would show structures that are not there, and mirrored tiles look alike) or "reject".
+    stacking: "colour" (z−1, z, z+1 → red, green, blue) or "grey" (section z thrice).
+    section_step_nm: distance of two channels along z, a multiple of the voxel's depth; by default one section.
+    border: what to do where the window leaves the volume, "pad" (with the mean grey value, share recorded: mirroring would
+    show structures that are not there, and mirrored tiles look alike) or "reject".
     blank_std, blank_zero_fraction: a section whose grey values vary less, or of which more is exactly black, is missing.
     Measured on ssTEM, where real sections have a standard deviation above 20 and hardly a black pixel.
     shards: number of shards, about one per 2,048 synapses. block_voxels_zyx: synapses of one such block stay together.
     """
 
     stacking: Literal["colour", "grey"] = "colour"
-    section_step: int = Field(1, ge=1)
+    section_step_nm: FiniteFloat | None = Field(None, gt=0)
     border: Literal["pad", "reject"] = "pad"
     blank_std: float = Field(8.0, ge=0)
     blank_zero_fraction: float = Field(0.05, ge=0, le=1)
     shards: int = Field(16, ge=1, le=100_000)
     block_voxels_zyx: tuple[PositiveInt, PositiveInt, PositiveInt] = (32, 1024, 1024)
 
-    @property
-    def window_zyx(self) -> tuple[int, int, int]:
-        return ((SECTIONS - 1) * self.section_step + 1, TILE_PX, TILE_PX)
+    def section_step(self, voxel_size_nm_zyx: np.ndarray) -> int:
+        """Sections between two channels. Raises `SynpipeError` where the step is no whole number of them."""
+        depth_nm = float(voxel_size_nm_zyx[0])
+        sections = 1.0 if self.section_step_nm is None else self.section_step_nm / depth_nm
+        step = max(1, round(sections))
+        if abs(sections - step) > STEP_TOLERANCE:
+            raise SynpipeError(
+                f"`tiles.section_step_nm` is {self.section_step_nm:g}, but sections of the volume are {depth_nm:g} nm apart: "
+                f"set it to {step * depth_nm:g}, or to another multiple, in the data set's YAML file."
+            )
+        return step
+
+    def window_zyx(self, voxel_size_nm_zyx: np.ndarray) -> tuple[int, int, int]:
+        """Voxels that a tile needs of a volume."""
+        return ((SECTIONS - 1) * self.section_step(voxel_size_nm_zyx) + 1, TILE_PX, TILE_PX)
 
     def recipe(self, volume_fingerprint: str) -> str:
         """Key of the cut-outs: volume and all of the spec that decides their bytes. How they are viewed is not of it."""
@@ -96,10 +111,11 @@ def cut_out(volume: Volume, start_zyx: np.ndarray, spec: TileSpec) -> tuple[np.n
     A neighbouring section that is outside the volume, blank, or a copy of the middle one (how missing sections are often
     filled) is replaced by the middle one and noted in `missing_sections`.
     """
-    window = np.array(spec.window_zyx)
+    step = spec.section_step(volume.voxel_size_nm_zyx)
+    window = np.array(spec.window_zyx(volume.voxel_size_nm_zyx))
     stop = start_zyx + window
     low, high = np.maximum(start_zyx, 0), np.minimum(stop, volume.shape_zyx)
-    middle = int(start_zyx[0] + spec.section_step)
+    middle = int(start_zyx[0]) + step
     inside = np.clip(high - low, 0, None)
     padded = float(1 - inside[1] * inside[2] / (window[1] * window[2]))
     row: dict[str, Any] = dict(zip(("start_z", "start_y", "start_x"), map(int, start_zyx), strict=True))
@@ -112,14 +128,17 @@ def cut_out(volume: Volume, start_zyx: np.ndarray, spec: TileSpec) -> tuple[np.n
     if spec.border == "reject" and (padded > 0 or inside[0] < window[0]):
         return None, row | {"reason": "border", "detail": f"The tile leaves the volume, section {middle}."}
 
-    voxels = volume.read(low, high)
+    try:
+        voxels = volume.read(low, high)
+    except MissingChunk as error:
+        return None, row | {"reason": "missing_chunk", "detail": str(error)}
     centre = voxels[middle - low[0]]
     blank = _blank(centre, spec)
     if blank:
         return None, row | {"reason": "blank_section", "detail": f"Section {middle} is blank there: {blank}."}
     sections, missing = [], 0
     for channel in range(SECTIONS):
-        z = middle + (channel - 1) * spec.section_step
+        z = middle + (channel - 1) * step
         section = voxels[z - low[0]] if low[0] <= z < high[0] else None
         if z != middle and (section is None or _blank(section, spec) or np.array_equal(section, centre)):
             section = None

@@ -1,102 +1,137 @@
 """EM volumes: a description becomes an opened volume that answers in nanometres and in voxels.
 
 In: a `VolumeSpec`. Out: a `Volume` with its shape, voxel size and offset, and sub-volumes of it as uint8 arrays.
-Guarantee: what the spec says about the volume agrees with the file, or opening it fails.
+Guarantee: what the spec says about the volume agrees with the volume itself, or opening it fails; the same voxels are
+the same bytes whatever they are stored in.
 
 Axis order is z, y, x everywhere. Voxel i of an axis covers [offset + i·size, offset + (i + 1)·size) nm, the convention
 of CREMI (https://cremi.org/data/) and of neuroglancer's precomputed format.
 """
 
-import hashlib
-from functools import lru_cache
 from pathlib import Path
+from typing import Any, Self
 
-import h5py
 import numpy as np
-from pydantic import FiniteFloat
+from pydantic import FiniteFloat, field_validator, model_validator
 
 from synpipe.errors import SynpipeError
 from synpipe.specs import Spec, digest
+from synpipe.volume_sources import Hdf5, Sections, Source, line
 
 # Coordinates come as decimals (4.6 nm voxels) and as text: a point that stands on a voxel's edge but for the last bits
 # belongs to that voxel. A millionth of a voxel is far below any position's precision.
 EDGE_TOLERANCE_VOXELS = 1e-6
 
-# The default of 1 MiB makes every cut-out decode its chunks again; 128 MiB keeps a row of chunks of a common volume.
-HDF5_CHUNK_CACHE_BYTES = 128 * 2**20
-
-# What h5py raises of a damaged file, as flipping every byte of one has shown.
-HDF5_ERRORS = (OSError, RuntimeError, KeyError, ValueError)
-
 # Spec and file may say the same number in float32 and in float64, but no more: 10⁻⁵ is two voxels of a whole brain.
 SAME_NUMBER_RTOL, SAME_NUMBER_ATOL_NM = 1e-7, 1e-6
 
+CHUNKED = ("precomputed", "n5", "zarr")
+REMOTE = ("https", "http", "gs", "s3")
+WINDOW_VERSION = 1  # raise it whenever `to_uint8` would make other grey values of the same window
+
+ThreeNumbers = tuple[FiniteFloat, FiniteFloat, FiniteFloat]
+
 
 class VolumeSpec(Spec):
-    """Where an EM volume is: an HDF5 file in CREMI layout (`dataset` with attributes `resolution` and `offset`, in nm).
+    """Where an EM volume is and how its voxels are read.
 
-    path: the file; a relative path starts at the folder of the YAML file.
-    dataset: path of the 3-D uint8 data set, axes z, y, x.
-    voxel_size_nm_zyx, offset_nm_zyx: needed only where the file does not say them; they must agree where it does.
+    path: an HDF5 file; or a folder with a PNG or TIFF image per section; or a chunked volume, `precomputed://`, `n5://` or
+    `zarr://` (version 2 or 3) before a local folder or an address that begins with https://, http://, gs:// or s3://. A
+    relative path starts at the folder of the YAML file.
+    dataset: path of the data set in an HDF5 file, 3-D with axes z, y, x; `resolution` and `offset` (nm) are its attributes.
+    voxel_size_nm_zyx, offset_nm_zyx: needed where the volume does not say them; they must agree where it does. Of a volume
+    with several scales, the one with this voxel size is read.
+    intensity_window: [low, high], the values that become black and white; needed for uint16 and floats. See `to_uint8`.
     """
 
     path: str
     dataset: str = "volumes/raw"
-    voxel_size_nm_zyx: tuple[FiniteFloat, FiniteFloat, FiniteFloat] | None = None
-    offset_nm_zyx: tuple[FiniteFloat, FiniteFloat, FiniteFloat] | None = None
+    voxel_size_nm_zyx: ThreeNumbers | None = None
+    offset_nm_zyx: ThreeNumbers | None = None
+    intensity_window: tuple[FiniteFloat, FiniteFloat] | None = None
 
-    def resolve(self, base: Path) -> Path:
-        return (base / self.path).resolve()
+    @field_validator("path")
+    @classmethod
+    def _is_of_a_known_kind(cls, path: str) -> str:
+        first, *more = path.split("://")
+        if more and (first not in CHUNKED or len(more) > 2 or (len(more) == 2 and more[0] not in REMOTE)):
+            kinds, remotes = (" or ".join(f"{name}://" for name in names) for names in (CHUNKED, REMOTE))
+            raise ValueError(
+                f"{path} should begin with {kinds}, then a folder, or {remotes} and the rest of an address"
+            )
+        return path
+
+    @model_validator(mode="after")
+    def _makes_sense(self) -> Self:
+        if self.intensity_window is not None and self.intensity_window[0] >= self.intensity_window[1]:
+            raise ValueError("intensity_window should be [low, high] with low below high")
+        if "dataset" in self.model_fields_set and self.kind is not None:
+            raise ValueError("dataset is for HDF5 files; put the place within a chunked volume into its path")
+        return self
+
+    @property
+    def kind(self) -> str | None:
+        """`precomputed`, `n5` or `zarr`; None for plain local files."""
+        kind, separator, _ = self.path.partition("://")
+        return kind if separator else None
+
+    @property
+    def address(self) -> str:
+        """The path without its kind."""
+        return self.path.partition("://")[2] if self.kind else self.path
+
+    def resolve(self, base: Path) -> Path | None:
+        """The local file or folder, relative paths taken from `base`; None for what is reached over a network."""
+        return None if "://" in self.address else (base / self.address).resolve()
+
+
+class MissingChunk(SynpipeError):
+    """The volume is sound, but holds no voxels at this place: it was never stored there, which is not the same as black."""
+
+
+def to_uint8(values: np.ndarray, window: tuple[float, float]) -> np.ndarray:
+    """Grey values from an intensity window: floor(255·(v − low)/(high − low) + ½), with v clipped to the window.
+
+    That rounds halves up, and is exact for integers with an integer window. NaN counts as low, that is, as black.
+    """
+    low, high = window
+    inside = np.clip(np.where(np.isnan(values), low, values).astype(np.float64), low, high)
+    return np.floor((inside - low) * 255 / (high - low) + 0.5).astype(np.uint8)
 
 
 class Volume:
     """An opened volume.
 
-    Attributes: `shape_zyx` (voxels), `voxel_size_nm_zyx`, `offset_nm_zyx` (float64 arrays of 3).
+    Attributes: `path` (for people), `shape_zyx` (voxels), `voxel_size_nm_zyx`, `offset_nm_zyx` (float64 arrays of 3).
     """
 
     def __init__(self, spec: VolumeSpec, base: Path):
-        """Raises `SynpipeError` where the file is absent, damaged, not uint8, or contradicts the spec."""
-        self.path = spec.resolve(base)
-        where = f"Volume {self.path}"
-        if not self.path.exists():
-            raise SynpipeError(f"{where} does not exist: correct `volume.path` in the data set's YAML file.")
+        """Raises `SynpipeError` where it is absent, damaged, not of grey values, or contradicts the spec."""
+        self._source = _open(spec, base)
+        self._window = spec.intensity_window
+        self.path = self._source.location
         try:
-            self._file = h5py.File(self.path, "r", rdcc_nbytes=HDF5_CHUNK_CACHE_BYTES)
-        except OSError as error:
-            raise SynpipeError(f"{where} is truncated or not an HDF5 file ({_line(error)}): copy it again.") from None
-        try:
-            self._describe(spec, where)
-        except HDF5_ERRORS as error:
-            self.close()
-            raise SynpipeError(f"{where} is damaged ({_line(error)}): copy it again.") from None
+            self._describe(spec, f"Volume {self.path}")
         except SynpipeError:
             self.close()
             raise
 
     def _describe(self, spec: VolumeSpec, where: str) -> None:
-        data = self._file.get(spec.dataset)
-        if not isinstance(data, h5py.Dataset):
+        source = self._source
+        windowed = source.dtype.kind == "f" or (source.dtype.kind, source.dtype.itemsize) == ("u", 2)
+        if source.dtype != np.uint8 and not windowed:
+            raise SynpipeError(f"{where} holds {source.dtype}, but synpipe reads uint8, uint16 and floats: convert it.")
+        if windowed and self._window is None:
             raise SynpipeError(
-                f"{where} has no data set `{spec.dataset}`; it has {', '.join(_datasets(self._file)) or 'none'}. Set "
-                "`volume.dataset` in the data set's YAML file."
+                f"{where} holds {source.dtype}, but tiles have uint8 grey values. Set `volume.intensity_window: [low, "
+                "high]` in the data set's YAML file, the values that become black and white."
             )
-        if data.shape is None or len(data.shape) != 3 or 0 in data.shape:
-            raise SynpipeError(
-                f"{where}: `{spec.dataset}` has shape {data.shape}, but sections as (z, y, x) are needed."
-            )
-        if data.dtype != np.uint8:
-            raise SynpipeError(
-                f"{where}: `{spec.dataset}` holds {data.dtype}, but synpipe reads uint8 grey values. Convert it with a "
-                "stated intensity window first."
-            )
-        self._data = data
-        self.shape_zyx = np.array(data.shape, dtype=np.int64)
-        self.voxel_size_nm_zyx = _agreed(
-            where, "voxel_size_nm_zyx", spec.voxel_size_nm_zyx, data.attrs.get("resolution")
-        )
+        if not windowed and self._window is not None:
+            raise SynpipeError(f"{where} holds uint8, which is read as it is: remove `volume.intensity_window`.")
+        self.shape_zyx = np.array(source.shape_zyx, dtype=np.int64)
+        self.voxel_size_nm_zyx = _agreed(where, "voxel_size_nm_zyx", spec.voxel_size_nm_zyx, source.voxel_size_nm_zyx)
         self.offset_nm_zyx = _agreed(
-            where, "offset_nm_zyx", spec.offset_nm_zyx, data.attrs.get("offset"), default=(0.0, 0.0, 0.0)
+            where, "offset_nm_zyx", spec.offset_nm_zyx, source.offset_nm_zyx, default=(0.0, 0.0, 0.0)
         )
         if not (self.voxel_size_nm_zyx > 0).all():
             raise SynpipeError(f"{where}: voxel size {self.voxel_size_nm_zyx.tolist()} nm is not positive.")
@@ -121,30 +156,37 @@ class Volume:
     def read(self, start_zyx: np.ndarray, stop_zyx: np.ndarray) -> np.ndarray:
         """The voxels from `start_zyx` up to `stop_zyx`, both within the volume: uint8 (z, y, x).
 
-        Raises `SynpipeError` where the file is damaged there.
+        Raises `MissingChunk` where the volume holds nothing there, `SynpipeError` where it is damaged or out of reach.
         """
         z, y, x = (slice(int(a), int(b)) for a, b in zip(start_zyx, stop_zyx, strict=True))
         try:
-            return self._data[z, y, x]
-        except HDF5_ERRORS as error:
+            values = self._source.read((z, y, x))
+        except self._source.errors as error:
+            place = f"voxels z {z.start}–{z.stop}, y {y.start}–{y.stop}, x {x.start}–{x.stop}"
+            # The status with which tensorstore's messages begin: the one thing that tells absent from out of reach.
+            if str(error).startswith("NOT_FOUND"):
+                raise MissingChunk(f"Volume {self.path} holds nothing at {place} ({line(error)}).") from None
             raise SynpipeError(
-                f"Volume {self.path} cannot be read at voxels z {z.start}–{z.stop}, y {y.start}–{y.stop}, "
-                f"x {x.start}–{x.stop} ({_line(error)}): the file is truncated or damaged, copy it again."
+                f"Volume {self.path} cannot be read at {place} ({line(error)}): {self._source.remedy}."
             ) from None
+        return values if self._window is None else to_uint8(values, self._window)
 
     def fingerprint(self) -> str:
-        """Digest of the content of the file and of how it is read: changes exactly when a voxel's value or place may."""
-        return digest(
-            {
-                "content": file_sha256(self.path),
-                "dataset": self._data.name,
-                "voxel_size_nm_zyx": self.voxel_size_nm_zyx.tolist(),
-                "offset_nm_zyx": self.offset_nm_zyx.tolist(),
-            }
-        )
+        """Digest of the content and of how it is read.
+
+        Of local files it changes whenever a voxel's value or place may. Of remote ones only the metadata are looked at:
+        their content, and the version (ETag) that the server gives them.
+        """
+        described = self._source.identity() | {
+            "voxel_size_nm_zyx": self.voxel_size_nm_zyx.tolist(),
+            "offset_nm_zyx": self.offset_nm_zyx.tolist(),
+        }
+        if self._window is not None:
+            described["intensity_window"] = [WINDOW_VERSION, *self._window]
+        return digest(described)
 
     def close(self) -> None:
-        self._file.close()
+        self._source.close()
 
     def __enter__(self) -> "Volume":
         return self
@@ -153,27 +195,24 @@ class Volume:
         self.close()
 
 
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file's content, read again only when its size, its times or its inode changed."""
-    status = path.stat()
-    return _file_sha256(path, (status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino))
+def same_numbers(first: Any, second: Any) -> bool:
+    """Whether two voxel sizes or places, in nm, are meant to be the same."""
+    return np.allclose(first, second, rtol=SAME_NUMBER_RTOL, atol=SAME_NUMBER_ATOL_NM)
 
 
-@lru_cache(maxsize=256)
-def _file_sha256(path: Path, _status: tuple[int, ...]) -> str:
-    with open(path, "rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
+def _open(spec: VolumeSpec, base: Path) -> Source:
+    path = spec.resolve(base)
+    if path is not None and not path.exists():
+        raise SynpipeError(f"Volume {path} does not exist: correct `volume.path` in the data set's YAML file.")
+    if spec.kind is not None:
+        # Only here: it sets how tensorstore behaves, which is to be decided where it is used.
+        from synpipe.volume_chunked import open_chunked
 
-
-def _datasets(file: h5py.File) -> list[str]:
-    names: list[str] = []
-    file.visititems(lambda name, item: names.append(name) if isinstance(item, h5py.Dataset) else None)
-    return names
-
-
-def _line(error: BaseException) -> str:
-    """The text of an error in one line; HDF5's have several."""
-    return " ".join(str(error).split())
+        return open_chunked(spec.kind, spec.address if path is None else path, spec.voxel_size_nm_zyx)
+    assert path is not None  # the spec lets no address pass that does not say its kind
+    if path.is_dir():
+        return Sections(path)
+    return Hdf5(path, spec.dataset)
 
 
 def _agreed(where: str, key: str, from_spec, from_file, default=None) -> np.ndarray:
@@ -182,11 +221,7 @@ def _agreed(where: str, key: str, from_spec, from_file, default=None) -> np.ndar
     read = None if from_file is None else _three_numbers(from_file)
     if from_file is not None and read is None:
         raise SynpipeError(f"{where} says {key} = {from_file}, but three finite numbers, z, y, x, in nm, are needed.")
-    if (
-        given is not None
-        and read is not None
-        and not np.allclose(given, read, rtol=SAME_NUMBER_RTOL, atol=SAME_NUMBER_ATOL_NM)
-    ):
+    if given is not None and read is not None and not same_numbers(given, read):
         raise SynpipeError(f"{where} says {key} = {read.tolist()}, the data set's YAML file says {given.tolist()}.")
     value = given if given is not None else read if read is not None else default
     if value is None:

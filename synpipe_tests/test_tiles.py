@@ -78,7 +78,7 @@ def contents(cut: pa.Table) -> dict[tuple[int, int, int], str]:
 @settings(deadline=None, derandomize=True, max_examples=50)
 @given(st.integers(0, 1), st.integers(0, 344), st.integers(0, 444), st.integers(1, 3))
 def test_channels_are_the_sections_before_at_and_after(volume, voxels, z, y, x, step):
-    tile, row = cut(volume, z, y, x, section_step=step, blank_std=0)
+    tile, row = cut(volume, z, y, x, section_step_nm=50 * step, blank_std=0)
     middle = z + step
     for channel, section in enumerate((middle - step, middle, middle + step)):
         if not row["missing_sections"] >> channel & 1:
@@ -96,7 +96,7 @@ def test_a_marked_voxel_appears_where_it_is_and_not_transposed(tmp_path: Path) -
     with open_volume(tmp_path, data) as volume:
         synapse_nm_zyx = np.array([[2.5 * 50, 200 * 4, 290 * 4]])
         spec = TileSpec()
-        (start,) = volume.window_starts(synapse_nm_zyx, spec.window_zyx)
+        (start,) = volume.window_starts(synapse_nm_zyx, spec.window_zyx(volume.voxel_size_nm_zyx))
         tile, row = cut(volume, *start)
     assert np.argwhere(tile == 255).tolist() == [[2, 128 + 10, 128 - 30]]
     assert row["z_index"] == 2
@@ -143,7 +143,7 @@ def test_border_reject_keeps_tiles_that_just_fit(volume: Volume) -> None:
 )
 def test_missing_neighbours_are_replaced_by_the_middle_and_noted(volume, voxels, z, step, missing):
     middle = z + step
-    tile, row = cut(volume, z, 50, 60, section_step=step)
+    tile, row = cut(volume, z, 50, 60, section_step_nm=50 * step)
     assert row["missing_sections"] == missing
     for channel in range(3):
         section = middle if missing >> channel & 1 else middle + (channel - 1) * step
@@ -218,7 +218,12 @@ def test_neighbours_share_a_shard_and_all_shards_are_used() -> None:
 
 
 def test_specs_that_make_no_sense_are_refused() -> None:
-    wrongs: list[dict] = [{"shards": 0}, {"section_step": 0}, {"border": "mirror"}, {"block_voxels_zyx": [32, 0, 1024]}]
+    wrongs: list[dict] = [
+        {"shards": 0},
+        {"section_step_nm": 0},
+        {"border": "mirror"},
+        {"block_voxels_zyx": [32, 0, 1024]},
+    ]
     for wrong in wrongs:
         with pytest.raises(SynpipeError, match=next(iter(wrong))):
             TileSpec.parse(wrong, "demo.yaml")
@@ -227,7 +232,7 @@ def test_specs_that_make_no_sense_are_refused() -> None:
 def test_what_decides_the_bytes_is_in_the_recipe_and_the_view_is_not() -> None:
     recipe = TileSpec().recipe("volume")
     assert TileSpec(stacking="grey").recipe("volume") == recipe
-    others = [TileSpec(section_step=4), TileSpec(border="reject"), TileSpec(blank_std=5), TileSpec(shards=3)]
+    others = [TileSpec(section_step_nm=200), TileSpec(border="reject"), TileSpec(blank_std=5), TileSpec(shards=3)]
     assert len({recipe, TileSpec().recipe("other"), *(spec.recipe("volume") for spec in others)}) == 6
 
 
@@ -471,7 +476,7 @@ def test_real_synapses_are_in_the_middle_of_their_tiles(real_em: Path) -> None:
     spec = TileSpec()
     with Volume(VolumeSpec(path=str(path)), Path()) as volume, h5py.File(path) as file:
         raw = file["volumes/raw"][:]
-        starts = volume.window_starts(file["annotations/locations"][:], spec.window_zyx)
+        starts = volume.window_starts(file["annotations/locations"][:], spec.window_zyx(volume.voxel_size_nm_zyx))
         padded = 0
         for start in starts:
             tile, row = cut_out(volume, start, spec)

@@ -33,16 +33,13 @@ def build_definitions(project: Project | None = None, names: Sequence[str] | Non
 
 
 def available_datasets(project: Project) -> list[Dataset]:
-    """Data sets whose files are there; the others are left out with a warning, so that the graph can be made as a whole."""
-    found = []
-    for name in project.dataset_names():
-        dataset = project.dataset(name)
-        missing = dataset.missing_sources()
-        if missing:
-            logger.warning("Data set %s is left out: %s is not there.", name, missing[0])
-        else:
-            found.append(dataset)
-    return found
+    """Data sets whose files are there; the others are left out with a word, so that the graph can be made as a whole."""
+    found = [project.dataset(name) for name in project.dataset_names()]
+    missing = {dataset.name: dataset.missing_sources() for dataset in found}
+    left_out = [f"{name} ({files[0]})" for name, files in missing.items() if files]
+    if left_out:
+        logger.warning("Data sets are left out until their files are there: %s.", ", ".join(left_out))
+    return [dataset for dataset in found if not missing[dataset.name]]
 
 
 @dg.logger

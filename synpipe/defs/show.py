@@ -16,7 +16,7 @@ from synpipe.datasets import Dataset
 from synpipe.graph import Step
 from synpipe.manifests import Manifest
 from synpipe.pictures import data_uri, nearest_neighbours, section_picture, tiles_by_class
-from synpipe.volumes import Volume
+from synpipe.volumes import MissingChunk, Volume
 
 SAMPLE_ROWS = 10
 
@@ -89,7 +89,10 @@ def describe(step: Step) -> str:
 
 def volume(dataset: Dataset, manifest: Manifest) -> dict[str, Any]:
     with Volume(dataset.spec.volume, dataset.base) as opened:
-        picture = section_picture(opened)
+        try:
+            picture = section_picture(opened)
+        except MissingChunk:  # the middle of an irregular volume may be empty
+            picture = None
     return _picture("middle_section", picture) | _figures(manifest)
 
 

@@ -1,0 +1,198 @@
+"""Volumes in local files: HDF5, and a folder with an image per section.
+
+In: a path. Out: a `Source`: what the file says about itself, and sub-volumes of it in its own data type. Chunked volumes,
+local or remote, are in `volume_chunked`.
+"""
+
+import re
+from abc import ABC, abstractmethod
+from functools import lru_cache
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, ClassVar
+
+import h5py
+import numpy as np
+from PIL import Image
+
+from synpipe.errors import SynpipeError
+from synpipe.fingerprints import file_sha256, folder_sha256
+
+# The default of 1 MiB makes every cut-out decode its chunks again; 128 MiB keeps a row of chunks of a common volume.
+HDF5_CHUNK_CACHE_BYTES = 128 * 2**20
+SECTION_CACHE_BYTES = 256 * 2**20
+
+# What h5py raises of a damaged file, as flipping every byte of one has shown.
+HDF5_ERRORS = (OSError, RuntimeError, KeyError, ValueError)
+
+SECTION_SUFFIXES = (".png", ".tif", ".tiff")
+# A folder that holds one of these is a chunked volume: the path must say so.
+CHUNKED_BY_DOCUMENT = {"info": "precomputed", "attributes.json": "n5", "zarr.json": "zarr", ".zarray": "zarr"}
+
+# Sections larger than what Pillow takes for an attack (179 megapixels) are common in EM, and the user named the files.
+Image.MAX_IMAGE_PIXELS = None
+
+
+class Source(ABC):
+    """Voxels with their axes z, y, x.
+
+    location: the path or address, for people. dtype, shape_zyx: of the voxels. voxel_size_nm_zyx, offset_nm_zyx: as the
+    source says them, unchecked; None where it does not. errors: what `read` may raise, and remedy: what to do then.
+    """
+
+    errors: ClassVar[tuple[type[Exception], ...]]
+    remedy: str = "the file is truncated or damaged, copy it again"
+    location: str
+    dtype: np.dtype
+    shape_zyx: tuple[int, int, int]
+    voxel_size_nm_zyx: Any = None
+    offset_nm_zyx: Any = None
+
+    @abstractmethod
+    def read(self, box: tuple[slice, slice, slice]) -> np.ndarray: ...
+
+    @abstractmethod
+    def identity(self) -> dict[str, Any]:
+        """What changes when a voxel may have changed, JSON-able."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Let go of files and memory."""
+
+
+def line(error: BaseException) -> str:
+    """The text of an error in one line; HDF5's have several."""
+    return " ".join(str(error).split())
+
+
+class Hdf5(Source):
+    """A data set of an HDF5 file; voxel size and offset are its attributes `resolution` and `offset`, as in CREMI."""
+
+    errors = HDF5_ERRORS
+
+    def __init__(self, path: Path, dataset: str):
+        self._path, self.location = path, str(path)
+        where = f"Volume {path}"
+        try:
+            self._file = h5py.File(path, "r", rdcc_nbytes=HDF5_CHUNK_CACHE_BYTES)
+        except OSError as error:
+            raise SynpipeError(f"{where} is truncated or not an HDF5 file ({line(error)}): copy it again.") from None
+        try:
+            self._open(where, dataset)
+        except HDF5_ERRORS as error:
+            self.close()
+            raise SynpipeError(f"{where} is damaged ({line(error)}): copy it again.") from None
+        except SynpipeError:
+            self.close()
+            raise
+
+    def _open(self, where: str, dataset: str) -> None:
+        data = self._file.get(dataset)
+        if not isinstance(data, h5py.Dataset):
+            raise SynpipeError(
+                f"{where} has no data set `{dataset}`; it has {', '.join(_datasets(self._file)) or 'none'}. Set "
+                "`volume.dataset` in the data set's YAML file."
+            )
+        if data.shape is None or len(data.shape) != 3 or 0 in data.shape:
+            raise SynpipeError(f"{where}: `{dataset}` has shape {data.shape}, but sections as (z, y, x) are needed.")
+        self._data, self.shape_zyx, self.dtype = data, data.shape, data.dtype
+        self.voxel_size_nm_zyx, self.offset_nm_zyx = data.attrs.get("resolution"), data.attrs.get("offset")
+
+    def read(self, box: tuple[slice, slice, slice]) -> np.ndarray:
+        return self._data[box]
+
+    def identity(self) -> dict[str, Any]:
+        return {"content": file_sha256(self._path), "dataset": self._data.name}
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _datasets(file: h5py.File) -> list[str]:
+    names: list[str] = []
+    file.visititems(lambda name, item: names.append(name) if isinstance(item, h5py.Dataset) else None)
+    return names
+
+
+class Sections(Source):
+    """A folder with a grey PNG or TIFF image per section, in the order of the last number of their names.
+
+    The numbers must be consecutive, from any first one on: a gap would shift every section after it. Images say nothing
+    about z, so that the voxel size is never read from them.
+    """
+
+    # Pillow raises SyntaxError of a PNG whose chunks are broken.
+    errors = (OSError, SyntaxError, ValueError)
+
+    def __init__(self, folder: Path):
+        self._folder, self.location = folder, str(folder)
+        for document, kind in CHUNKED_BY_DOCUMENT.items():
+            if (folder / document).exists():
+                raise SynpipeError(f"Volume {folder} holds `{document}`: set `volume.path: {kind}://{folder}`.")
+        self._paths = _numbered(folder)
+        try:
+            with Image.open(self._paths[0]) as first:
+                width, height = first.size
+                self.dtype = _dtype(first, self._paths[0])
+        except self.errors as error:
+            raise SynpipeError(f"{self._paths[0]} cannot be read ({line(error)}): copy it again.") from None
+        self.shape_zyx = (len(self._paths), height, width)
+        # A decoded image serves all tiles of its section; at least those of two stacks are kept.
+        kept = max(6, SECTION_CACHE_BYTES // (height * width * self.dtype.itemsize))
+        self._section = lru_cache(maxsize=kept)(self._decode)
+
+    def read(self, box: tuple[slice, slice, slice]) -> np.ndarray:
+        z, y, x = box
+        return np.stack([self._section(index)[y, x] for index in range(z.start, z.stop)])
+
+    def _decode(self, index: int) -> np.ndarray:
+        path = self._paths[index]
+        with Image.open(path) as image:
+            dtype, shape = _dtype(image, path), (image.height, image.width)
+            if (dtype, shape) != (self.dtype, self.shape_zyx[1:]):
+                raise SynpipeError(
+                    f"{path} is {dtype} of {shape} pixels, {self._paths[0].name} is {self.dtype} of "
+                    f"{self.shape_zyx[1:]}: all sections of a volume must be alike."
+                )
+            return np.asarray(image)
+
+    def identity(self) -> dict[str, Any]:
+        return {"sections": folder_sha256(self._folder)}
+
+    def close(self) -> None:
+        self._section.cache_clear()
+
+
+def _numbered(folder: Path) -> list[Path]:
+    """The images of a folder in the order of their numbers."""
+    images = [path for path in folder.iterdir() if path.suffix.lower() in SECTION_SUFFIXES]
+    if not images:
+        raise SynpipeError(
+            f"Volume {folder} is a folder without PNG or TIFF sections, and not an HDF5 file: correct `volume.path` in "
+            "the data set's YAML file."
+        )
+    found = []
+    for path in images:
+        numbers = re.findall(r"\d+", path.stem)
+        if not numbers:
+            raise SynpipeError(f"{path} has no number in its name: sections are put in the order of their numbers.")
+        found.append((int(numbers[-1]), path))
+    found.sort()
+    for (number, path), (following, other) in pairwise(found):
+        if following != number + 1:
+            gap = "have the same number" if following == number else f"leave out section {number + 1}"
+            raise SynpipeError(
+                f"Volume {folder}: {path.name} and {other.name} {gap}. Every section needs an image of its own, a black "
+                "one where it was lost."
+            )
+    return [path for _, path in found]
+
+
+def _dtype(image: Image.Image, path: Path) -> np.dtype:
+    dtypes = {"L": "u1", "I;16": "<u2", "I;16L": "<u2", "I;16B": ">u2", "F": "f4"}
+    if image.mode not in dtypes or getattr(image, "n_frames", 1) != 1:
+        raise SynpipeError(
+            f"{path} is no single grey image of 8 or 16 bit or of floats (its mode is {image.mode}, its pages "
+            f"{getattr(image, 'n_frames', 1)}): convert it, one section per file."
+        )
+    return np.dtype(dtypes[image.mode])
