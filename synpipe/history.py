@@ -5,7 +5,6 @@ Guarantees: going back moves the tag `current` and nothing else, so that readers
 is told of a row's origin is that of the version which readers see, not of what was made since.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC
@@ -21,7 +20,7 @@ from synpipe.annotations import SYNAPSE_SCHEMA
 from synpipe.datasets import Dataset
 from synpipe.errors import SynpipeError
 from synpipe.graph import steps
-from synpipe.index import CURRENT, METADATA_KEY, open_current
+from synpipe.index import CURRENT, open_current, read_provenance, read_vectors
 from synpipe.manifests import Manifest, find_version
 from synpipe.shards import read_table
 
@@ -64,7 +63,7 @@ def versions(dataset: Dataset, encoder: str) -> list[Version]:
     found = []
     for tag, number in _tags(table).items():
         table.checkout(number)
-        told = _provenance(table)
+        told = read_provenance(table.schema)
         found.append(
             Version(
                 tag=tag,
@@ -96,7 +95,9 @@ def open_version(dataset: Dataset, encoder: str, which: str) -> Any:
 def diff(dataset: Dataset, encoder: str, a: str, b: str) -> Difference:
     """How version `b` differs from version `a`, each a tag, a number or `current`."""
     first, second = open_version(dataset, encoder, a), open_version(dataset, encoder, b)
-    same_encoder = _provenance(first)["encoder_fingerprint"] == _provenance(second)["encoder_fingerprint"]
+    same_encoder = (
+        read_provenance(first.schema)["encoder_fingerprint"] == read_provenance(second.schema)["encoder_fingerprint"]
+    )
     old, new = _rows(first), _rows(second)
     ids = np.intersect1d(old["synapse_id"].to_numpy(), new["synapse_id"].to_numpy())
     old_both, new_both = _at(old, ids), _at(new, ids)
@@ -105,7 +106,7 @@ def diff(dataset: Dataset, encoder: str, a: str, b: str) -> Difference:
         same = pc.fill_null(pc.equal(old_both[column], new_both[column]), False)
         neither = pc.and_(pc.is_null(old_both[column]), pc.is_null(new_both[column]))
         changed |= ~pc.or_(same, neither).to_numpy()
-    vectors = [_vectors(table) for table in (old_both, new_both)]
+    vectors = [read_vectors(table) for table in (old_both, new_both)]
     comparable = len(ids) > 0 and vectors[0].shape == vectors[1].shape
     return Difference(
         added=np.setdiff1d(new["synapse_id"].to_numpy(), ids).tolist(),
@@ -138,7 +139,7 @@ def provenance(dataset: Dataset, encoder: str, synapse_id: int) -> dict[str, Any
     found = table.search().where(_is(synapse_id)).select(columns).limit(1).to_arrow().to_pylist()
     if not found:
         raise SynpipeError(f"Synapse {synapse_id} is not in the index {encoder} of {dataset.name}.")
-    row, told = found[0], _provenance(table)
+    row, told = found[0], read_provenance(table.schema)
     lineage = _lineage(dataset, encoder, told)
     annotations = lineage["annotations"]
     return {
@@ -205,10 +206,6 @@ def _tags(table: Any) -> dict[str, int]:
     return {tag: content["version"] for tag, content in table.tags.list().items() if tag != CURRENT}
 
 
-def _provenance(table: Any) -> dict[str, Any]:
-    return json.loads(table.schema.metadata[METADATA_KEY])
-
-
 def _rows(table: Any) -> pa.Table:
     return table.search().select(["synapse_id", *ROW_COLUMNS, "vector"]).to_arrow().combine_chunks()
 
@@ -217,8 +214,3 @@ def _at(table: pa.Table, ids: np.ndarray) -> pa.Table:
     """Rows of these ids, in their order."""
     order = np.argsort(table["synapse_id"].to_numpy())
     return table.take(order[np.searchsorted(table["synapse_id"].to_numpy()[order], ids)])
-
-
-def _vectors(table: pa.Table) -> np.ndarray:
-    vectors = table["vector"].combine_chunks()
-    return vectors.flatten().to_numpy().reshape(len(table), -1)

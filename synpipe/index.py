@@ -2,7 +2,8 @@
 
 In: the Parquet file of `embedding_table_<encoder>`. Out: a version of the LanceDB table of that name. Guarantee: the tag
 `current` moves only after rows, indexes and recall have been verified, so that readers who check out the tag never see a
-table without its index, also when a build is killed. One writer at a time. Only this module and `search` talk to LanceDB.
+table without its index, also when a build is killed. One writer at a time. Only this module, `search` and `history` talk
+to LanceDB.
 
 What was measured (LanceDB 0.40, 103,511 × 192): a flat scan 79 ms, IVF_FLAT with 256 partitions and 16 probes 2.5 ms at
 the same recall; SQ and PQ show approximate distances, HNSW builds four times slower. So: IVF_FLAT, or nothing below
@@ -82,7 +83,7 @@ def _publish(table_path: Path, folder: Path, name: str, data_version: str, log: 
     # Nothing to embed is stopped long before; LanceDB itself would accept an empty table and fail at the index.
     if source.metadata.num_rows == 0:
         raise SynpipeError(f"{table_path} has no rows: there is nothing to index. Look at the rejects.")
-    provenance = json.loads(source.schema_arrow.metadata[METADATA_KEY])
+    provenance = read_provenance(source.schema_arrow)
     provenance |= {"table_data_version": provenance["data_version"], "data_version": data_version}
     schema = pa.schema([*source.schema_arrow], metadata={METADATA_KEY: json.dumps(provenance)})
     batches = (_unit(batch).cast(schema) for batch in source.iter_batches(batch_size=8192))
@@ -125,33 +126,33 @@ def open_current(folder: Path, name: str) -> Any:
         raise SynpipeError(f"There is no index {name} in {folder}: materialise index_{name} first.")
     try:
         table = lancedb.connect(folder, read_consistency_interval=timedelta(0)).open_table(name)
-        published = CURRENT in table.tags.list()
+        whole = CURRENT in table.tags.list()
     except ValueError:  # LanceDB finds no table in the folder: its first build was killed
-        published = False
-    if not published:
+        whole = False
+    if not whole:
         raise SynpipeError(f"The index {name} in {folder} was never published: materialise index_{name} again.")
     table.checkout(CURRENT)
     return table
 
 
-def republish(folder: Path, name: str, data_version: str, fingerprint: str) -> bool:
-    """Let `current` name the version that was published of this data before; False where there is none."""
+def republish(folder: Path, name: str, data_version: str, fingerprint: str) -> IndexReport | None:
+    """Let `current` name the version that was published of this data before; None where there is none."""
     tag = tag_for(data_version, fingerprint)
     try:
         table = open_current(folder, name)
     except SynpipeError:
-        return False
-    published = table.tags.list().get(tag)
-    if published is None:
-        return False
-    table.tags.update(CURRENT, published["version"])
-    return True
+        return None
+    tagged = table.tags.list().get(tag)
+    if tagged is None:
+        return None
+    table.tags.update(CURRENT, tagged["version"])
+    return published(folder, name)
 
 
 def published(folder: Path, name: str) -> IndexReport:
     """What `current` names. Raises `SynpipeError` where nothing has been published."""
     table = open_current(folder, name)
-    provenance = json.loads(table.schema.metadata[METADATA_KEY])
+    provenance = read_provenance(table.schema)
     settings = {key.decode(): value.decode() for key, value in table.schema.field("vector").metadata.items()}
     partitions = partitions_for(table.count_rows())
     return IndexReport(
@@ -165,10 +166,22 @@ def published(folder: Path, name: str) -> IndexReport:
     )
 
 
+def read_provenance(schema: pa.Schema) -> dict[str, Any]:
+    """Where the rows come from, as the embedding table and every version of an index keep it with their schema."""
+    return json.loads(schema.metadata[METADATA_KEY])
+
+
+def read_vectors(rows: pa.Table | pa.RecordBatch) -> np.ndarray:
+    """The column `vector`: float32 (n, d)."""
+    vectors = rows["vector"]
+    if isinstance(vectors, pa.ChunkedArray):
+        vectors = vectors.combine_chunks()
+    return vectors.flatten().to_numpy().reshape(len(rows), -1)
+
+
 def _unit(batch: pa.RecordBatch) -> pa.RecordBatch:
     """Vectors of exactly unit length: the Parquet file holds them rounded."""
-    column = batch.column("vector")
-    vectors = column.flatten().to_numpy().reshape(len(batch), -1)
+    vectors = read_vectors(batch)
     vectors = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
     place = batch.schema.get_field_index("vector")
     unit = pa.FixedSizeListArray.from_arrays(pa.array(vectors.ravel()), vectors.shape[1])
@@ -180,8 +193,7 @@ def _tune(table: Any, partitions: int) -> tuple[int, float]:
 
     The queries are rows of the table; a query finds itself, in the exact search too.
     """
-    vectors = table.search().select(["vector"]).to_arrow()["vector"].combine_chunks()
-    matrix = vectors.flatten().to_numpy().reshape(len(vectors), -1)
+    matrix = read_vectors(table.search().select(["vector"]).to_arrow())
     chosen = np.random.default_rng(0).permutation(len(matrix))[:RECALL_QUERIES]
     k = min(RECALL_K, len(matrix))
     similarities = matrix[chosen] @ matrix.T

@@ -30,7 +30,7 @@ MAX_CLASSES = 12
 
 def tiles_by_class(dataset: Dataset, per_class: int = 8, tile_px: int = 96) -> Image.Image | None:
     """A row of tiles per class, taken at even distances from the index of the tiles; None where there is no tile."""
-    index = read_table(dataset.tiles_path)
+    index = read_table(dataset.tiles_path, ["synapse_id"])
     reader = open_tiles(dataset)
     labels = _labels(dataset)
     classes = np.array([labels[synapse_id] for synapse_id in index["synapse_id"].to_pylist()])

@@ -233,17 +233,14 @@ def make_rejects(dataset: Dataset, inputs: Inputs, log: Log) -> Made:
     synapses = read_table(dataset.synapses_path)
     stacks = read_table(dataset.stacks_path, ["synapse_id", "reason", "detail"])
     without_tile = stacks.filter(pc.is_valid(stacks["reason"])).join(synapses, "synapse_id", join_type="inner")
-    rejects = pa.concat_tables(
-        [
-            read_table(dataset.synapse_rejects_path).cast(REJECT_SCHEMA),
-            without_tile.select(REJECT_SCHEMA.names).cast(REJECT_SCHEMA),
-        ]
-    ).sort_by([("reason", "ascending"), ("synapse_id", "ascending")])
+    unusable = read_table(dataset.synapse_rejects_path).cast(REJECT_SCHEMA)
+    rejects = pa.concat_tables([unusable, without_tile.select(REJECT_SCHEMA.names).cast(REJECT_SCHEMA)])
+    rejects = rejects.sort_by([("reason", "ascending"), ("synapse_id", "ascending")])
     version = _version("rejects", inputs)
     write_table(dataset.rejects_path, rejects, _metadata(dataset, version, inputs))
     reasons = _counts(rejects, "reason")
     log(f"{len(rejects):,} rejects: " + (", ".join(f"{count} {reason}" for reason, count in reasons.items()) or "none"))
-    share = len(rejects) / max(1, len(synapses) + len(read_table(dataset.synapse_rejects_path, ["reason"])))
+    share = len(rejects) / max(1, len(synapses) + len(unusable))
     return Made(version, {"rows": len(rejects), "reasons": reasons, "share": round(share, 4)})
 
 
@@ -346,11 +343,11 @@ def make_index(dataset: Dataset, name: str, inputs: Inputs, log: Log) -> Made:
     version = _version("index", inputs)
     fingerprint = read_manifest(dataset, f"embeddings_{name}").counts["encoder_fingerprint"]
     # Going back to what was published before, after a swap there and back or a rollback, builds nothing.
-    if index.republish(dataset.lancedb_folder, name, version, fingerprint):
+    report = index.republish(dataset.lancedb_folder, name, version, fingerprint)
+    if report:
         log("this version was published before")
     else:
-        index.publish(dataset.table_path(name), dataset.lancedb_folder, name, version, log)
-    report = index.published(dataset.lancedb_folder, name)
+        report = index.publish(dataset.table_path(name), dataset.lancedb_folder, name, version, log)
     log(f"{report.rows:,} rows, {report.kind}, recall@10 {report.recall:.4f}, tag {report.tag}")
     return Made(version, asdict(report))
 

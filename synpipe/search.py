@@ -8,7 +8,6 @@ index for this question (seven milliseconds for the top 4 of six classes of 103,
 too, where an index misses up to a fifth, and it allows L1. Beyond that the index answers, class by class.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -20,7 +19,7 @@ from lancedb.expr import Expr, col, func, lit
 
 from synpipe.datasets import Dataset
 from synpipe.errors import SynpipeError
-from synpipe.index import METADATA_KEY, open_current
+from synpipe.index import open_current, read_provenance, read_vectors
 
 Metric = Literal["cosine", "l2", "dot", "l1"]
 METRICS: tuple[str, ...] = get_args(Metric)
@@ -54,13 +53,13 @@ class SynapseIndex:
         """Raises `SynpipeError` where the index has not been built."""
         self._table = open_current(dataset.lancedb_folder, encoder)
         self._classes = dataset.spec.classes
-        self.provenance = json.loads(self._table.schema.metadata[METADATA_KEY])
+        self.provenance = read_provenance(self._table.schema)
         self.fingerprint: str = self.provenance["encoder_fingerprint"]
         self.version = self._table.version
         self.exact = self._table.count_rows() <= EXACT_ROWS
         if self.exact:
             self._rows = self._table.to_arrow().combine_chunks()
-            self._unit = _matrix(self._rows)
+            self._unit = read_vectors(self._rows)
             self._norms = self._rows["norm"].to_numpy()
 
     def search(
@@ -128,7 +127,7 @@ class SynapseIndex:
             raise SynpipeError(
                 f"Synapse {synapse_id} is not in the index of {self.provenance['encoder']}: it is unknown or was rejected."
             )
-        return _matrix(found)[0] * found["norm"][0].as_py()
+        return read_vectors(found)[0] * found["norm"][0].as_py()
 
     def _exactly(self, query: np.ndarray, leave_out: int | None, metric: str, per_class: int, wanted: Mapping) -> dict:
         # No id is negative.
@@ -208,11 +207,6 @@ def _filter_value(column: str, value: str) -> str | int:
     if not value.isascii() or not value.isdecimal() or int(value) >= 2**63:
         raise SynpipeError(f"neuron_id must be a whole number below 2^63, not {value!r}.")
     return int(value)
-
-
-def _matrix(table: pa.Table) -> np.ndarray:
-    vectors = table["vector"].combine_chunks()
-    return vectors.flatten().to_numpy().reshape(len(table), -1)
 
 
 def _neighbours(table: pa.Table, distances: np.ndarray) -> list[Neighbour]:
