@@ -3,6 +3,7 @@
 In: the files of a data set. Out: a `Finding`. Guarantee: a check reads what is in the store, not what a step says of it.
 """
 
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -49,6 +50,26 @@ def stacks_match_synapses(dataset: Dataset) -> Finding:
     wrong = ", ".join(f"{count:,} {name}" for name, count in figures.items() if count)
     return Finding(
         not wrong, f"Stacks and synapses differ: {wrong}." if wrong else "A stack or a reason for each.", figures
+    )
+
+
+def rejects_are_few(dataset: Dataset) -> Finding:
+    """No larger share of the synapses was rejected than `max_reject_share` of the data set allows."""
+    rejects = read_table(dataset.rejects_path, ["reason"])
+    unusable = len(read_table(dataset.synapse_rejects_path, ["reason"]))
+    total = len(read_table(dataset.synapses_path, ["synapse_id"])) + unusable
+    reasons = Counter(rejects["reason"].to_pylist()).most_common()
+    share, allowed = len(rejects) / max(1, total), dataset.spec.max_reject_share
+    figures = {"share": share, "allowed": allowed, **dict(reasons)}
+    text = f"{len(rejects):,} of {total:,} synapses were rejected, {share:.2%}"
+    if share <= allowed:
+        return Finding(True, f"{text}; {allowed:.2%} are allowed.", figures)
+    why = ", ".join(f"{count:,} {reason}" for reason, count in reasons)
+    return Finding(
+        False,
+        f"{text}, where {allowed:.2%} are allowed: {why}. {dataset.rejects_path} says where each comes from: mend that, or "
+        f"raise `max_reject_share` in {dataset.name}.yaml if they are rightly rejected. No other asset waits for it.",
+        figures,
     )
 
 

@@ -34,7 +34,8 @@ class DatasetSpec(Spec):
     title: a sentence for people. synthetic: makes the volume and the annotations on the spot (the demo). volume,
     annotations: where the data is; relative paths start at the folder of the YAML file, or of what `synthetic` makes.
     classes: values that the class column `neurotransmitter` may have. tiles: the recipe. encoders: names of entries of
-    `encoders.yaml`, the first being the default; each is a branch of the graph.
+    `encoders.yaml`, the first being the default; each is a branch of the graph. max_reject_share: the share of the synapses
+    that may be rejected, for whatever reason, before the check of `rejects` fails.
     """
 
     title: str
@@ -44,6 +45,7 @@ class DatasetSpec(Spec):
     classes: tuple[str, ...] = Field(NEUROTRANSMITTERS, min_length=1)
     tiles: TileSpec = TileSpec()
     encoders: tuple[str, ...] = Field(min_length=1)
+    max_reject_share: float = Field(0.05, ge=0, le=1)
 
 
 @dataclass(frozen=True)
@@ -160,14 +162,15 @@ class Project:
 
     def dataset(self, name: str) -> Dataset:
         """Raises `SynpipeError` where there is no such data set or its YAML file is wrong."""
-        path = self.data / "datasets" / f"{name}.yaml"
-        if not NAME.fullmatch(name):
-            raise SynpipeError(
-                f"{name!r} cannot be the name of a data set: use a-z, 0-9 and _, and begin with a letter."
-            )
+        path = self.data / "datasets" / f"{_checked_name(name)}.yaml"
         if not path.exists():
             known = ", ".join(self.dataset_names()) or "none"
             raise SynpipeError(f"There is no data set {name!r} in {path.parent}; there is {known}.")
+        return self.dataset_at(path)
+
+    def dataset_at(self, path: Path) -> Dataset:
+        """The data set that a YAML file anywhere describes, named after it. Raises `SynpipeError` where it is wrong."""
+        name = _checked_name(path.stem)
         spec = DatasetSpec.parse(_expand(read_yaml(path)), str(path))
         unknown = [encoder for encoder in spec.encoders if encoder not in self.registry]
         if unknown:
@@ -180,10 +183,16 @@ class Project:
             name=name,
             spec=spec,
             folder=folder,
-            base=folder / "source" if spec.synthetic is not None else path.parent,
+            base=folder / "source" if spec.synthetic is not None else path.absolute().parent,
             encoders={encoder: self.registry[encoder] for encoder in spec.encoders},
             weights_base=self.data,
         )
+
+
+def _checked_name(name: str) -> str:
+    if not NAME.fullmatch(name):
+        raise SynpipeError(f"{name!r} cannot be the name of a data set: use a-z, 0-9 and _, and begin with a letter.")
+    return name
 
 
 def _expand(value: Any) -> Any:

@@ -77,7 +77,7 @@ class Chunked(Source):
         except self.errors as error:
             raise SynpipeError(
                 f"Volume {self.location} cannot be opened ({line(error)}): correct `volume.path` in the data set's YAML "
-                "file, or try again when its server and the network are well."
+                "file, ask for access where permission is denied, or try again when its server and the network are well."
             ) from None
         except (KeyError, TypeError, IndexError, AttributeError) as error:
             raise SynpipeError(

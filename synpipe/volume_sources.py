@@ -61,8 +61,8 @@ class Source(ABC):
 
 
 def line(error: BaseException) -> str:
-    """The text of an error in one line; HDF5's have several."""
-    return " ".join(str(error).split())
+    """The text of an error in one line; HDF5's have several. Without the page that a server sends with it."""
+    return " ".join(re.sub(r" \[http_response_body='(?:[^'\\]|\\.)*'\]", "", str(error)).split())
 
 
 class Hdf5(Source):

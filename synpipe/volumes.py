@@ -89,6 +89,10 @@ class MissingChunk(SynpipeError):
     """The volume is sound, but holds no voxels at this place: it was never stored there, which is not the same as black."""
 
 
+class AccessDenied(SynpipeError):
+    """Whoever keeps the volume refuses to give it out: a chunk more or less is not the question, and no attempt helps."""
+
+
 def to_uint8(values: np.ndarray, window: tuple[float, float]) -> np.ndarray:
     """Grey values from an intensity window: floor(255·(v − low)/(high − low) + ½), with v clipped to the window.
 
@@ -156,7 +160,8 @@ class Volume:
     def read(self, start_zyx: np.ndarray, stop_zyx: np.ndarray) -> np.ndarray:
         """The voxels from `start_zyx` up to `stop_zyx`, both within the volume: uint8 (z, y, x).
 
-        Raises `MissingChunk` where the volume holds nothing there, `SynpipeError` where it is damaged or out of reach.
+        Raises `MissingChunk` where the volume holds nothing there, `AccessDenied` where it may not be read, `SynpipeError`
+        where it is damaged or out of reach.
         """
         z, y, x = (slice(int(a), int(b)) for a, b in zip(start_zyx, stop_zyx, strict=True))
         try:
@@ -166,6 +171,11 @@ class Volume:
             # The status with which tensorstore's messages begin: the one thing that tells absent from out of reach.
             if str(error).startswith("NOT_FOUND"):
                 raise MissingChunk(f"Volume {self.path} holds nothing at {place} ({line(error)}).") from None
+            if str(error).startswith("PERMISSION_DENIED"):
+                raise AccessDenied(
+                    f"Volume {self.path}: permission denied at {place} ({line(error)}): ask whoever keeps it for access, or "
+                    "give the credentials that its bucket needs."
+                ) from None
             raise SynpipeError(
                 f"Volume {self.path} cannot be read at {place} ({line(error)}): {self._source.remedy}."
             ) from None

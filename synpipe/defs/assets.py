@@ -13,10 +13,12 @@ from synpipe.graph import Step, steps
 
 Check = Callable[..., checks.Finding]
 
-# Checks by kind of step. All are blocking: what lies downstream does not run on tiles or vectors that are wrong.
+# Checks by kind of step. All are blocking: what lies downstream does not run on tiles or vectors that are wrong. Nothing
+# lies downstream of the rejects: there it only makes the run fail, so that nobody overlooks what was lost.
 CHECKS: dict[str, dict[str, Check]] = {
     "synapse_stacks": {"match_synapses": checks.stacks_match_synapses},
     "rgb_tiles": {"are_there": checks.tiles_are_there},
+    "rejects": {"are_few": checks.rejects_are_few},
     "embeddings": {"vectors_vary": checks.vectors_vary},
     "embedding_table": {"match_tiles": checks.table_matches_tiles},
     "index": {"recall": checks.index_finds_neighbours},

@@ -13,10 +13,11 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from synpipe.datasets import Dataset
+from synpipe.errors import SynpipeError
 from synpipe.graph import Step
 from synpipe.manifests import Manifest
 from synpipe.pictures import data_uri, nearest_neighbours, section_picture, tiles_by_class
-from synpipe.volumes import MissingChunk, Volume
+from synpipe.volumes import Volume
 
 SAMPLE_ROWS = 10
 
@@ -91,7 +92,7 @@ def volume(dataset: Dataset, manifest: Manifest) -> dict[str, Any]:
     with Volume(dataset.spec.volume, dataset.base) as opened:
         try:
             picture = section_picture(opened)
-        except MissingChunk:  # the middle of an irregular volume may be empty
+        except SynpipeError:  # nothing may be stored there, or the server fails just now: no reason to make nothing else
             picture = None
     return _picture("middle_section", picture) | _figures(manifest)
 

@@ -1,0 +1,316 @@
+"""A server that fails, stalls and truncates: nothing of a data set is lost, nothing is invented, and the rest is kept."""
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from synpipe import volume_chunked
+from synpipe.datasets import Dataset, Project
+from synpipe.errors import SynpipeError
+from synpipe.graph import steps
+from synpipe.manifests import read_manifest
+from synpipe.shards import read_table
+from synpipe.volumes import AccessDenied
+from synpipe_tests import command
+from synpipe_tests.conftest import SMALL_DEMO, environment, write_project
+from synpipe_tests.fault_server import HALVED, RESET, SHORT, STALL, FaultServer, always, at_first, never, serving
+from synpipe_tests.test_volume_sources import (
+    CHUNK,
+    OFFSET_NM,
+    SIZE_NM,
+    everything,
+    first_chunk,
+    opened,
+    refusal,
+    write_n5,
+    write_precomputed,
+    write_zarr3,
+)
+
+SHAPE = (10, 640, 640)
+BLACK, COPY = 5, 8  # a section that was lost, and one that was filled with its neighbour
+ATTEMPTS = 4
+KINDS: dict[str, Callable[[Path, np.ndarray], None]] = {
+    "raw": write_precomputed,
+    "jpeg": partial(write_precomputed, encoding="jpeg"),
+    "n5": write_n5,
+}
+SCHEMES = {"raw": "precomputed", "jpeg": "precomputed", "n5": "n5"}
+TRUNK = ("volume", "annotations", "synapses", "synapse_stacks", "rgb_tiles", "rejects")
+
+Tiles = dict[int, dict[str, Any]]
+Rejects = dict[int, tuple[str, str]]
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A volume of every kind, and 60 synapses, some of them at its border."""
+    rng = np.random.default_rng(0)
+    coarse = rng.integers(1, 256, (SHAPE[0], SHAPE[1] // 4, SHAPE[2] // 4), dtype=np.uint8)
+    grey = coarse.repeat(4, axis=1).repeat(4, axis=2)
+    grey[BLACK] = 0
+    grey[COPY] = grey[COPY - 1]
+    folder = tmp_path_factory.mktemp("source")
+    for kind, write in KINDS.items():
+        write(folder / kind, grey)
+    positions = OFFSET_NM + rng.uniform((0, 0, 0), SHAPE, (60, 3)) * SIZE_NM
+    lines = [f"{number},{x},{y},{z},gaba" for number, (z, y, x) in enumerate(positions.tolist(), start=1)]
+    (folder / "synapses.csv").write_text("\n".join(["synapse_id,x,y,z,neurotransmitter", *lines]))
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        volume_chunked, "RETRIES", {"max_retries": ATTEMPTS, "initial_delay": "5ms", "max_delay": "20ms"}
+    )
+
+
+@pytest.fixture(scope="module")
+def clean(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Dataset]:
+    """The data set made from the local files of a kind, once."""
+    found: dict[str, Dataset] = {}
+
+    def clean_run(kind: str) -> Dataset:
+        if kind not in found:
+            found[kind] = project(tmp_path_factory.mktemp("clean"), source, kind, str(source / kind)).dataset("demo")
+            make(found[kind])
+        return found[kind]
+
+    return clean_run
+
+
+def project(folder: Path, source: Path, kind: str, place: str) -> Project:
+    annotations = [{"format": "table", "path": f"{source}/synapses.csv"}]
+    return write_project(
+        folder,
+        synthetic=None,
+        volume={"path": f"{SCHEMES[kind]}://{place}"},
+        annotations=annotations,
+        tiles={**SMALL_DEMO["tiles"], "shards": 8, "block_voxels_zyx": [32, 160, 160]},
+        max_reject_share=1,
+    )
+
+
+def make(dataset: Dataset) -> None:
+    for step in steps(dataset)[: len(TRUNK)]:
+        step.run(lambda message: None)
+
+
+def result(dataset: Dataset) -> tuple[Tiles, Rejects]:
+    columns = ["synapse_id", "start_z", "start_y", "start_x", "content_hash", "missing_sections", "pad_fraction"]
+    tiles = {row["synapse_id"]: row for row in read_table(dataset.tiles_path, columns).to_pylist()}
+    rejects = read_table(dataset.rejects_path).to_pylist()
+    return tiles, {row["synapse_id"]: (row["reason"], row["detail"]) for row in rejects}
+
+
+def shards_on(dataset: Dataset, chunk_yx: tuple[int, int]) -> tuple[set[int], set[int]]:
+    """Shards and synapses whose cut-outs need chunks of this row and column."""
+    columns = ["synapse_id", "shard", "start_y", "start_x"]
+    rows = [
+        row
+        for row in read_table(dataset.stacks_path, columns).to_pylist()
+        if all(
+            row[f"start_{axis}"] < (number + 1) * size and row[f"start_{axis}"] + 256 > number * size
+            for axis, number, size in zip("yx", chunk_yx, CHUNK[1:], strict=True)
+        )
+    ]
+    return {row["shard"] for row in rows}, {row["synapse_id"] for row in rows}
+
+
+def in_column(chunk_yx: tuple[int, int]) -> Callable[[str], bool]:
+    """Paths of the precomputed chunks of this row and column; `write_precomputed` shifts the volume by whole voxels."""
+    y, x = (number * size + shift for number, size, shift in zip(chunk_yx, CHUNK[1:], (-10, 2), strict=True))
+    return lambda path: re.search(rf"/{x}-{x + CHUNK[2]}_{y}-{y + CHUNK[1]}_", path) is not None
+
+
+def chunks_asked_for(server: FaultServer) -> dict[str, int]:
+    documents = ("info", "attributes.json", "zarr.json")
+    return {path: count for path, count in server.requests.items() if not path.endswith(documents)}
+
+
+# What passes
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_passes_is_not_seen(source: Path, clean: Callable, tmp_path: Path, kind: str) -> None:
+    """Every path fails twice; each chunk then comes once. Sections that are black or copies are told as from the files."""
+    with serving(source, at_first(2, 500, 502, 503, 429, RESET, SHORT)) as server:
+        dataset = project(tmp_path, source, kind, f"{server.url}/{kind}").dataset("demo")
+        make(dataset)
+    tiles, rejects = result(dataset)
+    assert (tiles, rejects) == result(clean(kind))
+    assert set(chunks_asked_for(server).values()) == {3}
+    sections = {key: OFFSET_NM[0] + SIZE_NM[0] * key for key in (BLACK, COPY)}
+    middle = {number: row["start_z"] + 1 for number, row in tiles.items()}
+    assert {reason for reason, _ in rejects.values()} == {"blank_section"} and len(rejects) > 3, sections
+    for number, row in tiles.items():
+        z, missing = middle[number], row["missing_sections"]
+        assert bool(missing & 1) == (z in (0, BLACK + 1, COPY)), (z, missing)
+        assert bool(missing & 4) == (z in (SHAPE[0] - 1, BLACK - 1, COPY - 1)), (z, missing)
+    assert {BLACK - 1, BLACK + 1, COPY - 1, COPY} <= set(middle.values())
+
+
+# What does not
+
+
+@pytest.mark.parametrize("fault", [503, RESET, SHORT, HALVED])
+@pytest.mark.parametrize("kind", ["raw", "jpeg"])
+def test_what_stays_fails_its_shards_only(
+    source: Path, clean: Callable, tmp_path: Path, kind: str, fault: int | str
+) -> None:
+    """The message says where and what to do; with the server well again, only what was missing is fetched."""
+    column = (0, 0)
+    failing, _ = shards_on(clean(kind), column)
+    expected, stacks = result(clean(kind)), read_table(clean(kind).stacks_path)
+    shards = stacks["shard"].to_pylist()
+    assert failing and failing < set(shards)
+
+    with serving(source, always(fault, in_column(column))) as server:
+        made = project(tmp_path, source, kind, f"{server.url}/{kind}")
+        dataset = made.dataset("demo")
+        message = command.refusal(command.invoke(made, "materialize", "-s", "+rgb_tiles"))
+        assert server.url in message and "demo/synapse_stacks" in message and "again" in message
+        assert "<html" not in message.lower() and len(message) < 1500
+        assert not dataset.stacks_path.exists()
+        kept = {int(path.name[:5]) for path in dataset.cut_outs_folder.rglob("*.parquet")}
+        assert kept == set(shards) - failing
+
+        server.rule, server.requests = never, type(server.requests)()
+        make(dataset)
+    assert result(dataset) == expected
+    counts = read_manifest(dataset, "synapse_stacks").counts
+    assert counts["cut_outs_made"] == sum(shard in failing for shard in shards)
+    asked = chunks_asked_for(server)
+    needed = 0
+    for shard in failing:
+        of_shard = [row for row in stacks.to_pylist() if row["shard"] == shard]
+        needed += len({chunk for row in of_shard for chunk in chunks_of(row)})
+    assert 0 < sum(asked.values()) <= needed and max(asked.values()) <= len(failing)
+
+
+def chunks_of(row: dict[str, Any]) -> set[tuple[int, int, int]]:
+    """Chunks that a window needs."""
+    ranges = []
+    for axis, window, size, extent in zip("zyx", (3, 256, 256), CHUNK, SHAPE, strict=True):
+        low, high = max(row[f"start_{axis}"], 0), min(row[f"start_{axis}"] + window, extent)
+        ranges.append(range(low // size, (high - 1) // size + 1))
+    return {(z, y, x) for z in ranges[0] for y in ranges[1] for x in ranges[2]}
+
+
+def test_a_stall_is_given_up(source: Path, clean: Callable, tmp_path: Path) -> None:
+    """One stall is made good by another attempt; a server that always stalls fails the shard. curl's time-out is set when
+    tensorstore is loaded, hence the process of its own."""
+    column = (0, 0)
+    failing, _ = shards_on(clean("raw"), column)
+    once, ever = at_first(1, STALL), always(STALL, in_column(column))
+    with serving(source, lambda path, number: ever(path, number) or once(path, number)) as server:
+        made = project(tmp_path, source, "raw", f"{server.url}/raw")
+        program = (
+            "from synpipe import cli, volume_chunked; "
+            "volume_chunked.RETRIES |= {'max_retries': 1, 'initial_delay': '5ms'}; "
+            "cli.main(['materialize', '-s', '+rgb_tiles'])"
+        )
+        ended = subprocess.run(
+            [sys.executable, "-c", program],
+            env=environment(made) | {"TENSORSTORE_CURL_LOW_SPEED_TIME_SECONDS": "1"},
+            cwd=os.getcwd(),
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+        message = command.refusal(ended)
+        assert "Timeout" in message and server.url in message
+        dataset = made.dataset("demo")
+        kept = {int(path.name[:5]) for path in dataset.cut_outs_folder.rglob("*.parquet")}
+        assert kept == set(read_table(clean("raw").stacks_path)["shard"].to_pylist()) - failing
+        server.rule = never
+        make(dataset)
+    assert result(dataset) == result(clean("raw"))
+
+
+@pytest.mark.parametrize("kind", ["raw", "jpeg"])
+def test_a_chunk_that_is_missing_and_one_that_is_black(source: Path, clean: Callable, tmp_path: Path, kind: str) -> None:
+    """Only the synapses that need the missing chunk are rejected, and for that; those on black ones are `blank_section`."""
+    column = (4, 4)
+    _, concerned = shards_on(clean(kind), column)
+    tiles, rejects = result(clean(kind))
+    with serving(source, always(404, in_column(column))) as server:
+        dataset = project(tmp_path, source, kind, f"{server.url}/{kind}").dataset("demo")
+        make(dataset)
+    found_tiles, found_rejects = result(dataset)
+    assert found_tiles == {number: tile for number, tile in tiles.items() if number not in concerned}
+    assert {number: reason for number, (reason, _) in found_rejects.items()} == {
+        number: "missing_chunk" if number in concerned else "blank_section" for number in concerned | set(rejects)
+    }
+    assert all(server.url in detail for number, (_, detail) in found_rejects.items() if number in concerned)
+    assert concerned and set(rejects) - concerned
+
+
+@pytest.mark.parametrize("status", [401, 403])
+def test_permission_denied_stops_the_asset(source: Path, tmp_path: Path, status: int) -> None:
+    """Not a missing chunk, and nothing to try again for: no synapse is rejected, and no more is asked for than at first."""
+    with serving(source, always(status, in_column((0, 0)))) as server:
+        made = project(tmp_path, source, "raw", f"{server.url}/raw")
+        message = command.refusal(command.invoke(made, "materialize", "-s", "+rejects"))
+        assert "permission denied" in message and server.url in message and "access" in message
+        assert not made.dataset("demo").rejects_path.exists()
+        assert max(chunks_asked_for(server).values()) == 1
+        with opened("precomputed", f"{server.url}/raw") as volume, pytest.raises(AccessDenied):
+            everything(volume)
+
+
+def test_a_volume_that_cannot_be_opened_says_why(source: Path, tmp_path: Path) -> None:
+    for rule, words in ((always(503, bool), "503"), (always(RESET, bool), "curl"), (always(403, bool), "permission")):
+        with serving(source, rule) as server:
+            message = refusal(partial(opened, "precomputed", f"{server.url}/raw"), "cannot be opened", words, server.url)
+        assert "html" not in message
+
+
+# Damage that only the content can show
+
+
+@pytest.fixture(scope="module")
+def textured() -> np.ndarray:
+    return np.random.default_rng(1).integers(1, 256, (4, 64, 64), dtype=np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("kind", "damage"),
+    [
+        ("jpeg", "halved"),
+        ("jpeg", "noise"),
+        ("jpeg", "white"),
+        ("raw", "halved"),
+        ("n5", "halved"),
+        ("n5", "noise"),
+        ("n5", "one bit"),
+        ("zarr3", "one bit"),
+    ],
+)
+def test_damage_that_a_chunk_shows(tmp_path: Path, textured: np.ndarray, kind: str, damage: str) -> None:
+    """Checksums (N5's gzip, Zarr's crc32c) show every bit. JPEG and raw chunks have none: see `volume_chunked`."""
+    {**KINDS, "zarr3": write_zarr3}[kind](tmp_path / "v", textured)
+    chunk = first_chunk(tmp_path / "v")
+    content = bytearray(chunk.read_bytes())
+    half = len(content) // 2
+    if damage == "halved":
+        content = content[:half]
+    elif damage == "one bit":
+        content[half] ^= 1
+    else:
+        fill = np.full(half, 255) if damage == "white" else np.random.default_rng(2).integers(0, 256, half)
+        content[-half:] = fill.astype(np.uint8).tobytes()
+    chunk.write_bytes(content)
+    with opened({**SCHEMES, "zarr3": "zarr3"}[kind], tmp_path / "v") as volume:
+        with pytest.raises(SynpipeError, match="cannot be read"):
+            everything(volume)
