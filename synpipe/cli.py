@@ -202,6 +202,47 @@ def status(project: "Project", dataset: str, as_json: bool) -> None:
             click.echo(f"  {'':<40}   because {reason}")
 
 
+@main.group("dataset")
+def dataset_group() -> None:
+    """Look at a data set before anything is made of it."""
+
+
+@dataset_group.command()
+@click.argument("which", metavar="FILE|NAME")
+@click.option(
+    "--picture",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Where to save the contact sheet.  [default: check.png in the data set's folder of the store]",
+)
+@click.pass_obj
+def check(project: "Project", which: str, picture: Path | None) -> None:
+    """Open a data set's volume, read all of its annotations and some tiles, and say what there is and what it will cost.
+
+    FILE is a YAML file anywhere, NAME one in data/datasets/. Whatever is wrong is said in one go; the exit code is then 1.
+
+    \b
+    Examples:
+      synpipe dataset check data/datasets/mydata.yaml
+      synpipe dataset check mydata --picture tiles.png
+    """
+    from synpipe import dataset_check
+
+    is_file = which.endswith((".yaml", ".yml")) or os.sep in which
+    chosen = project.dataset_at(Path(which)) if is_file else project.dataset(which)
+    click.echo(f"{chosen.name}: {chosen.spec.title}")
+    report = dataset_check.check(chosen)
+    for heading, found in report.found.items():
+        for number, line in enumerate(found):
+            click.echo(f"  {'' if number else heading:<12} {line}")
+    if report.picture is not None:
+        picture = picture or chosen.folder / "check.png"
+        _save(picture, report.picture)
+        click.echo(f"  {'picture':<12} {_short(picture)}")
+    for problem in report.problems:
+        click.echo(f"Error: {problem}", err=True)
+    sys.exit(1 if report.problems else 0)
+
+
 @main.command()
 @dataset_option
 @encoder_option
