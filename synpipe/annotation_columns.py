@@ -30,6 +30,10 @@ SYNONYMS = {
     "oct": "octopamine",
 }
 NUMBER = r"^[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?$"  # what pyarrow casts to float64 without raising
+# Three values in brackets of any kind, or in none, as pandas ("[1, 2, 3]"), numpy ("[1 2 3]") and CAVE write them.
+POSITION_TEXT = (
+    r"^\s*[\[({]?\s*(?P<x>[^,;\s\[({]+)\s*[,;\s]\s*(?P<y>[^,;\s]+)\s*[,;\s]\s*(?P<z>[^,;\s\])}]+)\s*[\])}]?\s*$"
+)
 
 
 def as_text(column: pa.Array) -> pa.Array:
@@ -44,6 +48,17 @@ def as_floats(column: pa.Array) -> np.ndarray:
         text = pc.utf8_trim_whitespace(column)
         column = pc.if_else(pc.match_substring_regex(text, NUMBER), text, pa.scalar(None, pa.string()))
     return column.cast(pa.float64(), safe=False).fill_null(np.nan).to_numpy(zero_copy_only=False)
+
+
+def split_positions(column: pa.Array) -> tuple[pa.Array, pa.Array, pa.Array]:
+    """x, y and z of a column of lists, or of text such as "[1, 2, 3]"; null where there are not three."""
+    if pa.types.is_string(column.type):
+        matched = pc.extract_regex(column, POSITION_TEXT)
+        return tuple(matched.field(axis) if len(column) else column for axis in range(3))
+    lists = column.cast(pa.list_(column.type.value_type))  # large and fixed-size lists alike
+    three = pc.fill_null(pc.equal(pc.list_value_length(lists), 3), False).to_numpy(zero_copy_only=False)
+    starts = lists.offsets.to_numpy()[:-1]
+    return tuple(lists.values.take(pa.array(starts + axis, mask=~three)) for axis in range(3))
 
 
 def as_whole_numbers(column: pa.Array, limit: int) -> pa.Array:

@@ -20,7 +20,9 @@ import pyarrow.parquet as pq
 from synpipe.errors import SynpipeError
 
 CSV_BLOCK_BYTES = 16 * 2**20
-BATCH_ROWS = 2**20
+BATCH_ROWS = 2**18
+MAX_MALFORMED_LINES = 100_000
+POSITION = "position"  # the key of a column that holds x, y and z together
 
 
 @contextmanager
@@ -40,16 +42,29 @@ def numbered(table: pa.Table, first: int = 1) -> pa.Table:
     return table.append_column("row", pa.array(np.arange(first, first + table.num_rows)))
 
 
+def _json(path: Path) -> Any:
+    """Objects as tuples of pairs, arrays as lists, numbers as they are written."""
+    with damage_reported(path):
+        return json.loads(path.read_bytes(), object_pairs_hook=tuple, parse_int=str, parse_float=str)
+
+
 def json_object(path: Path) -> tuple[tuple[str, Any], ...]:
     """The pairs of the object at the top level, in file order and with repeated keys.
 
     Objects arrive as tuples of pairs (arrays as lists): a dict would drop a repeated synapse id without a word. Numbers
     arrive as they are written.
     """
-    with damage_reported(path):
-        content = json.loads(path.read_bytes(), object_pairs_hook=tuple, parse_int=str, parse_float=str)
+    content = _json(path)
     if not isinstance(content, tuple):
         raise SynpipeError(f"{path} must hold one object with ids as keys at the top level: name a synister v3 file.")
+    return content
+
+
+def json_array(path: Path) -> list[Any]:
+    """The entries of the array at the top level, as in `json_object`."""
+    content = _json(path)
+    if not isinstance(content, list):
+        raise SynpipeError(f"{path} must hold one list of synapses at the top level: name a synful file.")
     return content
 
 
@@ -78,11 +93,12 @@ def _read_delimited(path: Path, choose: ChooseColumns) -> Iterator[pa.Table]:
         header = next((line for line in csv.reader(handle, delimiter=delimiter) if line), [])
     columns = choose(path, header)
     lines = _line_numbers(path)
-    malformed: list[pa_csv.InvalidRow] = []
+    # Number among the lines that are not blank, values that it has, values that it should have.
+    malformed: list[tuple[int, int, int]] = []
 
     def set_aside(row: pa_csv.InvalidRow) -> str:
-        malformed.append(row)
-        return "skip"
+        malformed.append((row.number, row.actual_columns, row.expected_columns))
+        return "skip" if len(malformed) <= MAX_MALFORMED_LINES else "error"
 
     reader = pa_csv.open_csv(
         path,
@@ -99,18 +115,22 @@ def _read_delimited(path: Path, choose: ChooseColumns) -> Iterator[pa.Table]:
         rows = np.arange(count, count + batch.num_rows)
         count += batch.num_rows
         # Row k of those that pyarrow delivers stands after the malformed rows with fewer than k + 1 good rows before.
-        good_before = np.array([row.number - 2 - index for index, row in enumerate(malformed)], dtype=np.int64)
-        numbers = lines.take(rows + 1 + np.searchsorted(good_before, rows, side="right"), mode="clip")
+        good_before = np.array([number - 2 - index for index, (number, _, _) in enumerate(malformed)], dtype=np.int64)
+        ordinals = rows + 1 + np.searchsorted(good_before, rows, side="right")
         table = pa.table({key: batch[column] for key, column in columns.items()})
-        yield table.append_column("row", pa.array(numbers))
+        yield _placed(table, lines.take(ordinals, mode="clip"), ordinals)
     if 1 + count + len(malformed) != len(lines):
         raise SynpipeError(
             f"{path} has {len(lines):,} lines but, with the header, {1 + count + len(malformed):,} rows: a quoted "
             "value runs over several lines. Close the quote, take the line ends out of the values, or convert to Parquet."
         )
-    problems = [f"it has {row.actual_columns} values, the header {row.expected_columns}" for row in malformed]
-    numbers = lines.take(np.array([row.number - 1 for row in malformed], dtype=np.int64))
-    yield pa.table({"problem": pa.array(problems, pa.string()), "row": pa.array(numbers)})
+    problems = [f"it has {actual} values, the header {expected}" for _, actual, expected in malformed]
+    ordinals = np.array([number - 1 for number, _, _ in malformed], dtype=np.int64)
+    yield _placed(pa.table({"problem": pa.array(problems, pa.string())}), lines.take(ordinals), ordinals)
+
+
+def _placed(table: pa.Table, places: np.ndarray, ordinals: np.ndarray) -> pa.Table:
+    return table.append_column("row", pa.array(places)).append_column("ordinal", pa.array(ordinals))
 
 
 def _line_numbers(path: Path) -> np.ndarray:
@@ -120,32 +140,45 @@ def _line_numbers(path: Path) -> np.ndarray:
 
 
 def _read_parquet(path: Path, choose: ChooseColumns) -> Iterator[pa.Table]:
-    file = pq.ParquetFile(path, memory_map=True)
+    # Buffered: a row group may be the whole file. Not mapped: what was read would stay in memory.
+    file = pq.ParquetFile(path, buffer_size=2**20, pre_buffer=False)
     columns = choose(path, file.schema_arrow.names)
     yield from _typed_rows(path, columns, file.iter_batches(BATCH_ROWS, columns=list(dict.fromkeys(columns.values()))))
 
 
 def _read_feather(path: Path, choose: ChooseColumns) -> Iterator[pa.Table]:
-    reader = pa.ipc.open_file(pa.memory_map(str(path)))
-    columns = choose(path, reader.schema.names)
-    yield from _typed_rows(path, columns, (reader.get_batch(index) for index in range(reader.num_record_batches)))
+    names = pa.ipc.open_file(path).schema.names
+    columns = choose(path, names)
+    wanted = pa.ipc.IpcReadOptions(included_fields=sorted({names.index(column) for column in columns.values()}))
+    reader = pa.ipc.open_file(path, options=wanted)
+    batches = (reader.get_batch(index) for index in range(reader.num_record_batches))
+    # Some libraries write the whole file as one batch.
+    pieces = (batch.slice(start, BATCH_ROWS) for batch in batches for start in range(0, batch.num_rows, BATCH_ROWS))
+    yield from _typed_rows(path, columns, pieces)
 
 
 def _typed_rows(path: Path, columns: Mapping[str, str], batches: Iterator[pa.RecordBatch]) -> Iterator[pa.Table]:
     first = 1
     for batch in batches:
-        yield numbered(pa.table({key: _readable(path, name, batch[name]) for key, name in columns.items()}), first)
+        table = pa.table({key: _readable(path, key, name, batch[name]) for key, name in columns.items()})
+        rows = np.arange(first, first + batch.num_rows)
+        yield _placed(table, rows, rows)
         first += batch.num_rows
 
 
-def _readable(path: Path, name: str, column: pa.Array) -> pa.Array:
-    """Integers and floats as they are; decimals, dictionaries and other kinds of string as string."""
-    if pa.types.is_integer(column.type) or pa.types.is_floating(column.type):
+def _readable(path: Path, key: str, name: str, column: pa.Array) -> pa.Array:
+    """Integers, floats and lists of a position as they are; decimals, dictionaries and other kinds of string as string."""
+    kind = column.type
+    if key == POSITION and (
+        pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+    ):
+        return column.cast(pa.list_(_readable(path, "", name, column.flatten()[:0]).type))
+    if pa.types.is_integer(kind) or pa.types.is_floating(kind):
         return column
     try:
         return column.cast(pa.string())
     except (pa.ArrowNotImplementedError, pa.ArrowInvalid):
-        raise SynpipeError(f"{path}: column `{name}` holds {column.type}: numbers or text are needed.") from None
+        raise SynpipeError(f"{path}: column `{name}` holds {kind}: numbers or text are needed.") from None
 
 
 # For each suffix, what `row` counts, for messages, and the reader.

@@ -1,97 +1,27 @@
-"""Formats of synapse annotations: what their specs say, and how their files become `Rows`.
+"""Formats of synapse annotations: JSON and HDF5 files here, tables in `annotation_tables.py`; `AnnotationSpec` is any of them.
 
 In: an `AnnotationSpec` that names files in nm or voxels. Out: `Rows`, untyped and in file order. Guarantee: every row
 of every file is delivered once, a row that cannot be read with its `problem`; only a bad file raises.
 
-A new format is one more `_Source` whose `read` yields `Rows`; typing and checking, in `annotations.py`, are common to
-all formats.
+The files here are read whole: they hold some 100,000 synapses, at about 5 kB of memory each for JSON. Tables are streamed.
 """
 
-from abc import abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal
 
 import h5py
 import numpy as np
 import pyarrow as pa
-from pydantic import Field, FiniteFloat, PositiveFloat, model_validator
+from pydantic import Field
 
-from synpipe.annotation_columns import MAX_ID
-from synpipe.annotation_files import TABLE_READERS, damage_reported, json_object, json_records, numbered
+from synpipe.annotation_files import damage_reported, json_array, json_object, json_records, numbered
+from synpipe.annotation_sources import COLUMNS, Rows, Source
+from synpipe.annotation_tables import Cave, FlyWire, NeuPrint, Table
 from synpipe.errors import SynpipeError
-from synpipe.fingerprints import file_sha256
-from synpipe.specs import Spec, digest
-
-COLUMNS = ("synapse_id", "x", "y", "z", "neuron_id", "hemilineage", "region", "neurotransmitter", "confidence")
-REQUIRED_COLUMNS = COLUMNS[:4]
-ColumnKey = Literal[COLUMNS]  # type: ignore[valid-type]
 
 
-@dataclass(frozen=True)
-class Rows:
-    """Consecutive rows of one file, before any check.
-
-    table: any of `COLUMNS` (string, integer or floating; an absent one counts as null), `row` (int64, the place in the
-        file, from 1) and, if some rows could not be read, `problem` (string, null where all is well).
-    counted_in: what `row` counts, for messages: line, row, entry.
-    notes: what the user should know about the file.
-    """
-
-    file: Path
-    counted_in: str
-    table: pa.Table
-    notes: tuple[str, ...] = ()
-
-
-class _Source(Spec):
-    """What every format has in common.
-
-    source: name in the column `source`; by default the stem of the first file.
-    id_offset: is added to every id, so that two sources of one data set do not collide.
-    label: the class of every synapse of this source, instead of what the file says.
-    shift_nm_zyx: is added to every position.
-    """
-
-    source: str | None = None
-    id_offset: int = Field(default=0, ge=0, le=MAX_ID)
-    label: str | None = None
-    shift_nm_zyx: tuple[FiniteFloat, FiniteFloat, FiniteFloat] = (0.0, 0.0, 0.0)
-
-    @property
-    def name(self) -> str:
-        return self.source or Path(self._paths()[0]).stem
-
-    def resolve(self, base: Path) -> list[Path]:
-        """The files, relative paths taken from the folder `base`, whether they are there or not."""
-        return [(base / path).resolve() for path in self._paths()]
-
-    def files(self, base: Path) -> list[Path]:
-        """The same, all of which are there. Raises `SynpipeError` where one is missing."""
-        paths = self.resolve(base)
-        for path in paths:
-            if not path.is_file():
-                raise SynpipeError(f"Annotation file {path} does not exist: correct its path, relative to {base}.")
-        return paths
-
-    def fingerprint(self, base: Path) -> str:
-        """Digest of the spec and of the content of its files."""
-        return digest({"spec": self.model_dump(mode="json"), "files": [file_sha256(path) for path in self.files(base)]})
-
-    @abstractmethod
-    def _paths(self) -> tuple[str, ...]: ...
-
-    @abstractmethod
-    def read(self, base: Path) -> Iterator[Rows]:
-        """Every row of the files, in file order. Raises `SynpipeError` where a file as a whole cannot be used."""
-
-    def to_nm(self, coordinates_zyx: np.ndarray) -> np.ndarray:
-        """Coordinates of the file (n, 3) as positions in nm, without `shift_nm_zyx`."""
-        return coordinates_zyx
-
-
-class SynisterV3(_Source):
+class SynisterV3(Source):
     """The three JSON files of funkelab/synister's export (Eckstein et al., Cell 2024); positions in nm.
 
     The label of a synapse is the one known transmitter of its neuron; a neuron with several is unlabelled. A synapse in
@@ -109,8 +39,7 @@ class SynisterV3(_Source):
     def read(self, base: Path) -> Iterator[Rows]:
         synapses, skeletons_file, lineages_file = self.files(base)
         skeletons, lineages = json_records(skeletons_file), json_records(lineages_file)
-        columns: dict[str, list[str | None]] = {key: [] for key in (*COLUMNS[:-1], "problem")}
-        several, unlisted = {}, set()
+        rows, several, unlisted = [], {}, set()
         for synapse_id, value in json_object(synapses):
             synapse = dict(value) if isinstance(value, tuple) else {}
             neuron_id = _as_text(synapse.get("skeleton_id"))
@@ -127,17 +56,12 @@ class SynisterV3(_Source):
                 "problem": None if isinstance(value, tuple) else "it is not an object with x, y and z",
             }
             if not _is_unicode([*row.values(), *transmitters]):
-                # No Arrow string holds such a text, and no file or terminal takes it in a note.
-                row = dict.fromkeys(columns) | {
-                    "synapse_id": synapse_id.encode(errors="backslashreplace").decode(),
-                    "problem": "it, its neuron or its hemilineage has a text with half a character (a lone surrogate)",
-                }
+                row = _unreadable(synapse_id)
             elif len(transmitters) > 1:
                 several[neuron_id] = transmitters
             elif neuron_id is not None and neuron_id not in skeletons:
                 unlisted.add(neuron_id)
-            for key, column in columns.items():
-                column.append(row[key])
+            rows.append(row)
         notes = [
             f"Neuron {neuron} has several transmitters ({', '.join(names)}); its synapses are kept as unlabelled."
             for neuron, names in several.items()
@@ -147,11 +71,10 @@ class SynisterV3(_Source):
                 f"{len(unlisted):,} neurons of {synapses.name}, such as {min(unlisted)}, are not in "
                 f"{skeletons_file.name}; their synapses are kept as unlabelled."
             )
-        table = pa.table({key: pa.array(column, pa.string()) for key, column in columns.items()})
-        yield Rows(synapses, "entry", numbered(table), tuple(notes))
+        yield Rows(synapses, "entry", _table(rows), tuple(notes))
 
 
-class Cremi(_Source):
+class Cremi(Source):
     """The group `annotations` of a CREMI HDF5 file (https://cremi.org/data/): `ids`, `types`, `locations` (nm, zyx).
 
     Locations are relative to the group's own attribute `offset`, which is added. The offset of the volume is not: it
@@ -199,68 +122,43 @@ class Cremi(_Source):
         yield Rows(path, "entry", table, () if chosen.all() else (note,))
 
 
-class Table(_Source):
-    """A CSV, TSV, Parquet or Feather (Arrow IPC) file with one row per synapse and at least an id and x, y, z.
+class Synful(Source):
+    """A JSON list of partners from synful's FAFB predictions (Buhmann et al., Nature Methods 2021): in nm, in the order zyx.
 
-    columns: name of the file's column for a key of `COLUMNS`; a key that is not named stands for the column of the
-        same name, if the file has it.
-    unit: `nm`, or `voxel` with `voxel_size_nm_zyx`: coordinate i, whole or not, means the centre of voxel i,
-        (i + 0.5) · size. Where voxel 0 of the volume does not begin at 0 nm and the coordinates count from voxel 0, put
-        the volume's offset into `shift_nm_zyx`.
+    https://github.com/funkelab/synful_fafb, `evaluation/data/synful_predictions`. position: the point that the tile shows.
+    The neuron is the presynaptic skeleton, where there is one; `confidence` is `score`, a sum that goes above 1.
     """
 
-    format: Literal["table"]
+    format: Literal["synful"]
     path: str
-    columns: dict[ColumnKey, str] = Field(default_factory=dict)
-    unit: Literal["nm", "voxel"] = "nm"
-    voxel_size_nm_zyx: tuple[PositiveFloat, PositiveFloat, PositiveFloat] | None = None
-
-    @model_validator(mode="after")
-    def _consistent(self) -> Self:
-        if Path(self.path).suffix.lower() not in TABLE_READERS:
-            raise ValueError(f"path must end with one of {', '.join(TABLE_READERS)}")
-        if (self.unit == "voxel") != (self.voxel_size_nm_zyx is not None):
-            raise ValueError("voxel_size_nm_zyx is needed with `unit: voxel`, and only there")
-        if self.label is not None and "neurotransmitter" in self.columns:
-            raise ValueError("give either a label or a column for neurotransmitter")
-        return self
+    position: Literal["pre", "post"] = "pre"
 
     def _paths(self) -> tuple[str, ...]:
         return (self.path,)
 
-    def to_nm(self, coordinates_zyx: np.ndarray) -> np.ndarray:
-        if self.voxel_size_nm_zyx is None:
-            return coordinates_zyx
-        return (coordinates_zyx + 0.5) * np.array(self.voxel_size_nm_zyx)
-
     def read(self, base: Path) -> Iterator[Rows]:
         (path,) = self.files(base)
-        with damage_reported(path):
-            counted_in, read = TABLE_READERS[path.suffix.lower()]
-            for table in read(path, self._file_columns):
-                yield Rows(path, counted_in, table)
-
-    def _file_columns(self, path: Path, names: Sequence[str]) -> dict[str, str]:
-        """File column of each key. Raises `SynpipeError` where one is missing or there twice."""
-        wanted = {key: self.columns.get(key, key) for key in COLUMNS}
-        missing = [
-            f"`{column}` (for `{key}`)"
-            for key, column in wanted.items()
-            if column not in names and (key in REQUIRED_COLUMNS or key in self.columns)
-        ]
-        if missing:
-            there = ", ".join(f"`{name}`" for name in names) or "none"
-            raise SynpipeError(
-                f"{path} has no column {', '.join(missing)}. Its columns are {there}. Say which is which with "
-                f"`columns: {{key: column of the file}}`; keys: {', '.join(COLUMNS)}."
-            )
-        twice = [column for column in wanted.values() if names.count(column) > 1]
-        if twice:
-            raise SynpipeError(f"{path} has more than one column `{twice[0]}`: rename all but one.")
-        return {key: column for key, column in wanted.items() if column in names}
+        rows = []
+        for entry in json_array(path):
+            synapse = dict(entry) if isinstance(entry, tuple) else {}
+            location = synapse.get(f"location_{self.position}")
+            z, y, x = location if isinstance(location, list) and len(location) == 3 else (None, None, None)
+            row = {
+                "synapse_id": _as_text(synapse.get("id")),
+                "x": _as_text(x),
+                "y": _as_text(y),
+                "z": _as_text(z),
+                "neuron_id": _as_text(synapse.get("id_skel_pre")),
+                "confidence": _as_text(synapse.get("score")),
+                "problem": None if isinstance(entry, tuple) else "it is not an object with id and location",
+            }
+            rows.append(row if _is_unicode(row.values()) else _unreadable(row["synapse_id"]))
+        yield Rows(path, "entry", _table(rows))
 
 
-AnnotationSpec = Annotated[SynisterV3 | Cremi | Table, Field(discriminator="format")]
+AnnotationSpec = Annotated[
+    SynisterV3 | Cremi | Synful | Table | FlyWire | Cave | NeuPrint, Field(discriminator="format")
+]
 
 
 def _as_text(value: Any) -> str | None:
@@ -271,6 +169,19 @@ def _as_names(value: Any) -> list[str]:
     """The distinct names in a JSON value that is null, one string or a list of strings."""
     values = value if isinstance(value, list) else [value]
     return list(dict.fromkeys(str(name) for name in values if name is not None))
+
+
+def _table(rows: Sequence[Mapping[str, str | None]]) -> pa.Table:
+    keys = (*COLUMNS, "problem")
+    return numbered(pa.table({key: pa.array([row.get(key) for row in rows], pa.string()) for key in keys}))
+
+
+def _unreadable(synapse_id: str | None) -> dict[str, str | None]:
+    """The row of an entry with a text that is not Unicode: no Arrow string holds it, and no file or terminal takes it."""
+    return {
+        "synapse_id": None if synapse_id is None else synapse_id.encode(errors="backslashreplace").decode(),
+        "problem": "it, its neuron or its hemilineage has a text with half a character (a lone surrogate)",
+    }
 
 
 def _is_unicode(texts: Iterable[str | None]) -> bool:

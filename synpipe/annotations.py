@@ -1,14 +1,15 @@
 """Synapse annotations in any known format become one typed Arrow table, and a table of what was rejected.
 
-In: `AnnotationSpec`s that name files in nm or voxels. Out: `Annotations`: synapses (`SYNAPSE_SCHEMA`, sorted by id),
-rejects (`REJECT_SCHEMA`) and notes for the user. Guarantee: every row of every file is in exactly one of the two
-tables; ids up to 2^63 - 1 are exact; a bad row stops no other row, and only a bad file raises.
+In: `AnnotationSpec`s that name files in nm or voxels. Out: synapses (`SYNAPSE_SCHEMA`, sorted by id), rejects
+(`REJECT_SCHEMA`) and notes for the user. Guarantee: every row of every file is in exactly one of the two tables; ids up
+to 2^63 - 1 are exact; a bad row stops no other row, and only a bad file or a wrong unit raises.
 
-The formats are in `annotation_formats.py`. Checks work on whole columns, one `Rows` at a time.
+The formats are in `annotation_formats.py`. Checks work on whole columns, one `Rows` at a time, so that files of any size
+can be converted: 10 million rows need less than 2 GB (`python -m synpipe_tests.bench_annotations`).
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from synpipe.annotation_columns import MAX_ID, MAX_ID_AS_FLOAT, as_class_names, as_floats, as_text, as_whole_numbers
-from synpipe.annotation_formats import COLUMNS, AnnotationSpec, Rows
+from synpipe.annotation_counts import Census
+from synpipe.annotation_formats import AnnotationSpec
+from synpipe.annotation_sorting import SortedById
+from synpipe.annotation_sources import COLUMNS, Rows
+from synpipe.annotation_units import Box, UnitCheck
 from synpipe.errors import SynpipeError
 
 SYNAPSE_SCHEMA = pa.schema(
@@ -59,6 +64,19 @@ UNKNOWN_NEUROTRANSMITTER = "unknown_neurotransmitter"
 DUPLICATE_ID = "duplicate_id"  # of a row that has no other fault: the first such row keeps the id
 
 
+Sink = Callable[[pa.Table], object]
+
+
+@dataclass(frozen=True)
+class Summary:
+    """synapses, rejects: numbers of rows. classes: synapses by class, the most frequent first. notes: sentences for the user."""
+
+    synapses: int
+    rejects: int
+    classes: dict[str, int]
+    notes: list[str]
+
+
 @dataclass(frozen=True)
 class Annotations:
     """synapses: `SYNAPSE_SCHEMA`, sorted by id. rejects: `REJECT_SCHEMA`. notes: sentences for the user."""
@@ -74,42 +92,110 @@ def read_annotations(
     *,
     bounds_nm_zyx: tuple[np.ndarray, np.ndarray] | None,
     classes: Sequence[str],
+    voxel_size_nm_zyx: np.ndarray | None = None,
 ) -> Annotations:
-    """Read, type and check every row of every source.
+    """`convert_annotations` into memory, for some 100,000 synapses."""
+    synapses, rejects = [SYNAPSE_SCHEMA.empty_table()], [REJECT_SCHEMA.empty_table()]
+    summary = convert_annotations(
+        specs,
+        base,
+        synapses.append,
+        rejects.append,
+        bounds_nm_zyx=bounds_nm_zyx,
+        classes=classes,
+        voxel_size_nm_zyx=voxel_size_nm_zyx,
+    )
+    return Annotations(pa.concat_tables(synapses), pa.concat_tables(rejects), summary.notes)
+
+
+def convert_annotations(
+    specs: Sequence[AnnotationSpec],
+    base: Path,
+    write_synapses: Sink,
+    write_rejects: Sink,
+    *,
+    bounds_nm_zyx: tuple[np.ndarray, np.ndarray] | None,
+    classes: Sequence[str],
+    voxel_size_nm_zyx: np.ndarray | None = None,
+    scratch: Path | None = None,
+) -> Summary:
+    """Read, type and check every row of every source, and write it to one of the two sinks, a part at a time.
 
     bounds_nm_zyx: lower (inside) and upper (outside) corner of the volume; None checks no position.
     classes: the names that `neurotransmitter` may have; case, spaces and common synonyms do not matter.
+    voxel_size_nm_zyx: of the volume, to tell voxels from nm; by default 1 nm.
+    scratch: folder for temporary files, about as large as the synapses twice; by default the system's.
 
-    Raises `SynpipeError` where a file is missing, damaged, empty or without the needed columns, or a label is no class.
+    Raises `SynpipeError` where a file is missing, damaged, empty or without the needed columns, a label is no class, or
+    the unit of the coordinates is wrong.
     """
-    accepted, rejects = [SYNAPSE_SCHEMA.empty_table()], [REJECT_SCHEMA.empty_table()]
-    notes: list[str] = []
-    for spec in specs:
-        if spec.label is not None and spec.label not in classes:
-            raise SynpipeError(f"Source {spec.name}: label {spec.label!r} is none of the classes {', '.join(classes)}.")
-        count, lost = 0, Counter[str]()
-        for rows in spec.read(base):
-            count += rows.table.num_rows
-            good, bad, lost_here = _checked(rows, spec, bounds_nm_zyx, classes)
-            accepted.append(good)
-            rejects += bad
-            notes += rows.notes
-            lost += lost_here
-        notes += [
-            f"{spec.name}: {number:,} synapses have a {key} that is no number or not exact; it is left empty."
-            for key, number in lost.items()
-        ]
-        if count == 0:
-            raise SynpipeError(f"{spec.files(base)[0]} holds no synapse: name a file with at least one.")
-    unique, duplicates = _split_duplicates(pa.concat_tables(accepted, promote_options="default"))
-    synapses = unique.select(SYNAPSE_SCHEMA.names).cast(SYNAPSE_SCHEMA)
-    return Annotations(synapses, pa.concat_tables([*rejects, duplicates]), notes + _class_counts(synapses, classes))
+    counts, notes, census = Counter[str](), list[str](), Census()
+
+    def reject(table: pa.Table) -> None:
+        counts["rejects"] += len(table)
+        write_rejects(table)
+
+    def keep(table: pa.Table) -> None:
+        census.add(table)
+        write_synapses(table)
+
+    def reject_repeated(table: pa.Table, places: pa.Array, keepers: pa.Array) -> None:
+        reject(_rejects(table, places, DUPLICATE_ID, ["id ", table["synapse_id"], " is taken by ", keepers]))
+
+    box = None
+    if bounds_nm_zyx is not None:
+        box = Box(*bounds_nm_zyx, np.ones(3) if voxel_size_nm_zyx is None else voxel_size_nm_zyx)
+    with SortedById(SYNAPSE_SCHEMA, scratch) as accepted:
+        for spec in specs:
+            notes += _read_source(spec, base, box, classes, accepted, reject)
+        accepted.write(keep, reject_repeated)
+    return Summary(census.synapses, counts["rejects"], census.classes(), notes + census.notes(classes))
 
 
-def _checked(
-    rows: Rows, spec: AnnotationSpec, bounds_nm_zyx: tuple[np.ndarray, np.ndarray] | None, classes: Sequence[str]
-) -> tuple[pa.Table, list[pa.Table], Counter[str]]:
-    """Typed rows without fault, with `file` and `row` added; a table of rejects per reason; counts of lost numbers."""
+def _read_source(
+    spec: AnnotationSpec, base: Path, box: Box | None, classes: Sequence[str], accepted: SortedById, reject: Sink
+) -> list[str]:
+    """Notes on the source; its rows go to `accepted` and `reject`."""
+    if spec.label is not None and spec.label not in classes:
+        raise SynpipeError(f"Source {spec.name}: label {spec.label!r} is none of the classes {', '.join(classes)}.")
+    notes, count, lost = list[str](), 0, Counter[str]()
+    units = UnitCheck(spec, box) if box else None
+    for rows in spec.read(base):
+        count += rows.table.num_rows
+        checked = _checked(rows, spec, box, classes)
+        accepted.add(checked.good, checked.place, checked.numbers)
+        if checked.bad:
+            reject(pa.concat_tables(checked.bad))
+        if units:
+            units.add(checked.points, checked.inside)
+        lost += checked.lost
+        notes += rows.notes
+    if count == 0:
+        raise SynpipeError(f"{spec.files(base)[0]} holds no synapse: name a file with at least one.")
+    notes += [
+        f"{spec.name}: {number:,} synapses have a {key} that is no number or not exact; it is left empty."
+        for key, number in lost.items()
+    ]
+    return notes + (units.notes() if units else [])
+
+
+@dataclass(frozen=True)
+class _Checked:
+    """Some rows of a file. good: without fault; place, numbers: where they stand. bad: a table of rejects per reason.
+
+    lost: numbers left empty, by column. points: finite coordinates (n, 3) as in the file. inside: whether in the volume.
+    """
+
+    good: pa.Table
+    place: str
+    numbers: np.ndarray
+    bad: list[pa.Table]
+    lost: Counter[str]
+    points: np.ndarray
+    inside: np.ndarray
+
+
+def _checked(rows: Rows, spec: AnnotationSpec, box: Box | None, classes: Sequence[str]) -> _Checked:
     count = rows.table.num_rows
     raw = {
         key: rows.table[key].combine_chunks() if key in rows.table.column_names else pa.nulls(count, pa.string())
@@ -123,13 +209,12 @@ def _checked(
     with np.errstate(over="ignore"):  # what overflows is not finite, and rejected below
         positions = spec.to_nm(coordinates) + np.array(spec.shift_nm_zyx)
     finite = np.isfinite(positions)
-    low, high = bounds_nm_zyx if bounds_nm_zyx is not None else (np.full(3, -np.inf), np.full(3, np.inf))
-    box = ", ".join(f"{axis} {low[i]:g} to {high[i]:g}" for i, axis in ((2, "x"), (1, "y"), (0, "z")))
-    inside = ((positions >= low) & (positions < high)).all(axis=1)
+    is_point = finite.all(axis=1)
+    inside = box.contains(positions) if box else np.full(count, True)
     names = pa.repeat(spec.label, count) if spec.label is not None else raw["neurotransmitter"]
     labels, unknown = as_class_names(names, classes)
     z_nm, y_nm, x_nm = (pa.array(positions[:, axis], mask=~finite[:, axis]) for axis in range(3))
-    numbers = {
+    typed = {
         "neuron_id": as_whole_numbers(raw["neuron_id"], MAX_ID),
         "confidence": pa.array(as_floats(raw["confidence"]), from_pandas=True).cast(pa.float32(), safe=False),
     }
@@ -139,16 +224,15 @@ def _checked(
             "x_nm": x_nm,
             "y_nm": y_nm,
             "z_nm": z_nm,
-            **numbers,
+            **typed,
             "hemilineage": as_text(raw["hemilineage"]),
             "region": as_text(raw["region"]),
             "neurotransmitter": labels,
             "source": pa.repeat(spec.name, count),
             "source_id": source_id,
-            "file": pa.repeat(f"{rows.file.name}, {rows.counted_in} ", count).dictionary_encode(),
-            "row": rows.table["row"],
         }
-    )
+    ).select(SYNAPSE_SCHEMA.names)
+    place, numbers = f"{rows.file.name}, {rows.counted_in} ", rows.table["row"].to_numpy()
     # An explanation is a list of texts and columns that are joined for the rejected rows alone.
     faults: list[tuple[str, np.ndarray, list[Any]]] = [
         (MALFORMED_ROW, _numpy(raw["problem"].is_valid()), [raw["problem"]]),
@@ -156,43 +240,31 @@ def _checked(
         (BAD_ID, _numpy(ids.is_null()), [f"the id is not a whole number from 0 to {max_id}"]),
         (
             MISSING_COORDINATE,
-            ~finite.all(axis=1),
+            ~is_point,
             [*_xyz(raw["x"], raw["y"], raw["z"]), " are not three finite numbers"],
         ),
         (OUTSIDE_VOLUME, ~inside, [*_xyz(x_nm, y_nm, z_nm), f" (nm) is not in the volume, {box}"]),
         (UNKNOWN_NEUROTRANSMITTER, _numpy(unknown.is_valid()), ["neurotransmitter ", unknown]),
     ]
     open_rows = np.full(count, True)
-    rejects = []
+    bad = []
     for reason, fault, explanation in faults:
         hit = open_rows & fault
         if hit.any():
             open_rows &= ~hit
             parts = [part if isinstance(part, str) else part.filter(hit) for part in explanation]
-            rejects.append(_rejects(table.filter(hit), reason, parts))
+            places = pc.binary_join_element_wise(place, pa.array(numbers[hit]).cast(pa.string()), "")
+            bad.append(_rejects(table.filter(hit), places, reason, parts))
     lost = Counter[str]()
-    for key, values in numbers.items():
+    for key, values in typed.items():
         lost[key] += int((open_rows & _numpy(as_text(raw[key]).is_valid()) & _numpy(values.is_null())).sum())
-    return table.filter(open_rows), rejects, +lost
+    good = table.filter(open_rows).cast(SYNAPSE_SCHEMA)
+    return _Checked(good, place, numbers[open_rows], bad, +lost, coordinates[is_point], inside[is_point])
 
 
-def _split_duplicates(table: pa.Table) -> tuple[pa.Table, pa.Table]:
-    """The first row of each id, sorted by id; rejects for all later ones, in file order."""
-    ids = table["synapse_id"].to_numpy()
-    order = np.argsort(ids, kind="stable")
-    is_first = np.diff(ids[order], prepend=-1) != 0  # ids are never negative
-    first_of = order[np.maximum.accumulate(np.where(is_first, np.arange(len(ids)), 0))]
-    later = np.argsort(order[~is_first])
-    duplicates, kept = table.take(order[~is_first][later]), table.take(first_of[~is_first][later])
-    if not duplicates.num_rows:
-        return table.take(order), REJECT_SCHEMA.empty_table()
-    explanation = ["id ", duplicates["synapse_id"], " is taken by ", kept["file"], kept["row"]]
-    return table.take(order[is_first]), _rejects(duplicates, DUPLICATE_ID, explanation)
-
-
-def _rejects(rows: pa.Table, reason: str, explanation: list[Any]) -> pa.Table:
+def _rejects(rows: pa.Table, places: pa.Array, reason: str, explanation: list[Any]) -> pa.Table:
     named = pc.fill_null(pc.binary_join_element_wise(" (id '", rows["source_id"], "')", ""), "")
-    detail = [rows["file"], rows["row"], named, ": ", *explanation, "."]
+    detail = [places, named, ": ", *explanation, "."]
     parts = [pa.scalar(part) if isinstance(part, str) else part.cast(pa.string()) for part in detail]
     joined = pc.binary_join_element_wise(*parts, "", null_handling="replace", null_replacement="")
     table = rows.append_column("reason", pa.repeat(reason, len(rows))).append_column("detail", joined)
@@ -201,19 +273,6 @@ def _rejects(rows: pa.Table, reason: str, explanation: list[Any]) -> pa.Table:
 
 def _xyz(x: pa.Array, y: pa.Array, z: pa.Array) -> list[Any]:
     return ["x '", x, "', y '", y, "', z '", z, "'"]
-
-
-def _class_counts(synapses: pa.Table, classes: Sequence[str]) -> list[str]:
-    grouped = synapses.group_by("neurotransmitter").aggregate(
-        [("synapse_id", "count"), ("neuron_id", "count_distinct")]
-    )
-    counts = {row["neurotransmitter"]: row for row in grouped.to_pylist()}
-    return [
-        f"{name or 'unlabelled'}: {counts[name]['synapse_id_count']:,} synapses"
-        + (f" of {neurons:,} neurons" if (neurons := counts[name]["neuron_id_count_distinct"]) else "")
-        for name in [*classes, None]
-        if name in counts
-    ]
 
 
 def _numpy(mask: pa.Array) -> np.ndarray:

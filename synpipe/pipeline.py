@@ -21,13 +21,13 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from synpipe import __version__, embedding, table, tiles
-from synpipe.annotations import REJECT_SCHEMA, read_annotations
+from synpipe.annotations import REJECT_SCHEMA, SYNAPSE_SCHEMA, convert_annotations
 from synpipe.datasets import Dataset
 from synpipe.encoders import identity, open_encoder
 from synpipe.errors import SynpipeError
 from synpipe.fingerprints import file_sha256, status
 from synpipe.manifests import find_manifest, read_manifest
-from synpipe.shards import read_table, remove_leftovers, write_table
+from synpipe.shards import read_table, remove_leftovers, table_writer, write_table
 from synpipe.specs import digest
 from synpipe.synthetic import make_demo
 from synpipe.volumes import Volume
@@ -129,25 +129,34 @@ def annotations_version(dataset: Dataset, counts: Mapping[str, Any]) -> str | No
 
 
 def make_synapses(dataset: Dataset, inputs: Inputs, log: Log) -> Made:
-    """Annotations → `synapses.parquet`, and what could not be used."""
+    """Annotations → `synapses.parquet`, and what could not be used; in bounded memory."""
     with Volume(dataset.spec.volume, dataset.base) as volume:
-        bounds = volume.bounds_nm_zyx
-    found = read_annotations(dataset.spec.annotations, dataset.base, bounds_nm_zyx=bounds, classes=dataset.spec.classes)
-    log(f"{len(found.synapses):,} synapses, {len(found.rejects):,} rejects")
+        bounds, voxel_size = volume.bounds_nm_zyx, volume.voxel_size_nm_zyx
     # The volume counts with its bounds only: what is inside them is of no concern here.
     version = _version(
         "synapses",
         {"annotations": inputs["annotations"]},
         [[corner.tolist() for corner in bounds], list(dataset.spec.classes)],
     )
-    write_table(dataset.synapse_rejects_path, found.rejects)
-    write_table(dataset.synapses_path, found.synapses, _metadata(dataset, version, inputs))
-    counts = {
-        "rows": len(found.synapses),
-        "rejects": len(found.rejects),
-        "classes": _counts(found.synapses, "neurotransmitter"),
-    }
-    return Made(version, counts, list(found.notes))
+    with (
+        table_writer(dataset.synapses_path, SYNAPSE_SCHEMA, _metadata(dataset, version, inputs)) as synapses,
+        table_writer(dataset.synapse_rejects_path, REJECT_SCHEMA) as rejects,
+    ):
+        summary = convert_annotations(
+            dataset.spec.annotations,
+            dataset.base,
+            synapses.write_table,
+            rejects.write_table,
+            bounds_nm_zyx=bounds,
+            classes=dataset.spec.classes,
+            voxel_size_nm_zyx=voxel_size,
+            scratch=dataset.folder,
+        )
+    log(f"{summary.synapses:,} synapses, {summary.rejects:,} rejects")
+    for note in summary.notes:
+        log(note)
+    counts = {"rows": summary.synapses, "rejects": summary.rejects, "classes": summary.classes}
+    return Made(version, counts, summary.notes)
 
 
 def make_synapse_stacks(dataset: Dataset, inputs: Inputs, log: Log) -> Made:

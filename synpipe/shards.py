@@ -98,6 +98,18 @@ def write_table(path: Path, table: pa.Table, metadata: dict[str, str] | None = N
         pq.write_table(table, temporary, **{"compression": "zstd", "write_page_checksum": True, **options})
 
 
+@contextlib.contextmanager
+def table_writer(path: Path, schema: pa.Schema, metadata: dict[str, str] | None = None) -> Iterator[pq.ParquetWriter]:
+    """Yield a writer of one Parquet file that takes tables of `schema` one after another; else as `write_table`."""
+    with (
+        atomic_path(path) as temporary,
+        pq.ParquetWriter(
+            temporary, schema.with_metadata(metadata), compression="zstd", write_page_checksum=True
+        ) as writer,
+    ):
+        yield writer
+
+
 def read_table(path: Path, columns: list[str] | None = None) -> pa.Table:
     """Read one Parquet file of the store. Raises `SynpipeError` where it is absent or damaged."""
     try:

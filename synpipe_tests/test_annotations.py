@@ -304,7 +304,7 @@ def test_no_row_of_a_csv_gets_lost(tmp_path_factory, rows, bounded):
     path = tmp_path_factory.mktemp("rows") / "points.csv"
     lines = ["synapse_id,x,y,z,neurotransmitter", *(",".join(row) for row in rows)]
     path.write_text("\n".join(lines), newline="")
-    result = read(path.parent, table(path), bounds=BOUNDS if bounded else None)
+    result = read(path.parent, table(path, min_inside=0), bounds=BOUNDS if bounded else None)
     assert len(result.synapses) + len(result.rejects) == len(rows)
     ids = result.synapses["synapse_id"].to_pylist()
     assert ids == sorted(set(ids))
@@ -329,7 +329,7 @@ def test_no_row_of_a_parquet_file_gets_lost(tmp_path_factory, rows):
     ids, x, y, z, names = zip(*rows, strict=True)
     columns = {"synapse_id": pa.array(ids, pa.uint64()), "x": x, "y": y, "z": z, "neurotransmitter": names}
     path = write_table(tmp_path_factory.mktemp("rows") / "points.parquet", columns)
-    result = read(path.parent, table(path))
+    result = read(path.parent, table(path, min_inside=0))
     assert len(result.synapses) + len(result.rejects) == len(rows)
     usable = {
         row[0]
