@@ -7,7 +7,7 @@ annotations is said in one go; besides reading the annotations it costs some hun
 import shutil
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
@@ -17,7 +17,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from PIL import Image
 
-from synpipe.annotations import OUTSIDE_VOLUME, read_annotations
+from synpipe.annotation_formats import AnnotationSpec
+from synpipe.annotations import OUTSIDE_VOLUME, SYNAPSE_SCHEMA, convert_annotations
 from synpipe.chunk_plan import spatial_order
 from synpipe.datasets import Dataset
 from synpipe.errors import SynpipeError
@@ -39,7 +40,7 @@ class _Annotations:
     COLUMNS = ("synapse_id", "z_nm", "y_nm", "x_nm", "neurotransmitter")
 
     def __init__(self) -> None:
-        self.parts: list[pa.Table] = []
+        self.parts = [SYNAPSE_SCHEMA.empty_table().select(self.COLUMNS)]
         self.rejects, self.examples = Counter[str](), dict[str, str]()
         self.notes: list[str] = []
 
@@ -105,7 +106,7 @@ def _describe_volume(dataset: Dataset, volume: Volume) -> list[str]:
     scale = f", scale {volume.scale}" if volume.scale else ""
     return [
         f"{volume.path} ({kind}{scale})",
-        f"{_times(volume.shape_zyx)} voxels z y x, {volume.dtype}, in chunks of {_times(volume.chunking.shape_zyx)}",
+        f"{_times(volume.shape_zyx)} voxels z y x, {volume.dtype}, read in chunks of {_times(volume.chunking.shape_zyx)}",
         f"voxel size {_times(volume.voxel_size_nm_zyx)} nm, offset {', '.join(f'{at:,.10g}' for at in low.tolist())} nm",
         f"bounds {', '.join(bounds)} nm",
     ]
@@ -116,21 +117,27 @@ def _times(numbers: np.ndarray | tuple[int, ...]) -> str:
 
 
 def _read_annotations(dataset: Dataset, volume: Volume | None, problems: list[str]) -> _Annotations | None:
-    def read(*chosen: int) -> _Annotations:
-        specs = [dataset.spec.annotations[number] for number in chosen]
-        bounds = volume.bounds_nm_zyx if volume is not None else None
-        read, found = read_annotations(specs, dataset.base, bounds_nm_zyx=bounds, classes=dataset.spec.classes), _Annotations()
-        found.add_synapses(read.synapses)
-        found.add_rejects(read.rejects)
-        found.notes = read.notes
+    bounds, voxel_size = (None, None) if volume is None else (volume.bounds_nm_zyx, volume.voxel_size_nm_zyx)
+
+    def read(specs: Sequence[AnnotationSpec]) -> _Annotations:
+        found = _Annotations()
+        summary = convert_annotations(
+            specs,
+            dataset.base,
+            found.add_synapses,
+            found.add_rejects,
+            bounds_nm_zyx=bounds,
+            classes=dataset.spec.classes,
+            voxel_size_nm_zyx=voxel_size,
+        )
+        found.notes = summary.notes
         return found
 
-    numbers = range(len(dataset.spec.annotations))
-    found = _attempt(lambda: read(*numbers), mine := list[str]())
+    found = _attempt(lambda: read(dataset.spec.annotations), mine := list[str]())
     if found is None:
         # The first source that is wrong has hidden what is wrong with the others.
-        for number in numbers:
-            _attempt(lambda number=number: read(number), mine)
+        for spec in dataset.spec.annotations:
+            _attempt(lambda spec=spec: read([spec]), mine)
     problems += dict.fromkeys(mine)
     return found
 
@@ -150,7 +157,7 @@ def _describe_annotations(dataset: Dataset, found: _Annotations, problems: list[
             f"{dataset.name}: {share:.2%} of the synapses are rejected, where {allowed:.2%} are allowed; {reasons[0]} Mend that, "
             "or raise `max_reject_share` in the YAML file if they are rightly rejected."
         )
-    summary = f"{usable:,} usable, {rejected:,} rejected ({share:.2%}), {inside:.2%} not outside the volume"
+    summary = f"{usable:,} usable, {rejected:,} rejected ({share:.2%}); {inside:.2%} are not outside the volume"
     return [summary, *reasons, *found.notes]
 
 
@@ -159,12 +166,11 @@ def _sample(dataset: Dataset, volume: Volume, synapses: pa.Table) -> tuple[list[
     spec = dataset.spec.tiles
     window = spec.window_zyx(volume.voxel_size_nm_zyx)
     positions = np.stack([synapses[column].to_numpy() for column in ("z_nm", "y_nm", "x_nm")], axis=1)
-    starts = volume.window_starts(positions, window)
 
     def read(rows: np.ndarray) -> tuple[list[CutOut], float]:
         """Cut-outs of these synapses, all asked for at once, and the seconds that took."""
         began = time.monotonic()
-        begun = [start_cut_out(volume, start, spec) for start in starts[rows]]
+        begun = [start_cut_out(volume, start, spec) for start in volume.window_starts(positions[rows], window)]
         return [finish() for finish in begun], time.monotonic() - began
 
     chosen = _by_class(synapses, dataset.spec.classes)
@@ -179,11 +185,12 @@ def _sample(dataset: Dataset, volume: Volume, synapses: pa.Table) -> tuple[list[
     ]
 
     neighbours = _neighbours(positions, len(positions) // 2)
-    low, high = (np.clip(starts[neighbours] + shift, 0, volume.shape_zyx) for shift in (0, window))
+    starts = volume.window_starts(positions[neighbours], window)
+    low, high = (np.clip(starts + shift, 0, volume.shape_zyx) for shift in (0, window))
     rate = len(neighbours) / read(neighbours[spatial_order(low, high, volume.chunking)])[1]
     cost = (
-        f"{len(starts):,} tiles of {TILE_BYTES:,} bytes, {len(starts) * TILE_BYTES / 1e9:,.2f} GB; about "
-        f"{_duration(len(starts) / rate)} to cut out, at the {rate:,.0f} tiles/s of {len(neighbours)} neighbours"
+        f"{len(positions):,} tiles of {TILE_BYTES:,} bytes, {len(positions) * TILE_BYTES / 1e9:,.2f} GB; about "
+        f"{_duration(len(positions) / rate)} to cut out, at the {rate:,.0f} tiles/s of {len(neighbours)} neighbours"
     )
 
     finished, sheet_rows = iter(cut_outs), {}
