@@ -25,6 +25,7 @@ from synpipe.annotations import REJECT_SCHEMA, SYNAPSE_SCHEMA, convert_annotatio
 from synpipe.datasets import Dataset
 from synpipe.encoders import identity, open_encoder
 from synpipe.errors import SynpipeError
+from synpipe.extraction import extract
 from synpipe.fingerprints import file_sha256, status
 from synpipe.manifests import find_manifest, read_manifest
 from synpipe.shards import read_table, remove_leftovers, table_writer, write_table
@@ -160,35 +161,28 @@ def make_synapses(dataset: Dataset, inputs: Inputs, log: Log) -> Made:
 
 
 def make_synapse_stacks(dataset: Dataset, inputs: Inputs, log: Log) -> Made:
-    """Cut the three sections around every synapse out of the volume, shard by shard."""
+    """Cut the three sections around every synapse out of the volume."""
     spec = dataset.spec.tiles
     recipe = spec.recipe(inputs["volume"])
     synapses = read_table(dataset.synapses_path, ["synapse_id", "z_nm", "y_nm", "x_nm"])
-    positions = np.stack([synapses[column].to_numpy() for column in ("z_nm", "y_nm", "x_nm")], axis=1)
-    started, made = time.monotonic(), 0
-    stacks = []
-    with Volume(dataset.spec.volume, dataset.base) as volume:
-        starts = volume.window_starts(positions, spec.window_zyx(volume.voxel_size_nm_zyx))
-        shards = tiles.shard_of(starts, spec)
-        progress = Progress(log, len(starts), "cut-outs")
-        for shard in np.unique(shards).tolist():
-            rows = np.flatnonzero(shards == shard)
-            cut, new = tiles.extract_shard(
-                volume, spec, dataset.cut_outs_folder / recipe, shard, starts[rows], progress
-            )
-            made += new
-            file = pc.binary_join_element_wise(f"tiles/{recipe}", cut["part"], "/")
-            place = {
-                "synapse_id": synapses["synapse_id"].take(rows),
-                "shard": pa.repeat(pa.scalar(shard, pa.int32()), len(cut)),
-            }
-            stacks.append(pa.table(place | {"file": file} | {name: cut[name] for name in tiles.PART_SCHEMA.names}))
-    if not stacks:
+    if not len(synapses):
         raise SynpipeError(
             f"{dataset.name} has no usable synapse: all {read_manifest(dataset, 'synapses').counts['rejects']} were rejected. "
             f"Look at {dataset.synapse_rejects_path}."
         )
-    stack_table = pa.concat_tables(stacks)
+    positions = np.stack([synapses[column].to_numpy() for column in ("z_nm", "y_nm", "x_nm")], axis=1)
+    started = time.monotonic()
+    with Volume(dataset.spec.volume, dataset.base) as volume:
+        starts = volume.window_starts(positions, spec.window_zyx(volume.voxel_size_nm_zyx))
+        rows = np.argsort(tiles.shard_of(starts, spec), kind="stable")
+        progress = Progress(log, len(starts), "cut-outs")
+        cut, made = extract(volume, spec, dataset.cut_outs_folder / recipe, starts[rows], progress)
+    place = {
+        "synapse_id": synapses["synapse_id"].take(rows),
+        "shard": cut["shard"],
+        "file": pc.binary_join_element_wise(f"tiles/{recipe}", cut["part"], "/"),
+    }
+    stack_table = pa.table(place | {name: cut[name] for name in tiles.PART_SCHEMA.names})
     # Of the content, not of the inputs: a changed label or a file that was only copied leads to the same stacks.
     version = _version("synapse_stacks", {}, [stack_table[name].to_pylist() for name in STACK_IDENTITY])
     write_table(dataset.stacks_path, stack_table, _metadata(dataset, version, inputs))
@@ -199,7 +193,7 @@ def make_synapse_stacks(dataset: Dataset, inputs: Inputs, log: Log) -> Made:
         "rejects": len(stack_table) - stack_table["reason"].null_count,
         "cut_outs_made": made,
         "cut_outs_per_second": round(made / elapsed, 1),
-        "shards": len(stacks),
+        "shards": pc.count_distinct(stack_table["shard"]).as_py(),
         "recipe": recipe,
     }
     return Made(version, counts)

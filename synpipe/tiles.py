@@ -1,11 +1,8 @@
 """Cut-outs around synapses become RGB tiles: sections z−1, z, z+1 are the three channels.
 
-In: an opened volume and the positions of synapses. Out: HDF5 parts of tiles, uncompressed and model-ready, each with a
-Parquet index; tiles by synapse id. Guarantees: a part counts only once its index stands beside it, and neither ever
-changes afterwards; a tile is cut out once for a volume, a recipe and a place; what cannot be cut out is recorded with
-its reason; every tile read back is held against its checksum.
-
-A part is `<shard>-<digest>.h5` with `tiles` uint8 (n, 3, 256, 256), contiguous: any reader can map it into memory.
+In: an opened volume and the positions of synapses. Out: tiles, each with its row of `PART_SCHEMA`; and from the parts that
+`extraction` makes of them, tiles by synapse id. Guarantees: what cannot be cut out is recorded with its reason; every tile
+read back is held against its checksum.
 """
 
 import hashlib
@@ -22,7 +19,6 @@ from PIL import Image
 from pydantic import Field, FiniteFloat, PositiveInt
 
 from synpipe.errors import SynpipeError
-from synpipe.shards import atomic_path, read_table, write_table
 from synpipe.specs import Spec, digest
 from synpipe.volume_sources import HDF5_ERRORS
 from synpipe.volumes import MissingChunk, Volume
@@ -30,7 +26,6 @@ from synpipe.volumes import MissingChunk, Volume
 SECTIONS = 3
 TILE_PX = 256  # height and width of a tile, in voxels of the volume
 STEP_TOLERANCE = 1e-4  # of a section: a step is written with the digits that a person writes
-PART_TILES = 2048  # 400 MB at 256 px: the memory that a part needs while it is made, and what a kill can cost
 CUT_OUT_VERSION = 1  # raise it whenever `cut_out` would make other bytes or another row of the same recipe
 
 # One row per cut-out that was tried; `row` is −1 and `reason` is set where there is no tile.
@@ -51,6 +46,8 @@ PART_SCHEMA = pa.schema(
         pa.field("detail", pa.string()),
     ]
 )
+
+CutOut = tuple[np.ndarray | None, dict[str, Any]]  # a tile, or None, and its row of `PART_SCHEMA`
 
 
 class TileSpec(Spec):
@@ -105,12 +102,18 @@ def shard_of(starts_zyx: np.ndarray, spec: TileSpec) -> np.ndarray:
     return hashes[inverse.reshape(-1)] % spec.shards if len(unique) else np.zeros(0, dtype=np.int64)
 
 
-def cut_out(volume: Volume, start_zyx: np.ndarray, spec: TileSpec) -> tuple[np.ndarray | None, dict[str, Any]]:
+def cut_out(volume: Volume, start_zyx: np.ndarray, spec: TileSpec) -> CutOut:
     """One tile, uint8 (3, 256, 256), and its row of `PART_SCHEMA`; no tile where the row has a `reason`.
 
     A neighbouring section that is outside the volume, blank, or a copy of the middle one (how missing sections are often
-    filled) is replaced by the middle one and noted in `missing_sections`.
+    filled) is replaced by the middle one and noted in `missing_sections`. Raises `SynpipeError` where the volume cannot be
+    read.
     """
+    return start_cut_out(volume, start_zyx, spec)()
+
+
+def start_cut_out(volume: Volume, start_zyx: np.ndarray, spec: TileSpec) -> Callable[[], CutOut]:
+    """Begin to read what `cut_out` needs; the function returned waits for it, and returns and raises what `cut_out` does."""
     step = spec.section_step(volume.voxel_size_nm_zyx)
     window = np.array(spec.window_zyx(volume.voxel_size_nm_zyx))
     stop = start_zyx + window
@@ -121,17 +124,29 @@ def cut_out(volume: Volume, start_zyx: np.ndarray, spec: TileSpec) -> tuple[np.n
     row: dict[str, Any] = dict(zip(("start_z", "start_y", "start_x"), map(int, start_zyx), strict=True))
     row |= {"row": -1, "z_index": middle, "pad_fraction": padded}
     if (inside == 0).any() or not 0 <= middle < volume.shape_zyx[0]:
-        return None, row | {
-            "reason": "outside_volume",
-            "detail": f"The tile lies outside the volume, section {middle}.",
-        }
+        outside = {"reason": "outside_volume", "detail": f"The tile lies outside the volume, section {middle}."}
+        return lambda: (None, row | outside)
     if spec.border == "reject" and (padded > 0 or inside[0] < window[0]):
-        return None, row | {"reason": "border", "detail": f"The tile leaves the volume, section {middle}."}
+        border = {"reason": "border", "detail": f"The tile leaves the volume, section {middle}."}
+        return lambda: (None, row | border)
 
-    try:
-        voxels = volume.read(low, high)
-    except MissingChunk as error:
-        return None, row | {"reason": "missing_chunk", "detail": str(error)}
+    read = volume.start_read(low, high)
+
+    def finish() -> CutOut:
+        try:
+            voxels = read()
+        except MissingChunk as error:
+            return None, row | {"reason": "missing_chunk", "detail": str(error)}
+        return make_tile(voxels, low, start_zyx, step, spec, row)
+
+    return finish
+
+
+def make_tile(
+    voxels: np.ndarray, low: np.ndarray, start_zyx: np.ndarray, step: int, spec: TileSpec, row: dict
+) -> CutOut:
+    """voxels: the window's, as far as it is inside the volume, from voxel `low` on."""
+    middle = int(start_zyx[0]) + step
     centre = voxels[middle - low[0]]
     blank = _blank(centre, spec)
     if blank:
@@ -139,7 +154,7 @@ def cut_out(volume: Volume, start_zyx: np.ndarray, spec: TileSpec) -> tuple[np.n
     sections, missing = [], 0
     for channel in range(SECTIONS):
         z = middle + (channel - 1) * step
-        section = voxels[z - low[0]] if low[0] <= z < high[0] else None
+        section = voxels[z - low[0]] if 0 <= z - low[0] < len(voxels) else None
         if z != middle and (section is None or _blank(section, spec) or np.array_equal(section, centre)):
             section = None
             missing |= 1 << channel
@@ -151,14 +166,13 @@ def cut_out(volume: Volume, start_zyx: np.ndarray, spec: TileSpec) -> tuple[np.n
         tile[channel] = round(float(section.mean()))
         tile[channel, top : top + section.shape[0], left : left + section.shape[1]] = section
     content = tile.tobytes()
-    row |= {
+    return tile, row | {
         "missing_sections": missing,
         "mean": float(tile.mean()),
         "std": float(tile.std()),
         "crc32": zlib.crc32(content),
         "content_hash": hashlib.sha256(content).hexdigest()[:32],
     }
-    return tile, row
 
 
 def _blank(section: np.ndarray, spec: TileSpec) -> str | None:
@@ -168,67 +182,6 @@ def _blank(section: np.ndarray, spec: TileSpec) -> str | None:
         return f"{zeros:.0%} of it is black"
     std = float(section.std())
     return f"its grey values vary by {std:.1f} only" if std < spec.blank_std else None
-
-
-def extract_shard(
-    volume: Volume,
-    spec: TileSpec,
-    folder: Path,
-    shard: int,
-    starts_zyx: np.ndarray,
-    progress: Callable[[int], None] = lambda count: None,
-) -> tuple[pa.Table, int]:
-    """Tiles of one shard, cut out where `folder` does not hold them yet.
-
-    folder: the folder of `spec.recipe(…)`. starts_zyx: int64 (n, 3) windows. progress: called with numbers of cut-outs
-    done. Returns one row per window, in their order (`PART_SCHEMA` plus `part`, the file's name), and the number of
-    cut-outs made.
-    """
-    known = _read_parts(folder, shard)
-    have = set(zip(*(known[f"start_{axis}"].to_pylist() for axis in "zyx"), strict=True))
-    wanted = dict.fromkeys(map(tuple, starts_zyx.tolist()))
-    # Rows of chunks are read one after the other, so that the volume's cache serves neighbours.
-    missing = sorted(start for start in wanted if start not in have)
-    progress(len(wanted) - len(missing))
-    for first in range(0, len(missing), PART_TILES):
-        _write_part(volume, spec, folder, shard, missing[first : first + PART_TILES], progress)
-    if missing:
-        known = _read_parts(folder, shard)
-    row_of = {
-        key: row for row, key in enumerate(zip(*(known[f"start_{axis}"].to_pylist() for axis in "zyx"), strict=True))
-    }
-    return known.take([row_of[tuple(start)] for start in starts_zyx.tolist()]), len(missing)
-
-
-def _read_parts(folder: Path, shard: int) -> pa.Table:
-    schema = PART_SCHEMA.append(pa.field("part", pa.string()))
-    tables = []
-    for path in sorted(folder.glob(f"{shard:05d}-*.parquet")):
-        tiles = path.with_suffix(".h5")
-        if tiles.exists():  # gone only if somebody deleted it: the cut-outs are then made again
-            table = read_table(path)
-            tables.append(table.append_column("part", pa.repeat(pa.scalar(tiles.name), len(table))).cast(schema))
-    return pa.concat_tables(tables) if tables else schema.empty_table()
-
-
-def _write_part(volume: Volume, spec: TileSpec, folder: Path, shard: int, starts: list[tuple], progress) -> None:
-    tiles = np.empty((len(starts), SECTIONS, TILE_PX, TILE_PX), dtype=np.uint8)
-    count = 0
-    rows = []
-    for start in starts:
-        tile, row = cut_out(volume, np.array(start), spec)
-        if tile is not None:
-            tiles[count] = tile
-            row["row"] = count
-            count += 1
-        rows.append(row)
-        progress(1)
-    path = folder / f"{shard:05d}-{digest(starts)[:12]}.h5"
-    with atomic_path(path) as temporary, h5py.File(temporary, "w") as file:
-        file.create_dataset("tiles", data=tiles[:count])
-        file["tiles"].attrs["axes"] = "tile, section (z-1, z, z+1), y, x"
-    # Written last: it is what makes the part count.
-    write_table(path.with_suffix(".parquet"), pa.Table.from_pylist(rows, schema=PART_SCHEMA))
 
 
 class TileReader:

@@ -9,16 +9,19 @@ https://github.com/saalfeldlab/n5; Zarr, https://zarr-specs.readthedocs.io; OME-
 """
 
 import json
+import math
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from synpipe.chunk_plan import Chunking
 from synpipe.errors import SynpipeError
 from synpipe.fingerprints import folder_sha256
-from synpipe.volume_sources import Source, line
+from synpipe.volume_sources import Box, Source, line
 from synpipe.volumes import same_numbers
 
 # Without these a server that stalls would be waited for without end. curl reads them once, when tensorstore is loaded.
@@ -53,7 +56,11 @@ class Scale:
 
 
 class Chunked(Source):
-    """One scale of a chunked volume. Safe to use from several threads; each `read` fetches its chunks all at once."""
+    """One scale of a chunked volume. Safe to use from several threads.
+
+    Each read fetches its chunks all at once, while the caller goes on; reads of the same chunk share one request, and its
+    decoded voxels as long as the cache keeps them. A read whose result nobody waits for any more is cancelled.
+    """
 
     errors = (ValueError, OSError)  # tensorstore raises these only
     remedy = "try again when its server and the network are well; if it is damaged, copy it again"
@@ -146,11 +153,16 @@ class Chunked(Source):
         zyx = store[ts.d[[axes.index(axis) for axis in "zyx"]].transpose[:]]
         self._data = zyx[ts.d[:].translate_to[0]]
         depth, height, width = self._data.shape
+        self.scale = self._scale.folder or None
         self.shape_zyx, self.dtype = (depth, height, width), self._data.dtype.numpy_dtype
         self.voxel_size_nm_zyx, self.offset_nm_zyx = self._scale.voxel_size_nm, self._scale.offset_nm
+        chunk = self._data.chunk_layout.read_chunk.shape  # the first of them begins at voxel 0 in all these formats
+        self.chunking = Chunking(chunk, CACHE_BYTES // (math.prod(chunk) * self.dtype.itemsize))
 
-    def read(self, box: tuple[slice, slice, slice]) -> np.ndarray:
-        return np.ascontiguousarray(self._data[box].read().result())
+    def start_read(self, box: Box) -> Callable[[], np.ndarray]:
+        future = self._data[box].read(order="C")
+        future.force()  # else it would begin only when it is waited for
+        return future.result
 
     def close(self) -> None:
         del self._data, self._root, self._context  # and with them the cache

@@ -4,8 +4,10 @@ In: a path. Out: a `Source`: what the file says about itself, and sub-volumes of
 local or remote, are in `volume_chunked`.
 """
 
+import math
 import re
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
@@ -15,11 +17,17 @@ import h5py
 import numpy as np
 from PIL import Image
 
+from synpipe.chunk_plan import Chunking
 from synpipe.errors import SynpipeError
 from synpipe.fingerprints import file_sha256, folder_sha256
 
 # The default of 1 MiB makes every cut-out decode its chunks again; 128 MiB keeps a row of chunks of a common volume.
 HDF5_CHUNK_CACHE_BYTES = 128 * 2**20
+# Chunks whose hashes collide drive each other out of the cache: HDF5 advises a prime, a hundred times the chunks it holds
+# (https://docs.hdfgroup.org/hdf5/v1_14/group___d_a_p_l.html, H5Pset_chunk_cache). Eight bytes each.
+HDF5_CHUNK_CACHE_SLOTS = 200_003
+# A contiguous data set has no chunks: any order of reading does, by blocks of about a tile as well as another.
+CONTIGUOUS_BLOCK_ZYX = (1, 256, 256)
 SECTION_CACHE_BYTES = 256 * 2**20
 
 # What h5py raises of a damaged file, as flipping every byte of one has shown.
@@ -33,11 +41,16 @@ CHUNKED_BY_DOCUMENT = {"info": "precomputed", "attributes.json": "n5", "zarr.jso
 Image.MAX_IMAGE_PIXELS = None
 
 
+Box = tuple[slice, slice, slice]
+
+
 class Source(ABC):
-    """Voxels with their axes z, y, x.
+    """Voxels with their axes z, y, x. One thread at a time may read, unless the kind of source says otherwise.
 
     location: the path or address, for people. dtype, shape_zyx: of the voxels. voxel_size_nm_zyx, offset_nm_zyx: as the
-    source says them, unchecked; None where it does not. errors: what `read` may raise, and remedy: what to do then.
+    source says them, unchecked; None where it does not. chunking: how the voxels are stored, and how many decoded chunks are
+    kept. scale: name of the array that is read, where the volume may have
+    several. errors: what `start_read` and what it returns may raise, and remedy: what to do then.
     """
 
     errors: ClassVar[tuple[type[Exception], ...]]
@@ -45,11 +58,14 @@ class Source(ABC):
     location: str
     dtype: np.dtype
     shape_zyx: tuple[int, int, int]
+    chunking: Chunking
+    scale: str | None = None
     voxel_size_nm_zyx: Any = None
     offset_nm_zyx: Any = None
 
     @abstractmethod
-    def read(self, box: tuple[slice, slice, slice]) -> np.ndarray: ...
+    def start_read(self, box: Box) -> Callable[[], np.ndarray]:
+        """Begin to read where that is of use; what is returned waits for the voxels, or reads them."""
 
     @abstractmethod
     def identity(self) -> dict[str, Any]:
@@ -66,7 +82,10 @@ def line(error: BaseException) -> str:
 
 
 class Hdf5(Source):
-    """A data set of an HDF5 file; voxel size and offset are its attributes `resolution` and `offset`, as in CREMI."""
+    """A data set of an HDF5 file; voxel size and offset are its attributes `resolution` and `offset`, as in CREMI.
+
+    h5py lets one thread in at a time, and gets slower with more: voxels are read when they are asked for, in that thread.
+    """
 
     errors = HDF5_ERRORS
 
@@ -74,7 +93,7 @@ class Hdf5(Source):
         self._path, self.location = path, str(path)
         where = f"Volume {path}"
         try:
-            self._file = h5py.File(path, "r", rdcc_nbytes=HDF5_CHUNK_CACHE_BYTES)
+            self._file = h5py.File(path, "r", rdcc_nbytes=HDF5_CHUNK_CACHE_BYTES, rdcc_nslots=HDF5_CHUNK_CACHE_SLOTS)
         except OSError as error:
             raise SynpipeError(f"{where} is truncated or not an HDF5 file ({line(error)}): copy it again.") from None
         try:
@@ -97,9 +116,11 @@ class Hdf5(Source):
             raise SynpipeError(f"{where}: `{dataset}` has shape {data.shape}, but sections as (z, y, x) are needed.")
         self._data, self.shape_zyx, self.dtype = data, data.shape, data.dtype
         self.voxel_size_nm_zyx, self.offset_nm_zyx = data.attrs.get("resolution"), data.attrs.get("offset")
+        chunk = data.chunks or CONTIGUOUS_BLOCK_ZYX
+        self.chunking = Chunking(chunk, HDF5_CHUNK_CACHE_BYTES // (math.prod(chunk) * self.dtype.itemsize))
 
-    def read(self, box: tuple[slice, slice, slice]) -> np.ndarray:
-        return self._data[box]
+    def start_read(self, box: Box) -> Callable[[], np.ndarray]:
+        return lambda: self._data[box]
 
     def identity(self) -> dict[str, Any]:
         return {"content": file_sha256(self._path), "dataset": self._data.name}
@@ -118,7 +139,8 @@ class Sections(Source):
     """A folder with a grey PNG or TIFF image per section, in the order of the last number of their names.
 
     The numbers must be consecutive, from any first one on: a gap would shift every section after it. Images say nothing
-    about z, so that the voxel size is never read from them.
+    about z, so that the voxel size is never read from them. Safe to use from several threads; a section that two of them
+    want at once is decoded twice.
     """
 
     # Pillow raises SyntaxError of a PNG whose chunks are broken.
@@ -140,10 +162,11 @@ class Sections(Source):
         # A decoded image serves all tiles of its section; at least those of two stacks are kept.
         kept = max(6, SECTION_CACHE_BYTES // (height * width * self.dtype.itemsize))
         self._section = lru_cache(maxsize=kept)(self._decode)
+        self.chunking = Chunking((1, height, width), kept)
 
-    def read(self, box: tuple[slice, slice, slice]) -> np.ndarray:
+    def start_read(self, box: Box) -> Callable[[], np.ndarray]:
         z, y, x = box
-        return np.stack([self._section(index)[y, x] for index in range(z.start, z.stop)])
+        return lambda: np.stack([self._section(index)[y, x] for index in range(z.start, z.stop)])
 
     def _decode(self, index: int) -> np.ndarray:
         path = self._paths[index]

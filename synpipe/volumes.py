@@ -8,6 +8,7 @@ Axis order is z, y, x everywhere. Voxel i of an axis covers [offset + i·size, o
 of CREMI (https://cremi.org/data/) and of neuroglancer's precomputed format.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Self
 
@@ -106,7 +107,8 @@ def to_uint8(values: np.ndarray, window: tuple[float, float]) -> np.ndarray:
 class Volume:
     """An opened volume.
 
-    Attributes: `path` (for people), `shape_zyx` (voxels), `voxel_size_nm_zyx`, `offset_nm_zyx` (float64 arrays of 3).
+    Attributes: `path` (for people), `shape_zyx` (voxels), `voxel_size_nm_zyx`, `offset_nm_zyx` (float64 arrays of 3),
+    `chunking` (how it is stored), `voxel_bytes`, `dtype` (as it is stored), `scale` (name of the array, where there are several).
     """
 
     def __init__(self, spec: VolumeSpec, base: Path):
@@ -133,6 +135,8 @@ class Volume:
         if not windowed and self._window is not None:
             raise SynpipeError(f"{where} holds uint8, which is read as it is: remove `volume.intensity_window`.")
         self.shape_zyx = np.array(source.shape_zyx, dtype=np.int64)
+        self.chunking, self.voxel_bytes = source.chunking, source.dtype.itemsize
+        self.dtype, self.scale = source.dtype, source.scale
         self.voxel_size_nm_zyx = _agreed(where, "voxel_size_nm_zyx", spec.voxel_size_nm_zyx, source.voxel_size_nm_zyx)
         self.offset_nm_zyx = _agreed(
             where, "offset_nm_zyx", spec.offset_nm_zyx, source.offset_nm_zyx, default=(0.0, 0.0, 0.0)
@@ -163,23 +167,35 @@ class Volume:
         Raises `MissingChunk` where the volume holds nothing there, `AccessDenied` where it may not be read, `SynpipeError`
         where it is damaged or out of reach.
         """
+        return self.start_read(start_zyx, stop_zyx)()
+
+    def start_read(self, start_zyx: np.ndarray, stop_zyx: np.ndarray) -> Callable[[], np.ndarray]:
+        """Begin to `read`, so that several reads wait for a server together.
+
+        The function returned waits for the voxels; it returns and raises what `read` does.
+        """
         z, y, x = (slice(int(a), int(b)) for a, b in zip(start_zyx, stop_zyx, strict=True))
-        try:
-            values = self._source.read((z, y, x))
-        except self._source.errors as error:
-            place = f"voxels z {z.start}–{z.stop}, y {y.start}–{y.stop}, x {x.start}–{x.stop}"
-            # The status with which tensorstore's messages begin: the one thing that tells absent from out of reach.
-            if str(error).startswith("NOT_FOUND"):
-                raise MissingChunk(f"Volume {self.path} holds nothing at {place} ({line(error)}).") from None
-            if str(error).startswith("PERMISSION_DENIED"):
-                raise AccessDenied(
-                    f"Volume {self.path}: permission denied at {place} ({line(error)}): ask whoever keeps it for access, or "
-                    "give the credentials that its bucket needs."
+        wait = self._source.start_read((z, y, x))
+
+        def finish() -> np.ndarray:
+            try:
+                values = wait()
+            except self._source.errors as error:
+                place = f"voxels z {z.start}–{z.stop}, y {y.start}–{y.stop}, x {x.start}–{x.stop}"
+                # The status with which tensorstore's messages begin: the one thing that tells absent from out of reach.
+                if str(error).startswith("NOT_FOUND"):
+                    raise MissingChunk(f"Volume {self.path} holds nothing at {place} ({line(error)}).") from None
+                if str(error).startswith("PERMISSION_DENIED"):
+                    raise AccessDenied(
+                        f"Volume {self.path}: permission denied at {place} ({line(error)}): ask whoever keeps it for "
+                        "access, or give the credentials that its bucket needs."
+                    ) from None
+                raise SynpipeError(
+                    f"Volume {self.path} cannot be read at {place} ({line(error)}): {self._source.remedy}."
                 ) from None
-            raise SynpipeError(
-                f"Volume {self.path} cannot be read at {place} ({line(error)}): {self._source.remedy}."
-            ) from None
-        return values if self._window is None else to_uint8(values, self._window)
+            return values if self._window is None else to_uint8(values, self._window)
+
+        return finish
 
     def fingerprint(self) -> str:
         """Digest of the content and of how it is read.

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from synpipe import embedding, tiles
+from synpipe import embedding, extraction, tiles
 from synpipe.datasets import Project
 from synpipe.graph import states, steps
 from synpipe.shards import TEMPORARY_PREFIX
@@ -83,7 +83,7 @@ def main() -> None:
     import synpipe.index  # noqa: F401
 
     torch.set_num_threads(1)  # a thread of the parent would be missing in its forks
-    tiles.PART_TILES = embedding.ROWS_PER_PART = PART
+    extraction.PART_TILES = embedding.ROWS_PER_PART = PART
     for line in sys.stdin:
         print(json.dumps(fork(json.loads(line))), flush=True)
 
@@ -136,7 +136,7 @@ def materialise(order: dict[str, Any], mark: Callable[[bytes], Any]) -> None:
             moment()
 
     sys.addaudithook(writes)
-    count("cut_out", tiles, lambda *_: mark(b"c"))
+    count("make_tile", tiles, lambda *_: mark(b"c"))
     count("embed_shard", embedding, lambda _encoder, _read, hashes, *_: mark(b"e" * len(hashes)))
     signal.signal(signal.SIGALRM, signal.SIG_DFL)  # ends the process at once, as SIGKILL does
     signal.setitimer(signal.ITIMER_REAL, order["after_s"] or HANGS_S)

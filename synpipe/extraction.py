@@ -1,0 +1,190 @@
+"""All cut-outs of a data set: planned by chunk, read ahead, written in parts.
+
+In: an opened volume and windows in it. Out: HDF5 parts of tiles, uncompressed and model-ready, each with a Parquet index.
+Guarantees: a part counts only once its index stands beside it, and neither ever changes afterwards; a tile is cut out once
+for a volume, a recipe and a place; a chunk of the volume is fetched about once; memory does not grow with the number of
+windows, but for a few numbers each; what cannot be read costs the cut-outs of its shard and no others.
+
+A part is `<shard>-<digest>.h5` with `tiles` uint8 (n, 3, 256, 256), contiguous: any reader can map it into memory.
+"""
+
+from collections import Counter, deque
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pyarrow as pa
+
+from synpipe import tiles
+from synpipe.chunk_plan import Chunk, plan
+from synpipe.errors import SynpipeError
+from synpipe.shards import atomic_path, read_table, write_table
+from synpipe.specs import digest
+from synpipe.tiles import PART_SCHEMA, SECTIONS, TILE_PX, CutOut, TileSpec, shard_of
+from synpipe.volumes import AccessDenied, Volume
+
+PART_TILES = 2048  # 400 MB at 256 px: the memory that tiles need until they are written, and what a kill can cost
+READ_AHEAD_BYTES = 128 * 2**20  # decoded chunks and voxels of the cut-outs that are being read
+# A volume that fails so many shards one after the other, with no tile between them, is not waited for any longer.
+GIVE_UP_AFTER = 8
+SHARDS_NAMED = 10
+
+FOUND_SCHEMA = PART_SCHEMA.append(pa.field("part", pa.string())).append(pa.field("shard", pa.int32()))
+
+
+def extract(
+    volume: Volume,
+    spec: TileSpec,
+    folder: Path,
+    starts_zyx: np.ndarray,
+    progress: Callable[[int], None] = lambda count: None,
+) -> tuple[pa.Table, int]:
+    """Tiles of all windows, cut out where `folder` does not hold them yet.
+
+    folder: the folder of `spec.recipe(…)`. starts_zyx: int64 (n, 3), first voxels of the windows. progress: called with
+    numbers of cut-outs done. Returns one row per window, in their order (`PART_SCHEMA` plus `part`, the file's name, and
+    `shard`), and the number of cut-outs made.
+
+    Raises `SynpipeError` where the volume could not be read everywhere, after all other shards have been cut out;
+    `AccessDenied` at once where it may not be read.
+    """
+    shards = shard_of(starts_zyx, spec)
+    numbers = np.unique(shards).tolist()
+    known = {shard: _read_parts(folder, shard) for shard in numbers}
+    missing = [_missing(known[shard], starts_zyx[shards == shard]) for shard in numbers]
+    made = sum(map(len, missing))
+    progress(len(starts_zyx) - made)
+    if made:
+        _cut_out_missing(volume, spec, folder, np.concatenate(missing), progress)
+    order, found = [], []
+    for shard, absent in zip(numbers, missing, strict=True):
+        table = _read_parts(folder, shard) if len(absent) else known[shard]
+        rows = np.flatnonzero(shards == shard)
+        place = {key: row for row, key in enumerate(_keys(table))}
+        found.append(table.take([place[key] for key in map(tuple, starts_zyx[rows].tolist())]))
+        order.append(rows)
+    if not found:
+        return FOUND_SCHEMA.empty_table(), 0
+    return pa.concat_tables(found).take(np.argsort(np.concatenate(order))), made
+
+
+def _missing(known: pa.Table, starts_zyx: np.ndarray) -> np.ndarray:
+    """Windows that no part holds, each once: int64 (m, 3)."""
+    have = set(_keys(known))
+    return np.array(sorted(set(map(tuple, starts_zyx.tolist())) - have), dtype=np.int64).reshape(-1, 3)
+
+
+def _keys(table: pa.Table) -> Iterator[tuple[int, int, int]]:
+    return zip(*(table[f"start_{axis}"].to_pylist() for axis in "zyx"), strict=True)
+
+
+def _cut_out_missing(volume: Volume, spec: TileSpec, folder: Path, starts: np.ndarray, progress) -> None:
+    """Cut out windows, each of them given once, and write them as parts."""
+    shards = shard_of(starts, spec)
+    low = np.clip(starts, 0, volume.shape_zyx)
+    high = np.clip(starts + spec.window_zyx(volume.voxel_size_nm_zyx), 0, volume.shape_zyx)
+    batches = plan(low, high, shards, volume.chunking, PART_TILES)
+    failed: dict[int, SynpipeError] = {}
+    lost = in_a_row = 0
+
+    def wanted(window: int) -> bool:
+        return shards[window] not in failed and in_a_row < GIVE_UP_AFTER
+
+    def needs(window: int) -> list[Chunk]:
+        return list(volume.chunking.chunks(low[window], high[window]))
+
+    order = np.concatenate(batches).tolist()
+    ahead = _read_ahead(volume, spec, starts, order, wanted, needs)
+    for batch in batches:
+        made: dict[int, list[CutOut]] = {}
+        for window in batch.tolist():
+            finish = next(ahead)
+            shard = int(shards[window])
+            if finish is None or not wanted(window):
+                lost += 1
+                continue
+            try:
+                cut_out = finish()
+            except AccessDenied:  # to the other shards as well
+                raise
+            except SynpipeError as error:
+                failed[shard] = error
+                in_a_row += 1
+                lost += 1
+                continue
+            made.setdefault(shard, []).append(cut_out)
+            in_a_row = 0
+            progress(1)
+        for shard, cut_outs in sorted(made.items()):
+            _write_part(folder, shard, cut_outs)
+    if failed:
+        raise _failure(failed, lost, len(np.unique(shards)), in_a_row >= GIVE_UP_AFTER)
+
+
+def _read_ahead(
+    volume: Volume,
+    spec: TileSpec,
+    starts: np.ndarray,
+    order: list[int],
+    wanted: Callable[[int], bool],
+    needs: Callable[[int], list[Chunk]],
+) -> Iterator[Callable[[], CutOut] | None]:
+    """Begun cut-outs in the given order, as many begun at a time as the memory allows; None for those not wanted any more."""
+    voxels = int(np.prod(spec.window_zyx(volume.voxel_size_nm_zyx)))
+    begun: deque[tuple[Callable[[], CutOut] | None, list[Chunk]]] = deque()
+    in_flight: Counter[Chunk] = Counter()
+    room = READ_AHEAD_BYTES // volume.voxel_bytes
+    chunk_voxels = int(np.prod(volume.chunking.shape_zyx))
+    for window in order:
+        chunks = needs(window)
+        while begun:
+            new = sum(chunk not in in_flight for chunk in chunks)
+            if (len(in_flight) + new) * chunk_voxels + (len(begun) + 1) * voxels <= room:
+                break
+            finish, done = begun.popleft()
+            yield finish
+            in_flight -= Counter(done)
+        begun.append((tiles.start_cut_out(volume, starts[window], spec) if wanted(window) else None, chunks))
+        in_flight.update(chunks)
+    while begun:
+        yield begun.popleft()[0]
+
+
+def _failure(failed: dict[int, SynpipeError], lost: int, of: int, gave_up: bool) -> SynpipeError:
+    named = ", ".join(map(str, sorted(failed)[:SHARDS_NAMED])) + (", …" if len(failed) > SHARDS_NAMED else "")
+    first = next(iter(failed.values()))
+    return SynpipeError(
+        f"{lost:,} cut-outs were not made: {len(failed)} of {of} shards failed ({named})"
+        f"{', one after the other, and the rest was not tried' if gave_up else ''}. The first error: {first} All other "
+        "cut-outs are kept: run the same command again, and only those that are not there are fetched."
+    )
+
+
+def _read_parts(folder: Path, shard: int) -> pa.Table:
+    tables = []
+    for path in sorted(folder.glob(f"{shard:05d}-*.parquet")):
+        tiles_path = path.with_suffix(".h5")
+        if tiles_path.exists():  # gone only if somebody deleted it: the cut-outs are then made again
+            table = read_table(path)
+            for name, value in (("part", pa.scalar(tiles_path.name)), ("shard", pa.scalar(shard, pa.int32()))):
+                table = table.append_column(name, pa.repeat(value, len(table)))
+            tables.append(table.cast(FOUND_SCHEMA))
+    return pa.concat_tables(tables) if tables else FOUND_SCHEMA.empty_table()
+
+
+def _write_part(folder: Path, shard: int, cut_outs: list[CutOut]) -> None:
+    stack = [tile for tile, _ in cut_outs if tile is not None]
+    rows, count = [], 0
+    for tile, row in cut_outs:
+        rows.append(row if tile is None else row | {"row": count})
+        count += tile is not None
+    places = [[row["start_z"], row["start_y"], row["start_x"]] for row in rows]
+    path = folder / f"{shard:05d}-{digest(places)[:12]}.h5"
+    with atomic_path(path) as temporary, h5py.File(temporary, "w") as file:
+        dataset = file.create_dataset("tiles", (len(stack), SECTIONS, TILE_PX, TILE_PX), np.uint8)
+        for index, tile in enumerate(stack):  # one by one: no copy of them all
+            dataset[index] = tile
+        dataset.attrs["axes"] = "tile, section (z-1, z, z+1), y, x"
+    # Written last: it is what makes the part count.
+    write_table(path.with_suffix(".parquet"), pa.Table.from_pylist(rows, schema=PART_SCHEMA))
