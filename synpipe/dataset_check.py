@@ -9,6 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -103,7 +104,7 @@ def _describe_volume(dataset: Dataset, volume: Volume) -> list[str]:
     kind = dataset.spec.volume.kind or ("sections" if Path(volume.path).is_dir() else "HDF5")
     low, high = volume.bounds_nm_zyx
     bounds = (f"{axis} {a:,.10g} – {b:,.10g}" for axis, a, b in zip("zyx", low.tolist(), high.tolist(), strict=True))
-    scale = f", scale {volume.scale}" if volume.scale else ""
+    scale = f", scale {volume.scale_name}" if volume.scale_name else ""
     return [
         f"{volume.path} ({kind}{scale})",
         f"{_times(volume.shape_zyx)} voxels z y x, {volume.dtype}, read in chunks of {_times(volume.chunking.shape_zyx)}",
@@ -137,7 +138,7 @@ def _read_annotations(dataset: Dataset, volume: Volume | None, problems: list[st
     if found is None:
         # The first source that is wrong has hidden what is wrong with the others.
         for spec in dataset.spec.annotations:
-            _attempt(lambda spec=spec: read([spec]), mine)
+            _attempt(partial(read, [spec]), mine)
     problems += dict.fromkeys(mine)
     return found
 

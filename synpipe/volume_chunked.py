@@ -2,7 +2,9 @@
 
 In: the kind, the place, and the voxel size that is wanted. Out: a `Source`. Guarantees: a scale is chosen by its voxel
 size, never by its number; a chunk that is not there is an error and never black; what cannot be reached is given up after
-a few attempts.
+a few attempts; a chunk that was cut off is an error. What no checksum guards can still be wrong: raw and JPEG chunks have
+none, and a flipped bit, or zeros in place of the end of a JPEG of high quality, may decode to a wrong picture. Only another
+request per chunk would show some of that, so it is not looked for. The gzip of N5 and the crc32c of Zarr 3 show every bit.
 
 What the documents say: precomputed, https://github.com/google/neuroglancer/tree/master/src/datasource/precomputed; N5,
 https://github.com/saalfeldlab/n5; Zarr, https://zarr-specs.readthedocs.io; OME-Zarr, https://ngff.openmicroscopy.org.
@@ -153,7 +155,7 @@ class Chunked(Source):
         zyx = store[ts.d[[axes.index(axis) for axis in "zyx"]].transpose[:]]
         self._data = zyx[ts.d[:].translate_to[0]]
         depth, height, width = self._data.shape
-        self.scale = self._scale.folder or None
+        self.scale_name = self._scale.folder or None
         self.shape_zyx, self.dtype = (depth, height, width), self._data.dtype.numpy_dtype
         self.voxel_size_nm_zyx, self.offset_nm_zyx = self._scale.voxel_size_nm, self._scale.offset_nm
         chunk = self._data.chunk_layout.read_chunk.shape  # the first of them begins at voxel 0 in all these formats

@@ -49,8 +49,8 @@ class Source(ABC):
 
     location: the path or address, for people. dtype, shape_zyx: of the voxels. voxel_size_nm_zyx, offset_nm_zyx: as the
     source says them, unchecked; None where it does not. chunking: how the voxels are stored, and how many decoded chunks are
-    kept. scale: name of the array that is read, where the volume may have
-    several. errors: what `start_read` and what it returns may raise, and remedy: what to do then.
+    kept. scale_name: of the array that is read, where the volume may have several. errors: what `start_read` and what it
+    returns may raise, and remedy: what to do then.
     """
 
     errors: ClassVar[tuple[type[Exception], ...]]
@@ -59,7 +59,7 @@ class Source(ABC):
     dtype: np.dtype
     shape_zyx: tuple[int, int, int]
     chunking: Chunking
-    scale: str | None = None
+    scale_name: str | None = None
     voxel_size_nm_zyx: Any = None
     offset_nm_zyx: Any = None
 

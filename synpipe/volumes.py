@@ -108,7 +108,7 @@ class Volume:
     """An opened volume.
 
     Attributes: `path` (for people), `shape_zyx` (voxels), `voxel_size_nm_zyx`, `offset_nm_zyx` (float64 arrays of 3),
-    `chunking` (how it is stored), `voxel_bytes`, `dtype` (as it is stored), `scale` (name of the array, where there are several).
+    `chunking` (how it is stored), `voxel_bytes`, `dtype` (as it is stored), `scale_name` (see `Source`).
     """
 
     def __init__(self, spec: VolumeSpec, base: Path):
@@ -136,7 +136,7 @@ class Volume:
             raise SynpipeError(f"{where} holds uint8, which is read as it is: remove `volume.intensity_window`.")
         self.shape_zyx = np.array(source.shape_zyx, dtype=np.int64)
         self.chunking, self.voxel_bytes = source.chunking, source.dtype.itemsize
-        self.dtype, self.scale = source.dtype, source.scale
+        self.dtype, self.scale_name = source.dtype, source.scale_name
         self.voxel_size_nm_zyx = _agreed(where, "voxel_size_nm_zyx", spec.voxel_size_nm_zyx, source.voxel_size_nm_zyx)
         self.offset_nm_zyx = _agreed(
             where, "offset_nm_zyx", spec.offset_nm_zyx, source.offset_nm_zyx, default=(0.0, 0.0, 0.0)

@@ -181,7 +181,8 @@ def test_good_annotations_are_counted_though_the_volume_is_bad(source: Path, tmp
 def test_synapses_in_another_place(source: Path, tmp_path: Path) -> None:
     write_synapses(tmp_path / "far.csv", np.random.default_rng(0).uniform(1e6, 2e6, (100, 3)))
     result = check(a_project(tmp_path, source, annotations=[{"format": "table", "path": f"{tmp_path}/far.csv"}]))
-    assert any("far.csv" in problem and "outside" in problem for problem in problems(result))
+    (problem,) = problems(result)
+    assert "only 0 of 100 positions" in problem and "voxel size 50 × 4.6 × 4.6 nm" in result.stdout
 
 
 @pytest.mark.parametrize(("allowed", "fine"), [(0.09, False), (0.1, True)])

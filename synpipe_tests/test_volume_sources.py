@@ -497,7 +497,7 @@ def test_a_server_that_refuses(real_volumes: Path, serve: Callable[[Path], Serve
     server = serve(real_volumes)
     with opened("precomputed", f"{server.url}/precomputed") as volume:
         server.status = 403
-        message = refusal(lambda: cut_out(volume, np.array([0, 0, 0]), TileSpec()), "cannot be read", server.url)
+        message = refusal(lambda: cut_out(volume, np.array([0, 0, 0]), TileSpec()), "permission denied", server.url)
     assert "403" in message
     refusal(lambda: opened("precomputed", f"{server.url}/precomputed"), "cannot be opened", "403")
 

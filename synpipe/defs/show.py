@@ -92,8 +92,8 @@ def volume(dataset: Dataset, manifest: Manifest) -> dict[str, Any]:
     with Volume(dataset.spec.volume, dataset.base) as opened:
         try:
             picture = section_picture(opened)
-        except SynpipeError:  # nothing may be stored there, or the server fails just now: no reason to make nothing else
-            picture = None
+        except SynpipeError:
+            picture = None  # nothing is stored there, or its server fails just now: no reason to make nothing else
     return _picture("middle_section", picture) | _figures(manifest)
 
 
