@@ -9,9 +9,9 @@ would fit is tried on an even sample of up to `2 * SAMPLE` of them.
   tell: the lattice (whole numbers that are not multiples of the voxel size; positions in nm that come from voxels are, and
   others are no whole numbers) and the spread (read as voxels they lie in the volume and fill it from end to end; as nm they
   keep to a 4th or 40th of every axis). Either sign alone is legitimate, rounded nm or a small region, and makes a note.
+  Micrometres that are declared as nm are told by the spread alone: they keep to a 1000th of every axis.
 """
 
-import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -48,7 +48,7 @@ class Box:
 
     def filled(self, positions: np.ndarray) -> np.ndarray:
         """Share of each axis from the 1st to the 99th percentile of the positions."""
-        first, last = np.percentile(positions, [1, 99], axis=0)
+        first, last = np.percentile(np.clip(positions, self.low, self.high), [1, 99], axis=0)
         return (last - first) / (self.high - self.low)
 
 
@@ -66,7 +66,7 @@ class UnitCheck:
         self._sample.append(coordinates_zyx[-self._count % self._step :: self._step])
         self._count += len(inside)
         self._inside += int(inside.sum())
-        if sum(map(len, self._sample)) > 2 * SAMPLE:
+        while sum(map(len, self._sample)) > 2 * SAMPLE:
             self._sample = [np.concatenate(self._sample)[::2]]
             self._step *= 2
 
@@ -96,47 +96,45 @@ class UnitCheck:
         )
 
     def _fitting(self, points: np.ndarray) -> list[tuple[str, float]]:
-        """Other readings that put the points into the volume: of the plainest kind that does, the best spread first."""
-        for kind in _readings(self._box):
-            found = []
-            for reading in kind:
-                positions = reading.positions(points) + np.array(self._source.shift_nm_zyx)
-                share = float(self._box.contains(positions).mean())
-                if share >= FITS:
-                    found.append((float(np.median(self._box.filled(positions))), reading.text, share))
-            if found:
-                return [(text, share) for _, text, share in sorted(found, reverse=True)]
-        return []
+        """Other readings that put the points into the volume and fill most of it, the plainest first."""
+        found = []
+        for reading in _readings(self._box, np.array(self._source.shift_nm_zyx)):
+            positions = reading.positions(points)
+            share = float(self._box.contains(positions).mean())
+            if share >= FITS:
+                found.append((float(self._box.filled(positions).prod() ** (1 / 3)), reading.text, share))
+        most = max((filled for filled, _, _ in found), default=0.0)
+        return [(text, share) for filled, text, share in found if filled >= most / 2]
 
     def _contradictions(self, points: np.ndarray) -> list[str]:
-        box, shift = self._box, np.array(self._source.shift_nm_zyx)
-        as_voxels = Reading(_as_yaml(box.voxel_size), box.voxel_size, 0.5).positions(points) + shift
-        fitting = [as_voxels + origin for origin in (0, box.low) if box.contains(as_voxels + origin).mean() >= FITS]
-        if not fitting:
-            return []
         whole = (points == np.round(points)).mean() >= WHOLE
-        off_lattice = whole and min(map(_on_lattice, points.T, box.voxel_size)) < ON_LATTICE
-        filled = box.filled(fitting[0])
-        fills = (filled >= FILLS).all()
-        signs = []
-        if off_lattice:
-            signs.append("they are whole numbers, but no multiples of its voxel size")
-        if fills:
-            signs.append(
-                f"read as voxels they fill {_percent(filled)} of z, y, x, as nm {_percent(box.filled(points))}"
-            )
-        if not signs:
-            return []
-        text = (
-            f"{self._source.name}: the coordinates are declared in nm, but look like voxels of the volume: "
-            f"{'; and '.join(signs)}."
-        )
-        if off_lattice and fills and not self._source.unit_checked:
-            raise SynpipeError(
-                f"{text} If they are, give {_as_yaml(box.voxel_size)} in the entry under `annotations` (`format: table` and "
-                "its kin); if they are in nm indeed, `unit_checked: true`."
-            )
-        return [f"{text} Look at some tiles."]
+        off_lattice = whole and min(map(_on_lattice, points.T, self._box.voxel_size)) < ON_LATTICE
+        lattice = ["they are whole numbers, but no multiples of its voxel size"] if off_lattice else []
+        notes = []
+        # A billionth of the volume, filled from end to end, needs no second sign.
+        for reading, signs, needed in ((_voxels(self._box.voxel_size), lattice, 2), (MICROMETRES, [], 1)):
+            filled = self._filled(points, reading)
+            if filled is None:
+                continue
+            as_nm = self._box.filled(points)
+            if (filled >= FILLS).all() and (as_nm < filled / 2).all():  # voxels of 1 or 2 nm are as good as nm
+                signs = [*signs, f"so read they span {_percent(filled)} of its axes z, y, x, as nm {_percent(as_nm)}"]
+            text = f"{self._source.name}: coordinates are declared in nm, but look like {reading.text}: {'; '.join(signs)}."
+            if len(signs) >= needed and not self._source.unit_checked:
+                raise SynpipeError(
+                    f"{text} Correct the entry under `annotations` (a `format` with `unit` takes it; others are always in nm: "
+                    "convert the file), or, if they are in nm indeed, set its `unit_checked: true`."
+                )
+            notes += [f"{text} Look at some tiles."] if signs else []
+        return notes
+
+    def _filled(self, points: np.ndarray, reading: "Reading") -> np.ndarray | None:
+        """Share of each axis that the points fill when read so; None where they do not lie in the volume."""
+        positions = reading.positions(points) + np.array(self._source.shift_nm_zyx)
+        for origin in (np.zeros(3), self._box.low):
+            if self._box.contains(positions + origin).mean() >= FITS:
+                return self._box.filled(positions)
+        return None
 
 
 @dataclass(frozen=True)
@@ -154,25 +152,29 @@ class Reading:
             return (points[:, list(self.order)] + self.half) * self.size + self.shift
 
 
-def _readings(box: Box) -> Iterator[list[Reading]]:
-    """Kinds of reading, the plainest first: other units, another origin, other orders of the axes."""
+NANOMETRES = Reading("`unit: nm`", np.full(3, 1.0))
+MICROMETRES = Reading("`unit: um`", np.full(3, 1000.0))
+
+
+def _voxels(size: np.ndarray) -> Reading:
+    return Reading(f"`unit: voxel` with `voxel_size_nm_zyx: {_numbers(size)}`", size, 0.5)
+
+
+def _readings(box: Box, shift: np.ndarray) -> Iterator[Reading]:
+    """Other units, with another origin, with other orders of the axes."""
     sizes = dict.fromkeys([tuple(box.voxel_size.tolist()), *USUAL_VOXELS_NM_ZYX])
-    units = [Reading("`unit: nm`", np.full(3, 1.0)), Reading("`unit: um`", np.full(3, 1000.0))]
-    units += [Reading(_as_yaml(np.array(size)), np.array(size), 0.5) for size in sizes]
-    yield units
+    units = [
+        replace(unit, shift=shift) for unit in (NANOMETRES, MICROMETRES, *(_voxels(np.array(size)) for size in sizes))
+    ]
+    yield from units
     if box.low.any():
-        origin = f"with `shift_nm_zyx: {_numbers(box.low)}`, counted from the corner of the volume"
-        yield [replace(unit, text=f"{unit.text} {origin}", shift=box.low) for unit in units]
-    for orders in ([(2, 1, 0)], list(itertools.permutations(range(3)))):
-        yield [
-            replace(
-                unit,
-                text=f"{unit.text} with z, y, x from what is now {', '.join('zyx'[i] for i in order)}",
-                order=order,
-            )
-            for order in orders
-            for unit in units
-        ]
+        origin = f"with `shift_nm_zyx: {_numbers(shift + box.low)}`, counted from the corner of the volume"
+        yield from (replace(unit, text=f"{unit.text}, {origin}", shift=shift + box.low) for unit in units)
+    for order in ((2, 1, 0), (0, 2, 1), (1, 0, 2), (1, 2, 0), (2, 0, 1)):
+        columns = ", ".join("zyx"[axis] for axis in order)
+        yield from (
+            replace(unit, text=f"{unit.text}, with z, y, x from what is now {columns}", order=order) for unit in units
+        )
 
 
 def _on_lattice(values: np.ndarray, size: float) -> float:
@@ -181,13 +183,9 @@ def _on_lattice(values: np.ndarray, size: float) -> float:
     return float(counts.max() / len(values))
 
 
-def _as_yaml(size: np.ndarray) -> str:
-    return f"`unit: voxel` and `voxel_size_nm_zyx: {_numbers(size)}`"
-
-
 def _numbers(values: np.ndarray) -> str:
     return f"[{', '.join(f'{value:g}' for value in values)}]"
 
 
 def _percent(shares: np.ndarray) -> str:
-    return f"{', '.join(f'{share:.0%}' for share in shares)}"
+    return f"{', '.join(f'{100 * share:.2g}' for share in shares)} %"

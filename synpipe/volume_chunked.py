@@ -158,8 +158,8 @@ class Chunked(Source):
         self.scale_name = self._scale.folder or None
         self.shape_zyx, self.dtype = (depth, height, width), self._data.dtype.numpy_dtype
         self.voxel_size_nm_zyx, self.offset_nm_zyx = self._scale.voxel_size_nm, self._scale.offset_nm
-        chunk = self._data.chunk_layout.read_chunk.shape  # the first of them begins at voxel 0 in all these formats
-        self.chunking = Chunking(chunk, CACHE_BYTES // (math.prod(chunk) * self.dtype.itemsize))
+        shape: Any = self._data.chunk_layout.read_chunk.shape  # the first begins at voxel 0 in all these formats
+        self.chunking = Chunking(shape, CACHE_BYTES // (math.prod(shape) * self.dtype.itemsize))
 
     def start_read(self, box: Box) -> Callable[[], np.ndarray]:
         future = self._data[box].read(order="C")

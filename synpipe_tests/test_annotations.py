@@ -593,7 +593,7 @@ class Holder(Spec):
 @pytest.mark.parametrize(
     ("entry", "problem"),
     [
-        ({"format": "synful"}, "synister_v3"),
+        ({"format": "vast"}, "synister_v3"),
         ({"format": "cremi"}, "path"),
         ({"format": "table", "path": "a.xlsx"}, ".feather"),
         ({"format": "table", "path": "a.csv", "unit": "voxel"}, "voxel_size_nm_zyx"),
