@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from synpipe.annotations import AnnotationSpec
 from synpipe.encoders import EncoderSpec, load_registry
@@ -34,7 +35,7 @@ class DatasetSpec(Spec):
     title: a sentence for people. synthetic: makes the volume and the annotations on the spot (the demo). volume,
     annotations: where the data is; relative paths start at the folder of the YAML file, or of what `synthetic` makes.
     classes: values that the class column `neurotransmitter` may have. tiles: the recipe. encoders: names of entries of
-    `encoders.yaml`, the first being the default; each is a branch of the graph.
+    `encoders.yaml`, the first being the default; each is a branch of the graph. neuroglancer: the site that links lead to.
     """
 
     title: str
@@ -44,6 +45,15 @@ class DatasetSpec(Spec):
     classes: tuple[str, ...] = Field(NEUROTRANSMITTERS, min_length=1)
     tiles: TileSpec = TileSpec()
     encoders: tuple[str, ...] = Field(min_length=1)
+    neuroglancer: str = "https://neuroglancer-demo.appspot.com"
+
+    @field_validator("neuroglancer")
+    @classmethod
+    def _is_a_site(cls, site: str) -> str:
+        parts = urlsplit(site)
+        if parts.scheme not in ("http", "https") or not parts.hostname or parts.fragment or re.search(r"\s", site):
+            raise ValueError(f"{site} should be the address of a Neuroglancer site: https://… without #")
+        return site.rstrip("/")
 
 
 @dataclass(frozen=True)
