@@ -170,6 +170,24 @@ def search(project: "Project", synapse_id: int, dataset: str, encoder: str | Non
 
 
 @main.command()
+@click.argument("synapse_id", type=int, metavar="ID")
+@dataset_option
+@click.pass_obj
+def link(project: "Project", synapse_id: int, dataset: str) -> None:
+    """A link that shows synapse ID, used or rejected, in Neuroglancer.
+
+    For volumes that are reached over a network; the site is `neuroglancer:` in the data set's YAML file.
+
+    \b
+    Example:
+      synpipe link 4005871 -d fafb_v14
+    """
+    from synpipe.links import link_to
+
+    click.echo(link_to(project.dataset(dataset), synapse_id))
+
+
+@main.command()
 @dataset_option
 @json_option
 @click.pass_obj
@@ -366,6 +384,32 @@ def gc(project: "Project", dataset: str, delete: bool, as_json: bool) -> None:
     click.echo(f"{len(found):,} files, {total:.1f} MB{', removed' if delete else '; remove them with --delete'}")
     if any(state.state != "fresh" for state in states(chosen)):
         click.echo("Some assets are out of date: materialise them, and what only they still need is listed too.")
+
+
+@main.command("export-annotations")
+@click.argument("folder", metavar="DIR", type=click.Path(file_okay=False, path_type=Path))
+@dataset_option
+@click.option("--url", metavar="ADDRESS", help="Where DIR will be served: print a Neuroglancer link that shows it.")
+@click.pass_obj
+def export_annotations(project: "Project", folder: Path, dataset: str, url: str | None) -> None:
+    """Write the synapses as a Neuroglancer layer into DIR: coloured by transmitter, found by neuron.
+
+    An earlier export in DIR is replaced once the new one is whole.
+
+    \b
+    Example:
+      synpipe export-annotations synapses -d fafb_v14 --url http://127.0.0.1:9000
+    """
+    from synpipe.annotation_layer import export
+
+    rows, link = export(project.dataset(dataset), folder, url)
+    click.echo(f"{rows:,} synapses in {_short(folder)}.")
+    click.echo(
+        f"Serve it from a bucket, or from any server that allows CORS and knows Range requests, for example\n"
+        f"  npx http-server {_short(folder)} --cors --port 9000"
+    )
+    if link:
+        click.echo(f"Then open\n  {link}")
 
 
 @main.command()

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from synpipe.annotations import AnnotationSpec
 from synpipe.encoders import EncoderSpec, load_registry
@@ -35,7 +36,7 @@ class DatasetSpec(Spec):
     annotations: where the data is; relative paths start at the folder of the YAML file, or of what `synthetic` makes.
     classes: values that the class column `neurotransmitter` may have. tiles: the recipe. encoders: names of entries of
     `encoders.yaml`, the first being the default; each is a branch of the graph. max_reject_share: the share of the synapses
-    that may be rejected, for whatever reason, before the check of `rejects` fails.
+    that may be rejected, for whatever reason, before the check of `rejects` fails. neuroglancer: the site that links lead to.
     """
 
     title: str
@@ -46,6 +47,15 @@ class DatasetSpec(Spec):
     tiles: TileSpec = TileSpec()
     encoders: tuple[str, ...] = Field(min_length=1)
     max_reject_share: float = Field(0.05, ge=0, le=1)
+    neuroglancer: str = "https://neuroglancer-demo.appspot.com"
+
+    @field_validator("neuroglancer")
+    @classmethod
+    def _is_a_site(cls, site: str) -> str:
+        parts = urlsplit(site)
+        if parts.scheme not in ("http", "https") or not parts.hostname or parts.fragment or re.search(r"\s", site):
+            raise ValueError(f"{site} should be the address of a Neuroglancer site: https://… without #")
+        return site.rstrip("/")
 
 
 @dataclass(frozen=True)

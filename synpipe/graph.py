@@ -109,7 +109,14 @@ def steps(dataset: Dataset) -> list[Step]:
         ("synapses", ("volume", "annotations"), spec.classes, pipeline.make_synapses, dataset.synapses_path),
         ("synapse_stacks", ("volume", "synapses"), cutting, pipeline.make_synapse_stacks, dataset.stacks_path),
         ("rgb_tiles", ("synapse_stacks",), spec.tiles.stacking, pipeline.make_rgb_tiles, dataset.tiles_path),
-        ("rejects", ("synapses", "synapse_stacks"), spec.max_reject_share, pipeline.make_rejects, dataset.rejects_path),
+        # Their links depend on where the volume is and on what it says of its place.
+        (
+            "rejects",
+            ("volume", "synapses", "synapse_stacks"),
+            [spec.volume, spec.neuroglancer, spec.max_reject_share],
+            pipeline.make_rejects,
+            dataset.rejects_path,
+        ),
     ]
     found = [Step(dataset, kind, None, deps, described, make, path) for kind, deps, described, make, path in trunk]
     for encoder, entry in dataset.encoders.items():

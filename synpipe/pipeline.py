@@ -27,6 +27,7 @@ from synpipe.encoders import identity, open_encoder
 from synpipe.errors import SynpipeError
 from synpipe.extraction import extract
 from synpipe.fingerprints import file_sha256, status
+from synpipe.links import find_viewer, image_layer
 from synpipe.manifests import find_manifest, read_manifest
 from synpipe.shards import read_table, remove_leftovers, table_writer, write_table
 from synpipe.specs import digest
@@ -38,12 +39,12 @@ Inputs = Mapping[str, str]  # data version by asset
 
 # Raise the number of a step whenever it would make something else of the same inputs.
 CODE_VERSIONS = {
-    "volume": "1",
+    "volume": "2",
     "annotations": "1",
     "synapses": "1",
     "synapse_stacks": "1",
     "rgb_tiles": "1",
-    "rejects": "1",
+    "rejects": "2",
     "embeddings": "1",
     "embedding_table": "1",
     "index": "1",
@@ -98,6 +99,7 @@ def make_volume(dataset: Dataset, inputs: Inputs, log: Log) -> Made:
             "voxel_size_nm_zyx": volume.voxel_size_nm_zyx.tolist(),
             "offset_nm_zyx": volume.offset_nm_zyx.tolist(),
             "files": status_of(dataset.volume_files()),
+            "neuroglancer": image_layer(dataset.spec.volume, volume),
         }
         return Made(volume.fingerprint(), counts)
 
@@ -232,14 +234,17 @@ def open_tiles(dataset: Dataset) -> tiles.TileReader:
 
 
 def make_rejects(dataset: Dataset, inputs: Inputs, log: Log) -> Made:
-    """Every synapse that has no tile, with its position and the reason."""
+    """Every synapse that has no tile: `REJECT_SCHEMA`, and `neuroglancer`, a link to its place (null: there is none)."""
     synapses = read_table(dataset.synapses_path)
     stacks = read_table(dataset.stacks_path, ["synapse_id", "reason", "detail"])
     without_tile = stacks.filter(pc.is_valid(stacks["reason"])).join(synapses, "synapse_id", join_type="inner")
     unusable = read_table(dataset.synapse_rejects_path).cast(REJECT_SCHEMA)
     rejects = pa.concat_tables([unusable, without_tile.select(REJECT_SCHEMA.names).cast(REJECT_SCHEMA)])
     rejects = rejects.sort_by([("reason", "ascending"), ("synapse_id", "ascending")])
-    version = _version("rejects", inputs)
+    viewer = find_viewer(dataset)
+    links = pa.nulls(len(rejects), pa.string()) if viewer is None else viewer.links(rejects)
+    rejects = rejects.append_column("neuroglancer", links)
+    version = _version("rejects", inputs, None if viewer is None else asdict(viewer))
     write_table(dataset.rejects_path, rejects, _metadata(dataset, version, inputs))
     reasons = _counts(rejects, "reason")
     log(f"{len(rejects):,} rejects: " + (", ".join(f"{count} {reason}" for reason, count in reasons.items()) or "none"))

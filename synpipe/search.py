@@ -20,6 +20,7 @@ from lancedb.expr import Expr, col, func, lit
 from synpipe.datasets import Dataset
 from synpipe.errors import SynpipeError
 from synpipe.index import open_current, read_provenance, read_vectors
+from synpipe.links import Viewer, find_viewer
 
 Metric = Literal["cosine", "l2", "dot", "l1"]
 METRICS: tuple[str, ...] = get_args(Metric)
@@ -41,6 +42,7 @@ class Neighbour:
     hemilineage: str | None
     region: str | None
     position_nm: tuple[float, float, float]  # x, y, z
+    neuroglancer: str | None  # link to its place; None where the volume is in local files
 
 
 class SynapseIndex:
@@ -53,6 +55,7 @@ class SynapseIndex:
         """Raises `SynpipeError` where the index has not been built."""
         self._table = open_current(dataset.lancedb_folder, encoder)
         self._classes = dataset.spec.classes
+        self._viewer = find_viewer(dataset)
         self.provenance = read_provenance(self._table.schema)
         self.fingerprint: str = self.provenance["encoder_fingerprint"]
         self.version = self._table.version
@@ -147,7 +150,7 @@ class SynapseIndex:
                 distances = self._distances(query, metric)
             nearest = rows[np.argsort(distances[rows], kind="stable")[:per_class]]
             table = self._rows.take(nearest)
-            answers[name or UNLABELLED] = _neighbours(table, distances[nearest])
+            answers[name or UNLABELLED] = _neighbours(table, distances[nearest], self._viewer)
         return answers
 
     def _distances(self, query: np.ndarray, metric: str) -> np.ndarray:
@@ -182,7 +185,7 @@ class SynapseIndex:
             search = self._table.search(query).distance_type("cosine").minimum_nprobes(nprobes).maximum_nprobes(0)
             table = search.where(condition).limit(per_class).to_arrow()
             if len(table):
-                answers[name or UNLABELLED] = _neighbours(table, table["_distance"].to_numpy())
+                answers[name or UNLABELLED] = _neighbours(table, table["_distance"].to_numpy(), self._viewer)
         return answers
 
 
@@ -209,7 +212,8 @@ def _filter_value(column: str, value: str) -> str | int:
     return int(value)
 
 
-def _neighbours(table: pa.Table, distances: np.ndarray) -> list[Neighbour]:
+def _neighbours(table: pa.Table, distances: np.ndarray, viewer: Viewer | None) -> list[Neighbour]:
+    links = [None] * len(table) if viewer is None else viewer.links(table).to_pylist()
     return [
         Neighbour(
             synapse_id=row["synapse_id"],
@@ -219,6 +223,7 @@ def _neighbours(table: pa.Table, distances: np.ndarray) -> list[Neighbour]:
             hemilineage=row["hemilineage"],
             region=row["region"],
             position_nm=(row["x_nm"], row["y_nm"], row["z_nm"]),
+            neuroglancer=link,
         )
-        for row, distance in zip(table.drop_columns(["vector"]).to_pylist(), distances, strict=True)
+        for row, distance, link in zip(table.drop_columns(["vector"]).to_pylist(), distances, links, strict=True)
     ]

@@ -8,6 +8,7 @@ name begins with `.tmp-`, which `remove_leftovers` deletes.
 import contextlib
 import json
 import os
+import shutil
 import time
 import uuid
 from collections.abc import Iterator
@@ -46,6 +47,38 @@ def atomic_path(path: Path) -> Iterator[Path]:
     except BaseException:
         _remove(temporary)
         raise
+
+
+@contextlib.contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """Yield a new temporary folder beside `path`; on success it is flushed and takes the place of `path`.
+
+    What was at `path` is removed then; a process killed between the two renames leaves it under a temporary name.
+    Raises `SynpipeError` where the folder cannot be written or the disk is full.
+    """
+    path = path.absolute()
+    temporary, former = (path.parent / f"{TEMPORARY_PREFIX}{uuid.uuid4().hex}-{path.name}" for _ in range(2))
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        for file in temporary.rglob("*"):
+            if file.is_file():
+                with open(file, "rb") as handle:
+                    os.fsync(handle.fileno())
+            else:
+                _sync_folder(file)
+        _sync_folder(temporary)
+        if path.exists():
+            os.replace(path, former)
+        os.replace(temporary, path)
+        _sync_folder(path.parent)
+    except OSError as error:
+        raise SynpipeError(
+            f"Cannot write {path}: {error.strerror or error}. Check the space and the permissions of its folder."
+        ) from error
+    finally:
+        for folder in (temporary, former):
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _remove(path: Path) -> None:

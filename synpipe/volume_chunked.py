@@ -175,6 +175,16 @@ class Chunked(Source):
             identity["content"] = folder_sha256(self._folder / self._scale.folder)
         return identity
 
+    @property
+    def scale(self) -> Scale:
+        """The array that is read."""
+        return self._scale
+
+    @property
+    def documents(self) -> dict[str, Any]:
+        """The JSON documents that were looked at, by name."""
+        return {name: content for name, (content, _) in self._documents.items()}
+
 
 def open_chunked(kind: str, place: str | Path, wanted_nm_zyx: tuple[float, float, float] | None) -> Chunked:
     """kind: precomputed, n5 or zarr. place: a folder or an address. wanted_nm_zyx: the voxel size of the scale to read."""
@@ -259,10 +269,10 @@ def _ome_scales(attributes: dict[str, Any], driver: str) -> list[Scale]:
     image = attributes["multiscales"][0]
     axes = tuple(axis["name"] for axis in image["axes"])
     factors = [NM_BY_UNIT.get(axis.get("unit")) if axis["name"] in "zyx" else 1.0 for axis in image["axes"]]
-    overall, shift = _transform(image.get("coordinateTransformations", []), len(axes))
+    overall, shift = scale_and_translation(image.get("coordinateTransformations", []), len(axes))
     found: list[Scale] = []
     for entry in image["datasets"]:
-        size, offset = _transform(entry["coordinateTransformations"], len(axes))
+        size, offset = scale_and_translation(entry["coordinateTransformations"], len(axes))
         size = [a * b for a, b in zip(size, overall, strict=True)]
         offset = [a * b + c for a, b, c in zip(offset, overall, shift, strict=True)]
         options = {"driver": driver, "path": entry["path"]}
@@ -274,7 +284,7 @@ def _ome_scales(attributes: dict[str, Any], driver: str) -> list[Scale]:
     return found
 
 
-def _transform(steps: list[dict[str, Any]], count: int) -> tuple[list[float], list[float]]:
+def scale_and_translation(steps: list[dict[str, Any]], count: int) -> tuple[list[float], list[float]]:
     """Scale and translation of OME-Zarr's `coordinateTransformations`."""
     scale, translation = [1.0] * count, [0.0] * count
     for step in steps:

@@ -145,6 +145,11 @@ class Volume:
             raise SynpipeError(f"{where}: voxel size {self.voxel_size_nm_zyx.tolist()} nm is not positive.")
 
     @property
+    def source(self) -> Source:
+        """What the voxels come from, with what it says of itself."""
+        return self._source
+
+    @property
     def bounds_nm_zyx(self) -> tuple[np.ndarray, np.ndarray]:
         """Lower (inside) and upper (outside) corner of the volume, float64 arrays of 3."""
         return self.offset_nm_zyx, self.offset_nm_zyx + self.shape_zyx * self.voxel_size_nm_zyx

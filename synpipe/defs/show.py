@@ -59,6 +59,7 @@ COLUMNS = {
     "confidence": "Of the detection, as the source gives it.",
     "source": "The annotation file.",
     "source_id": "The synapse's name or row in that file.",
+    "neuroglancer": "Link to the place in Neuroglancer; empty where the volume is in local files.",
     "reason": "Why there is no tile; empty where there is one.",
     "detail": "The reason as a sentence.",
     "shard": "Synapses that lie close together are in the same shard.",
@@ -118,7 +119,20 @@ def tiles(dataset: Dataset, manifest: Manifest) -> dict[str, Any]:
 
 
 def rejects(dataset: Dataset, manifest: Manifest) -> dict[str, Any]:
-    return _figures(manifest) | _parquet(dataset.rejects_path, ["synapse_id", "reason", "detail"])
+    shown = _figures(manifest) | _parquet(dataset.rejects_path, ["synapse_id", "reason", "detail"])
+    first = next(
+        pq.ParquetFile(dataset.rejects_path).iter_batches(
+            SAMPLE_ROWS, columns=["synapse_id", "reason", "neuroglancer"]
+        ),
+        None,
+    )
+    # Beside the table, whose cells are text.
+    links = [
+        f"- [{row['synapse_id']}]({row['neuroglancer']}): {row['reason']}"
+        for row in (first.to_pylist() if first else [])
+        if row["neuroglancer"]
+    ]
+    return shown | ({"neuroglancer": dg.MetadataValue.md("\n".join(links))} if links else {})
 
 
 def embeddings(_dataset: Dataset, manifest: Manifest) -> dict[str, Any]:
@@ -139,7 +153,7 @@ def index(dataset: Dataset, manifest: Manifest) -> dict[str, Any]:
 
 
 # Counts for the next steps only.
-HIDDEN = ("rows", "encoder_identity", "files", "sha256_by_source")
+HIDDEN = ("rows", "encoder_identity", "files", "sha256_by_source", "neuroglancer")
 
 # What is shown, by kind of step.
 SHOW: dict[str, Callable[[Dataset, Manifest], dict[str, Any]]] = {
