@@ -35,7 +35,7 @@ format: $(INSTALLED) ## Put the code into its standard form
 	@$(BIN)/ruff format
 
 lock: $(INSTALLED) ## Write requirements.lock anew from pyproject.toml, with the newest versions
-	@$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --all-extras --no-strip-extras --generate-hashes --upgrade \
+	@$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --extra dev --no-strip-extras --generate-hashes --upgrade \
 		--no-annotate --custom-compile-command "make lock" --output-file requirements.lock pyproject.toml
 
 clean: ## Remove the environment and the default store
