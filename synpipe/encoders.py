@@ -163,14 +163,32 @@ def open_encoder(spec: EncoderSpec, base: Path, device: str = "auto") -> Encoder
     `base` is the folder that a relative weights file starts from. Raises `SynpipeError` where the model, the device or
     the weights are not to be had; it never falls back to other weights.
     """
-    import timm
-    import torch
-
-    target = _device(device)
+    target = find_device(device)
     if spec.precision == "bf16" and target.type == "cpu" and not _cpu_has_bf16():
         logger.warning(
             "This CPU emulates bf16, slowly: `precision: fp32` in the registry is faster for %s here", spec.model
         )
+    model, weights, preprocessing = open_network(spec, base)
+    forward = _forward_function(model, preprocessing, target, spec.precision)
+    try:
+        dim = forward(np.zeros((1, 3, TILE_PX, TILE_PX), np.uint8)).shape[1]
+    except (RuntimeError, AssertionError) as error:
+        raise SynpipeError(
+            f"Encoder {spec.model} cannot take tiles of {preprocessing['crop_px']} px ({_shorten(error)}): set another "
+            "`crop_px`."
+        ) from None
+    fingerprint = digest({**_declaration(spec), "weights": weights, "preprocessing": preprocessing})
+    return Encoder(spec, weights, fingerprint, dim, target, preprocessing, forward)
+
+
+def open_network(spec: EncoderSpec, base: Path) -> tuple["torch.nn.Module", str, dict[str, Any]]:
+    """The network itself, on the CPU, the identity of its weights, and its preprocessing, for training it further.
+
+    preprocessing: `crop_px`, and per channel `mean` and `std` of grey values from 0 to 1. Raises as `open_encoder` does.
+    """
+    import timm
+    import torch
+
     config = _pretrained_config(spec.model)
     native_px = config.input_size[-1]
     crop_px = spec.crop_px or (native_px if native_px <= TILE_PX else _CROP_OF_LARGE_MODELS_PX)
@@ -191,18 +209,11 @@ def open_encoder(spec: EncoderSpec, base: Path, device: str = "auto") -> Encoder
 
     data = timm.data.resolve_model_data_config(model)
     preprocessing = {"crop_px": crop_px, "resize": "none", "mean": list(data["mean"]), "std": list(data["std"])}
-    forward = _forward_function(model, preprocessing, target, spec.precision)
-    try:
-        dim = forward(np.zeros((1, 3, TILE_PX, TILE_PX), np.uint8)).shape[1]
-    except (RuntimeError, AssertionError) as error:
-        raise SynpipeError(
-            f"Encoder {spec.model} cannot take tiles of {crop_px} px ({_shorten(error)}): set another `crop_px`."
-        ) from None
-    fingerprint = digest({**_declaration(spec), "weights": weights, "preprocessing": preprocessing})
-    return Encoder(spec, weights, fingerprint, dim, target, preprocessing, forward)
+    return model, weights, preprocessing
 
 
-def _device(device: str) -> "torch.device":
+def find_device(device: str = "auto") -> "torch.device":
+    """The device of that name; `auto`: the GPU if there is one. Raises `SynpipeError` where it cannot be used."""
     import torch
 
     if device == "auto":
