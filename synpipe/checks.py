@@ -10,8 +10,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from synpipe import splits
 from synpipe.datasets import Dataset
 from synpipe.embedding import EmbeddingCache
+from synpipe.learning_steps import column, synapses_with_tiles
 from synpipe.manifests import read_manifest
 from synpipe.pipeline import shard_name
 from synpipe.shards import read_table
@@ -94,6 +96,27 @@ def index_finds_neighbours(dataset: Dataset, encoder: str) -> Finding:
         return Finding(False, f"The index has {report.rows:,} rows, the table {table['rows']:,}.", figures)
     text = f"recall@10 {report.recall:.4f} against exact search; at least {MIN_RECALL}."
     return Finding(report.recall >= MIN_RECALL, text, figures)
+
+
+def sides_are_apart(dataset: Dataset) -> Finding:
+    """No group stands on two sides of a split, and no tile overlaps one of another side; the random split is exempt."""
+    synapses, starts, window = synapses_with_tiles(dataset)
+    split = read_table(dataset.split_path).sort_by("synapse_id")
+    problems = []
+    for scheme in splits.SCHEMES[:-1]:
+        groups, overlapping = splits.faults(
+            column(split, scheme), column(synapses, splits.GROUP_COLUMNS[scheme]), starts, window
+        )
+        if groups:
+            problems.append(f"by {scheme}, {len(groups):,} groups stand on two sides, the first being {groups[0]}")
+        if len(overlapping):
+            first = split["synapse_id"][int(overlapping[0])]
+            problems.append(
+                f"by {scheme}, {len(overlapping):,} tiles overlap one of another side, first that of {first}"
+            )
+    if problems:
+        return Finding(False, f"{'; '.join(problems)}.")
+    return Finding(True, "Every group and every tile stands on one side.", {"synapses": len(split)})
 
 
 def _plain(table: pa.Table) -> pa.Table:

@@ -18,6 +18,7 @@ from synpipe.annotations import AnnotationSpec
 from synpipe.encoders import EncoderSpec, load_registry
 from synpipe.errors import SynpipeError
 from synpipe.specs import Spec, read_yaml
+from synpipe.splits import SplitSpec
 from synpipe.synthetic import SyntheticSpec
 from synpipe.tiles import TileSpec
 from synpipe.volumes import VolumeSpec
@@ -33,8 +34,9 @@ class DatasetSpec(Spec):
 
     title: a sentence for people. synthetic: makes the volume and the annotations on the spot (the demo). volume,
     annotations: where the data is; relative paths start at the folder of the YAML file, or of what `synthetic` makes.
-    classes: values that the class column `neurotransmitter` may have. tiles: the recipe. encoders: names of entries of
-    `encoders.yaml`, the first being the default; each is a branch of the graph.
+    classes: values that the class column `neurotransmitter` may have. tiles: the recipe. split: what is learnt from and
+    what it is held against. encoders: names of entries of `encoders.yaml`, the first being the default; each is a branch
+    of the graph.
     """
 
     title: str
@@ -43,6 +45,7 @@ class DatasetSpec(Spec):
     annotations: tuple[AnnotationSpec, ...] = Field(min_length=1)
     classes: tuple[str, ...] = Field(NEUROTRANSMITTERS, min_length=1)
     tiles: TileSpec = TileSpec()
+    split: SplitSpec = SplitSpec()
     encoders: tuple[str, ...] = Field(min_length=1)
 
 
@@ -80,6 +83,10 @@ class Dataset:
     @property
     def rejects_path(self) -> Path:
         return self.folder / "rejects.parquet"
+
+    @property
+    def split_path(self) -> Path:
+        return self.folder / "split.parquet"
 
     @property
     def cut_outs_folder(self) -> Path:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from synpipe import pipeline
+from synpipe import learning_steps, pipeline
 from synpipe.datasets import Dataset
 from synpipe.encoders import identity
 from synpipe.errors import SynpipeError
@@ -110,6 +110,7 @@ def steps(dataset: Dataset) -> list[Step]:
         ("synapse_stacks", ("volume", "synapses"), cutting, pipeline.make_synapse_stacks, dataset.stacks_path),
         ("rgb_tiles", ("synapse_stacks",), spec.tiles.stacking, pipeline.make_rgb_tiles, dataset.tiles_path),
         ("rejects", ("synapses", "synapse_stacks"), None, pipeline.make_rejects, dataset.rejects_path),
+        ("split", ("synapses", "rgb_tiles"), spec.split, learning_steps.make_split, dataset.split_path),
     ]
     found = [Step(dataset, kind, None, deps, described, make, path) for kind, deps, described, make, path in trunk]
     for encoder, entry in dataset.encoders.items():

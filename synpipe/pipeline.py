@@ -43,6 +43,7 @@ CODE_VERSIONS = {
     "synapse_stacks": "1",
     "rgb_tiles": "1",
     "rejects": "1",
+    "split": "1",
     "embeddings": "1",
     "embedding_table": "1",
     "index": "1",

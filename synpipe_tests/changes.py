@@ -44,7 +44,7 @@ ENCODERS = {
 }
 VOLUME = SyntheticSpec(seed=1, shape_zyx=(10, 640, 640), n_synapses=40, n_neurons=12, n_missing_sections=1)
 
-TRUNK = {"volume", "annotations", "synapses", "synapse_stacks", "rgb_tiles", "rejects"}
+TRUNK = {"volume", "annotations", "synapses", "synapse_stacks", "rgb_tiles", "rejects", "split"}
 
 
 def branch(*encoders: str) -> set[str]:

@@ -45,6 +45,7 @@ GRAPH = {
     "synapse_stacks": ({"volume", "synapses"}, "demo", {"match_synapses"}),
     "rgb_tiles": ({"synapse_stacks"}, "demo", {"are_there"}),
     "rejects": ({"synapses", "synapse_stacks"}, "demo", set()),
+    "split": ({"synapses", "rgb_tiles"}, "demo", {"sides_are_apart"}),
     **{
         asset: described
         for name in ("tiny", "other")

@@ -17,6 +17,7 @@ Check = Callable[..., checks.Finding]
 CHECKS: dict[str, dict[str, Check]] = {
     "synapse_stacks": {"match_synapses": checks.stacks_match_synapses},
     "rgb_tiles": {"are_there": checks.tiles_are_there},
+    "split": {"sides_are_apart": checks.sides_are_apart},
     "embeddings": {"vectors_vary": checks.vectors_vary},
     "embedding_table": {"match_tiles": checks.table_matches_tiles},
     "index": {"recall": checks.index_finds_neighbours},

@@ -16,6 +16,7 @@ from synpipe.datasets import Dataset
 from synpipe.graph import Step
 from synpipe.manifests import Manifest
 from synpipe.pictures import data_uri, nearest_neighbours, section_picture, tiles_by_class
+from synpipe.splits import SCHEMES
 from synpipe.volumes import MissingChunk, Volume
 
 SAMPLE_ROWS = 10
@@ -28,6 +29,7 @@ KINDS = {
     "synapse_stacks": {"hdf5"},
     "rgb_tiles": {"hdf5"},
     "rejects": {"parquet"},
+    "split": {"parquet"},
     "embeddings": {"pytorch"},
     "embedding_table": {"parquet"},
     "index": {"lancedb"},
@@ -41,6 +43,8 @@ DESCRIPTIONS = {
     "synapse_stacks": "For every synapse the sections z−1, z and z+1, 256 × 256 pixels around it, cut out of the volume.",
     "rgb_tiles": "The stacks as tiles for the encoders: three sections as red, green and blue, or the middle one in grey.",
     "rejects": "Every synapse that has no tile, with the reason, and the file and row that it comes from.",
+    "split": "The side of every synapse, training, validation or test: by neuron, hemilineage or region, and at random to "
+    "show beside the others what that leaks.",
     "embeddings": "A vector per tile. Only tiles that this encoder has not seen are embedded.",
     "embedding_table": "The synapses with their vectors in one Parquet file, for pandas, Polars, DuckDB and others.",
     "index": "The table in LanceDB, versioned and indexed, for `synpipe search`.",
@@ -73,6 +77,8 @@ COLUMNS = {
     "std": "Contrast of the tile.",
     "crc32": "Checksum of the tile.",
     "content_hash": "SHA-256 of the tile, its first 32 digits: what it is embedded under.",
+    "neuron": "Side in the split by neuron; `guard`: too near to a tile of another side; empty where it cannot be placed.",
+    "random": "Side in the split synapse by synapse: neurons stand on two sides and tiles overlap.",
     "vector": "Embedding of unit length.",
     "norm": "Length of the vector as the encoder gave it.",
     "encoder": "Entry of `encoders.yaml`.",
@@ -120,6 +126,10 @@ def rejects(dataset: Dataset, manifest: Manifest) -> dict[str, Any]:
     return _figures(manifest) | _parquet(dataset.rejects_path, ["synapse_id", "reason", "detail"])
 
 
+def split(dataset: Dataset, manifest: Manifest) -> dict[str, Any]:
+    return _figures(manifest) | _parquet(dataset.split_path, ["synapse_id", *SCHEMES])
+
+
 def embeddings(_dataset: Dataset, manifest: Manifest) -> dict[str, Any]:
     return _figures(manifest) | {"dagster/row_count": manifest.counts["rows"]}
 
@@ -148,6 +158,7 @@ SHOW: dict[str, Callable[[Dataset, Manifest], dict[str, Any]]] = {
     "synapse_stacks": stacks,
     "rgb_tiles": tiles,
     "rejects": rejects,
+    "split": split,
     "embeddings": embeddings,
     "embedding_table": embedding_table,
     "index": index,
@@ -166,11 +177,25 @@ def _figure(name: str, value: Any) -> Any:
     if name in ("classes", "reasons") and isinstance(value, Mapping):
         rows = (f"| {key} | {count:,} |" for key, count in value.items())
         return dg.MetadataValue.md("\n".join([f"| {name} | rows |", "|---|---:|", *rows]))
+    if name == "split":
+        return dg.MetadataValue.md(_split_table(value))
     if name == "paths":
         return dg.MetadataValue.md("\n".join(f"- `{file}`" for file in value))
     if isinstance(value, list):
         return ", ".join(map(str, value))
     return value
+
+
+def _split_table(schemes: Mapping[str, Mapping[str, Mapping[str, int]]]) -> str:
+    """Groups and synapses of each class by scheme; schemes of which the data knows no group are left out."""
+    lines = []
+    for scheme, classes in schemes.items():
+        if any(count["groups"] for count in classes.values()):
+            names = list(next(iter(classes.values())))
+            lines += [f"| by {scheme} | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
+            lines += [f"| {name} | {' | '.join(f'{n:,}' for n in count.values())} |" for name, count in classes.items()]
+            lines.append("")
+    return "\n".join(lines) or "No synapse has a class."
 
 
 def _parquet(path: Path, sample_columns: Sequence[str]) -> dict[str, Any]:
