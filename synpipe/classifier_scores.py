@@ -129,18 +129,16 @@ def score_test_side(predictions: pa.Table, classes: Sequence[str]) -> dict[str, 
         return {}
     truth, predicted = (codes_of(test[name], classes) for name in ("neurotransmitter", "predicted_neurotransmitter"))
     votes = votes_of_neurons(test, classes)
-    voted = [codes_of(votes[name], classes) for name in ("neurotransmitter", "predicted_neurotransmitter")]
+    known, voted = (codes_of(votes[name], classes) for name in ("neurotransmitter", "predicted_neurotransmitter"))
     groups = pc.coalesce(test["neuron_id"], pc.negate(test["synapse_id"])).to_numpy()
     by_synapse = _confusions(truth, predicted, groups, len(classes))
-    by_neuron = _confusions(*voted, votes["neuron_id"].to_numpy(), len(classes))
+    by_neuron = _confusions(known, voted, votes["neuron_id"].to_numpy(), len(classes))
     figures: dict[str, Any] = {}
     recalls: dict[str, dict[str, Any]] = {}
     for prefix, confusions in (("", by_synapse), ("neuron_", by_neuron)):
         total = confusions.sum(axis=0)
         resampled = _recalls(_resampled(confusions))
-        figures |= _with_interval(
-            f"{prefix}balanced_accuracy", _mean(_recalls(total[None]))[0], _mean(resampled)
-        )
+        figures |= _with_interval(f"{prefix}balanced_accuracy", _mean(_recalls(total[None]))[0], _mean(resampled))
         figures[f"{prefix}accuracy"] = _round(np.trace(total) / max(1, total.sum()))
         for code, name in enumerate(classes):
             if not total[code].sum():
@@ -149,7 +147,9 @@ def score_test_side(predictions: pa.Table, classes: Sequence[str]) -> dict[str, 
             of_class[f"{prefix or 'synapse_'}count"] = int(total[code].sum())
             of_class |= _with_interval(f"{prefix}recall", total[code, code] / total[code].sum(), resampled[:, code])
     confusion = {"classes": list(classes)}
-    confusion |= {name: found.sum(axis=0).tolist() for name, found in (("synapses", by_synapse), ("neurons", by_neuron))}
+    confusion |= {
+        name: found.sum(axis=0).tolist() for name, found in (("synapses", by_synapse), ("neurons", by_neuron))
+    }
     return figures | {"recalls": recalls, "confusion": confusion}
 
 

@@ -15,6 +15,7 @@ from typing import Any
 from pydantic import Field
 
 from synpipe.annotations import AnnotationSpec
+from synpipe.classifier import ClassifierSpec, LinearSpec
 from synpipe.encoders import EncoderSpec, load_registry
 from synpipe.errors import SynpipeError
 from synpipe.specs import Spec, read_yaml
@@ -35,8 +36,8 @@ class DatasetSpec(Spec):
     title: a sentence for people. synthetic: makes the volume and the annotations on the spot (the demo). volume,
     annotations: where the data is; relative paths start at the folder of the YAML file, or of what `synthetic` makes.
     classes: values that the class column `neurotransmitter` may have. tiles: the recipe. split: what is learnt from and
-    what it is held against. encoders: names of entries of `encoders.yaml`, the first being the default; each is a branch
-    of the graph.
+    what it is held against. classifier: how classes are predicted; null: not at all. encoders: names of entries of
+    `encoders.yaml`, the first being the default; each is a branch of the graph.
     """
 
     title: str
@@ -46,6 +47,7 @@ class DatasetSpec(Spec):
     classes: tuple[str, ...] = Field(NEUROTRANSMITTERS, min_length=1)
     tiles: TileSpec = TileSpec()
     split: SplitSpec = SplitSpec()
+    classifier: ClassifierSpec | None = LinearSpec()
     encoders: tuple[str, ...] = Field(min_length=1)
 
 
@@ -95,6 +97,16 @@ class Dataset:
     @property
     def embeddings_folder(self) -> Path:
         return self.folder / "embeddings"
+
+    def predictions_path(self, encoder: str) -> Path:
+        return self.folder / "predictions" / f"{encoder}.parquet"
+
+    def neuron_predictions_path(self, encoder: str) -> Path:
+        return self.folder / "predictions" / f"neurons_{encoder}.parquet"
+
+    @property
+    def training_folder(self) -> Path:
+        return self.folder / "training"
 
     def table_path(self, encoder: str) -> Path:
         return self.folder / "tables" / f"{encoder}.parquet"

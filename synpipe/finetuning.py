@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from synpipe.augmentation import augment
-from synpipe.classifier import FinetuneSpec, class_weights
+from synpipe.classifier import FinetuneSpec, Probe, class_weights
 from synpipe.encoders import EncoderSpec, find_device, open_network
 from synpipe.errors import SynpipeError
 from synpipe.pipeline import Log, Progress
@@ -40,7 +40,7 @@ READERS = 4  # threads that read tiles, each a batch ahead of the network
 # The layer sees directions, as searches do, and those differ by 2 at the most: without a factor no loss could become small
 # (Wang et al., NormFace, ACM Multimedia 2017).
 LOGIT_SCALE = 16.0
-FILES = ("weights.safetensors", "head.safetensors")
+WEIGHTS, HEAD = "weights.safetensors", "head.safetensors"
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ class _Run:
                 dim = backbone(torch.zeros(1, 3, self.crop_px, self.crop_px)).shape[1]
             head = torch.nn.Linear(dim, classes)
         self.network = torch.nn.ModuleDict({"backbone": backbone, "head": head})
-        self.network.to(self.device, memory_format=torch.channels_last)
+        self.network.to(memory_format=torch.channels_last).to(self.device)
         self.mean, self.std = (
             torch.tensor(preprocessing[key], device=self.device).view(1, 3, 1, 1) * 255 for key in ("mean", "std")
         )
@@ -282,7 +282,7 @@ class _Run:
     def _finish(self) -> dict[str, Any]:
         from safetensors.torch import save_file
 
-        for name, part in zip(FILES, ("backbone.", "head."), strict=True):
+        for name, part in ((WEIGHTS, "backbone."), (HEAD, "head.")):
             tensors = {
                 key.removeprefix(part): value.contiguous() for key, value in self.best.items() if key.startswith(part)
             }
@@ -299,6 +299,14 @@ class _Run:
         write_json(self.folder / "report.json", report)
         (self.folder / "checkpoint.pt").unlink(missing_ok=True)
         return report
+
+
+def read_head(path: Path) -> Probe:
+    """The trained layer, for vectors of the trained network."""
+    from safetensors.numpy import load_file
+
+    tensors = load_file(path)
+    return Probe(tensors["weight"] * LOGIT_SCALE, tensors["bias"] * LOGIT_SCALE, temperature=1.0)
 
 
 def _in_batches(places: np.ndarray, size: int) -> list[np.ndarray]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from synpipe import learning_steps, pipeline
+from synpipe import classifier_steps, learning_steps, pipeline
 from synpipe.datasets import Dataset
 from synpipe.encoders import identity
 from synpipe.errors import SynpipeError
@@ -96,9 +96,9 @@ SOURCES = {"volume": pipeline.volume_version, "annotations": pipeline.annotation
 
 
 def steps(dataset: Dataset) -> list[Step]:
-    """A trunk, and a branch of three assets per encoder.
+    """A trunk, and a branch of assets per encoder.
 
-    The identity of the encoder describes all three: Dagster's staleness looks one hop up only.
+    The identity of the encoder describes all of a branch: Dagster's staleness looks one hop up only.
     """
     spec = dataset.spec
     made_here = ("volume",) if spec.synthetic else ()
@@ -116,13 +116,27 @@ def steps(dataset: Dataset) -> list[Step]:
     for encoder, entry in dataset.encoders.items():
         who = identity(entry, dataset.weights_base)
         embeddings, table = f"embeddings_{encoder}", f"embedding_table_{encoder}"
+        found.append(Step(dataset, "embeddings", encoder, ("rgb_tiles",), who, pipeline.make_embeddings))
+        derived: tuple[str, ...] = ()
+        if spec.classifier is not None:
+            derived += (f"classifier_{encoder}",)
+            found.append(
+                Step(
+                    dataset,
+                    "classifier",
+                    encoder,
+                    ("synapses", "rgb_tiles", "split", embeddings),
+                    [who, spec.classifier, spec.split.by, spec.classes],
+                    classifier_steps.make_classifier,
+                    dataset.predictions_path(encoder),
+                )
+            )
         found += [
-            Step(dataset, "embeddings", encoder, ("rgb_tiles",), who, pipeline.make_embeddings),
             Step(
                 dataset,
                 "embedding_table",
                 encoder,
-                ("synapses", "rgb_tiles", embeddings),
+                ("synapses", "rgb_tiles", embeddings, *derived),
                 [who, pipeline.TABLE_SCHEMA_VERSION],
                 pipeline.make_embedding_table,
                 dataset.table_path(encoder),

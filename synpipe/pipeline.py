@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 from synpipe import __version__, embedding, table, tiles
 from synpipe.annotations import REJECT_SCHEMA, read_annotations
 from synpipe.datasets import Dataset
-from synpipe.encoders import identity, open_encoder
+from synpipe.encoders import Encoder, identity, open_encoder
 from synpipe.errors import SynpipeError
 from synpipe.fingerprints import file_sha256, status
 from synpipe.manifests import find_manifest, read_manifest
@@ -44,6 +44,7 @@ CODE_VERSIONS = {
     "rgb_tiles": "1",
     "rejects": "1",
     "split": "1",
+    "classifier": "1",
     "embeddings": "1",
     "embedding_table": "1",
     "index": "1",
@@ -249,44 +250,19 @@ def make_embeddings(dataset: Dataset, name: str, inputs: Inputs, log: Log) -> Ma
     """Embed every tile that this encoder, as it now is, has not embedded before."""
     asset = f"embeddings_{name}"
     who = identity(dataset.encoders[name], dataset.weights_base)
-    index_table = read_table(dataset.tiles_path, ["shard", "content_hash"])
-    shards = index_table["shard"].to_numpy()
-    hashes = np.array(index_table["content_hash"].to_pylist())
-
-    def missing_from(cache: embedding.EmbeddingCache) -> int:
-        known = {shard: cache.known(shard_name(shard)) for shard in np.unique(shards).tolist()}
-        return sum(content not in known[shard] for shard, content in zip(shards.tolist(), hashes.tolist(), strict=True))
-
     made = find_manifest(dataset, asset)
     if made and made.counts["encoder_identity"] == who and made.inputs == inputs:
+        shards, hashes = _tiles_to_embed(dataset)
         cache = embedding.EmbeddingCache(dataset.embeddings_folder, made.counts["encoder_fingerprint"])
-        if not missing_from(cache):
+        if not _missing_from(cache, shards, hashes):
             # Opening the network takes ten seconds, most of it to import torch, and would change nothing.
-            log(f"0 tiles embedded, {len(index_table):,} were there")
+            log(f"0 tiles embedded, {len(hashes):,} were there")
             version = _version("embeddings", inputs, [made.counts["encoder_fingerprint"]])
             return Made(version, made.counts | {"tiles_embedded": 0})
 
     encoder = open_encoder(dataset.encoders[name], dataset.weights_base)
     log(f"{encoder.spec.model} on {encoder.device}, {encoder.dim} dimensions, fingerprint {encoder.fingerprint[:12]}")
-    reader = open_tiles(dataset)
-    cache = embedding.EmbeddingCache(dataset.embeddings_folder, encoder.fingerprint)
-    progress = Progress(log, missing_from(cache), "tiles")
-    started, embedded = time.monotonic(), 0
-    for shard in np.unique(shards).tolist():
-        rows = np.flatnonzero(shards == shard)
-
-        def read_tiles(picked: np.ndarray, rows: np.ndarray = rows) -> np.ndarray:
-            return reader.read(rows[picked])
-
-        wanted = hashes[rows].tolist()
-        embedded += embedding.embed_missing(encoder, cache, shard_name(shard), wanted, read_tiles, progress=progress)
-    elapsed = time.monotonic() - started
-    log(f"{embedded:,} tiles embedded, {len(index_table) - embedded:,} were there")
-    counts = {
-        "rows": len(index_table),
-        "dimensions": encoder.dim,
-        "tiles_embedded": embedded,
-        "tiles_per_second": round(embedded / elapsed, 1),
+    counts = embed_tiles(dataset, encoder, log) | {
         "device": str(encoder.device),
         "encoder_identity": who,
         "encoder_fingerprint": encoder.fingerprint,
@@ -298,6 +274,42 @@ def make_embeddings(dataset: Dataset, name: str, inputs: Inputs, log: Log) -> Ma
     }
     version = _version("embeddings", inputs, [encoder.fingerprint])
     return Made(version, counts)
+
+
+def embed_tiles(dataset: Dataset, encoder: Encoder, log: Log) -> dict[str, Any]:
+    """Embed the tiles that are not in the encoder's cache; `rows`, `dimensions`, `tiles_embedded`, `tiles_per_second`."""
+    shards, hashes = _tiles_to_embed(dataset)
+    reader = open_tiles(dataset)
+    cache = embedding.EmbeddingCache(dataset.embeddings_folder, encoder.fingerprint)
+    progress = Progress(log, _missing_from(cache, shards, hashes), "tiles")
+    started, embedded = time.monotonic(), 0
+    for shard in np.unique(shards).tolist():
+        rows = np.flatnonzero(shards == shard)
+
+        def read_tiles(picked: np.ndarray, rows: np.ndarray = rows) -> np.ndarray:
+            return reader.read(rows[picked])
+
+        wanted = hashes[rows].tolist()
+        embedded += embedding.embed_missing(encoder, cache, shard_name(shard), wanted, read_tiles, progress=progress)
+    elapsed = time.monotonic() - started
+    log(f"{embedded:,} tiles embedded, {len(hashes) - embedded:,} were there")
+    return {
+        "rows": len(hashes),
+        "dimensions": encoder.dim,
+        "tiles_embedded": embedded,
+        "tiles_per_second": round(embedded / elapsed, 1),
+    }
+
+
+def _tiles_to_embed(dataset: Dataset) -> tuple[np.ndarray, np.ndarray]:
+    """Shard and content hash of every tile."""
+    index_table = read_table(dataset.tiles_path, ["shard", "content_hash"])
+    return index_table["shard"].to_numpy(), np.array(index_table["content_hash"].to_pylist())
+
+
+def _missing_from(cache: embedding.EmbeddingCache, shards: np.ndarray, hashes: np.ndarray) -> int:
+    known = {shard: cache.known(shard_name(shard)) for shard in np.unique(shards).tolist()}
+    return sum(content not in known[shard] for shard, content in zip(shards.tolist(), hashes.tolist(), strict=True))
 
 
 def make_embedding_table(dataset: Dataset, name: str, inputs: Inputs, log: Log) -> Made:
