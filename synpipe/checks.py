@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from synpipe import splits
+from synpipe.classifier_scores import read_probabilities
 from synpipe.datasets import Dataset
 from synpipe.embedding import EmbeddingCache
 from synpipe.learning_steps import column, synapses_with_tiles
@@ -73,6 +74,25 @@ def vectors_vary(dataset: Dataset, encoder: str) -> Finding:
         text = f"The vectors are constant (spread {spread:.2g}): this encoder tells nothing apart."
         return Finding(False, text, figures)
     return Finding(True, f"The vectors spread by {spread:.2g} of their length.", figures)
+
+
+def predictions_are_whole(dataset: Dataset, encoder: str) -> Finding:
+    """Every tile has a prediction, unless nothing could be learned; probabilities are finite and sum to one."""
+    tiles = read_table(dataset.tiles_path, ["synapse_id"])["synapse_id"]
+    table = read_table(dataset.predictions_path(encoder))
+    figures = {"tiles": len(tiles), "rows": len(table)}
+    if sorted(tiles.to_pylist()) != sorted(table["synapse_id"].to_pylist()):
+        return Finding(False, "The rows of the predictions are not those of the tiles.", figures)
+    missing = table["class_probabilities"].null_count
+    if missing == len(table):
+        return Finding(True, "Nothing could be learned: there are no predictions.", figures)
+    if missing:
+        return Finding(False, f"{missing:,} tiles have no prediction.", figures)
+    probabilities = read_probabilities(table)
+    bad = int((~(np.isfinite(probabilities).all(axis=1) & (np.abs(probabilities.sum(axis=1) - 1) < 1e-3))).sum())
+    if bad:
+        return Finding(False, f"Probabilities of {bad:,} tiles are not finite, or do not sum to one.", figures)
+    return Finding(True, f"{len(table):,} predictions; the probabilities of each sum to one.", figures)
 
 
 def table_matches_tiles(dataset: Dataset, encoder: str) -> Finding:

@@ -148,7 +148,8 @@ def score_test_side(predictions: pa.Table, classes: Sequence[str]) -> dict[str, 
             of_class |= _with_interval(f"{prefix}recall", total[code, code] / total[code].sum(), resampled[:, code])
     confusion = {"classes": list(classes)}
     confusion |= {
-        name: found.sum(axis=0).tolist() for name, found in (("synapses", by_synapse), ("neurons", by_neuron))
+        name: found.sum(axis=0).astype(int).tolist()
+        for name, found in (("synapses", by_synapse), ("neurons", by_neuron))
     }
     return figures | {"recalls": recalls, "confusion": confusion}
 

@@ -205,6 +205,45 @@ def status(project: "Project", dataset: str, as_json: bool) -> None:
 @main.command()
 @dataset_option
 @encoder_option
+@click.option("--neurons", is_flag=True, help="The votes of neurons instead of single synapses.")
+@click.option("--picture", type=click.Path(dir_okay=False, path_type=Path), help="Save both matrices as a PNG.")
+@json_option
+@click.pass_obj
+def confusion(
+    project: "Project", dataset: str, encoder: str | None, neurons: bool, picture: Path | None, as_json: bool
+) -> None:
+    """How good the classifier of an encoder is on the test side: recall per class, confusion matrix.
+
+    \b
+    Examples:
+      synpipe confusion
+      synpipe confusion -d mydata -e resnet18 --neurons --picture confusion.png
+    """
+    from synpipe.classifier_report import aligned, confusion_picture, confusion_rows, recall_rows
+    from synpipe.manifests import read_manifest
+
+    chosen = project.dataset(dataset)
+    name = chosen.encoder(encoder)
+    manifest = read_manifest(chosen, f"classifier_{name}")
+    figures = manifest.counts
+    if "confusion" not in figures:
+        raise SynpipeError(f"The classifier of {dataset} and {name} has no figures. {' '.join(manifest.notes)}")
+    if picture:
+        _save(picture, confusion_picture(figures, f"{dataset}, {name}, split by {figures['by']}"))
+    if as_json:
+        _print_json({"dataset": dataset, "encoder": name, **figures, "notes": manifest.notes})
+        return
+    click.echo(f"{dataset}, {name}: test side of the split by {figures['by']}, intervals of 95 % over neurons\n")
+    click.echo(
+        f"{aligned(recall_rows(figures))}\n\n{aligned(confusion_rows(figures, 'neurons' if neurons else 'synapses'))}"
+    )
+    for note in manifest.notes:
+        click.echo(f"\n{note}")
+
+
+@main.command()
+@dataset_option
+@encoder_option
 @json_option
 @click.pass_obj
 def versions(project: "Project", dataset: str, encoder: str | None, as_json: bool) -> None:

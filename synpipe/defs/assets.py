@@ -19,6 +19,7 @@ CHECKS: dict[str, dict[str, Check]] = {
     "rgb_tiles": {"are_there": checks.tiles_are_there},
     "split": {"sides_are_apart": checks.sides_are_apart},
     "embeddings": {"vectors_vary": checks.vectors_vary},
+    "classifier": {"predictions_are_whole": checks.predictions_are_whole},
     "embedding_table": {"match_tiles": checks.table_matches_tiles},
     "index": {"recall": checks.index_finds_neighbours},
 }

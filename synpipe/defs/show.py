@@ -12,6 +12,7 @@ import dagster as dg
 import pyarrow.parquet as pq
 from PIL import Image
 
+from synpipe.classifier_report import confusion_picture, confusion_rows, markdown, recall_rows
 from synpipe.datasets import Dataset
 from synpipe.graph import Step
 from synpipe.manifests import Manifest
@@ -31,6 +32,7 @@ KINDS = {
     "rejects": {"parquet"},
     "split": {"parquet"},
     "embeddings": {"pytorch"},
+    "classifier": {"parquet", "scikitlearn"},
     "embedding_table": {"parquet"},
     "index": {"lancedb"},
 }
@@ -46,6 +48,8 @@ DESCRIPTIONS = {
     "split": "The side of every synapse, training, validation or test: by neuron, hemilineage or region, and at random to "
     "show beside the others what that leaks.",
     "embeddings": "A vector per tile. Only tiles that this encoder has not seen are embedded.",
+    "classifier": "The class of every synapse, predicted from its vector, and the vote of every neuron; how good that is on the "
+    "test side.",
     "embedding_table": "The synapses with their vectors in one Parquet file, for pandas, Polars, DuckDB and others.",
     "index": "The table in LanceDB, versioned and indexed, for `synpipe search`.",
 }
@@ -79,6 +83,10 @@ COLUMNS = {
     "content_hash": "SHA-256 of the tile, its first 32 digits: what it is embedded under.",
     "neuron": "Side in the split by neuron; `guard`: too near to a tile of another side; empty where it cannot be placed.",
     "random": "Side in the split synapse by synapse: neurons stand on two sides and tiles overlap.",
+    "predicted_neurotransmitter": "Class that the classifier predicts; `neurotransmitter` is the one that was annotated.",
+    "predicted_probability": "Of the predicted class, under equal shares of the classes.",
+    "class_probabilities": "Of every class, in the order of the data set's `classes`.",
+    "split": "Side on which the synapse stood: predictions of `train` rows are no evidence.",
     "vector": "Embedding of unit length.",
     "norm": "Length of the vector as the encoder gave it.",
     "encoder": "Entry of `encoders.yaml`.",
@@ -134,6 +142,16 @@ def embeddings(_dataset: Dataset, manifest: Manifest) -> dict[str, Any]:
     return _figures(manifest) | {"dagster/row_count": manifest.counts["rows"]}
 
 
+def classifier(dataset: Dataset, manifest: Manifest) -> dict[str, Any]:
+    encoder = manifest.asset.removeprefix("classifier_")
+    columns = ["synapse_id", "split", "neurotransmitter", "predicted_neurotransmitter", "predicted_probability"]
+    shown = _figures(manifest)
+    if "confusion" in manifest.counts:
+        picture = confusion_picture(manifest.counts, f"{dataset.name}, {encoder}, split by {manifest.counts['by']}")
+        shown = _picture("confusion_matrix", picture) | shown
+    return shown | _parquet(dataset.predictions_path(encoder), columns)
+
+
 def embedding_table(dataset: Dataset, manifest: Manifest) -> dict[str, Any]:
     encoder = manifest.asset.removeprefix("embedding_table_")
     columns = ["synapse_id", "neurotransmitter", "neuron_id", "norm", "vector"]
@@ -160,6 +178,7 @@ SHOW: dict[str, Callable[[Dataset, Manifest], dict[str, Any]]] = {
     "rejects": rejects,
     "split": split,
     "embeddings": embeddings,
+    "classifier": classifier,
     "embedding_table": embedding_table,
     "index": index,
 }
@@ -167,16 +186,22 @@ SHOW: dict[str, Callable[[Dataset, Manifest], dict[str, Any]]] = {
 
 def _figures(manifest: Manifest) -> dict[str, Any]:
     """Counts in the form in which the page shows them best; then the notes."""
-    shown = {name: _figure(name, value) for name, value in manifest.counts.items() if name not in HIDDEN}
+    shown = {
+        name: _figure(name, value, manifest.counts) for name, value in manifest.counts.items() if name not in HIDDEN
+    }
     if manifest.notes:
         shown["notes"] = dg.MetadataValue.md("\n".join(f"- {note}" for note in manifest.notes))
     return shown
 
 
-def _figure(name: str, value: Any) -> Any:
+def _figure(name: str, value: Any, counts: Mapping[str, Any]) -> Any:
     if name in ("classes", "reasons") and isinstance(value, Mapping):
         rows = (f"| {key} | {count:,} |" for key, count in value.items())
         return dg.MetadataValue.md("\n".join([f"| {name} | rows |", "|---|---:|", *rows]))
+    if name == "recalls":
+        return dg.MetadataValue.md(markdown(recall_rows(counts)))
+    if name == "confusion":
+        return dg.MetadataValue.md(markdown(confusion_rows(counts)))
     if name == "split":
         return dg.MetadataValue.md(_split_table(value))
     if name == "paths":
