@@ -15,7 +15,7 @@ from PIL import Image
 from synpipe.datasets import Dataset
 from synpipe.graph import Step
 from synpipe.manifests import Manifest
-from synpipe.pictures import data_uri, nearest_neighbours, section_picture, tiles_by_class
+from synpipe.pictures import data_uri, nearest_neighbours, section_picture, tiles_by_class, vector_map
 from synpipe.volumes import MissingChunk, Volume
 
 SAMPLE_ROWS = 10
@@ -29,6 +29,7 @@ KINDS = {
     "rgb_tiles": {"hdf5"},
     "rejects": {"parquet"},
     "embeddings": {"pytorch"},
+    "projection": {"parquet"},
     "embedding_table": {"parquet"},
     "index": {"lancedb"},
 }
@@ -42,6 +43,7 @@ DESCRIPTIONS = {
     "rgb_tiles": "The stacks as tiles for the encoders: three sections as red, green and blue, or the middle one in grey.",
     "rejects": "Every synapse that has no tile, with the reason, and the file and row that it comes from.",
     "embeddings": "A vector per tile. Only tiles that this encoder has not seen are embedded.",
+    "projection": "A place in the plane for every synapse, by UMAP: vectors that are alike lie side by side.",
     "embedding_table": "The synapses with their vectors in one Parquet file, for pandas, Polars, DuckDB and others.",
     "index": "The table in LanceDB, versioned and indexed, for `synpipe search`.",
 }
@@ -75,6 +77,8 @@ COLUMNS = {
     "content_hash": "SHA-256 of the tile, its first 32 digits: what it is embedded under.",
     "vector": "Embedding of unit length.",
     "norm": "Length of the vector as the encoder gave it.",
+    "map_x": "Place on the map of the encoder; empty where there is none.",
+    "map_y": "Place on the map of the encoder; empty where there is none.",
     "encoder": "Entry of `encoders.yaml`.",
     "encoder_fingerprint": "Weights, architecture, preprocessing, precision.",
     "dataset_version": "Of synapses and tiles together.",
@@ -124,6 +128,12 @@ def embeddings(_dataset: Dataset, manifest: Manifest) -> dict[str, Any]:
     return _figures(manifest) | {"dagster/row_count": manifest.counts["rows"]}
 
 
+def projection(dataset: Dataset, manifest: Manifest) -> dict[str, Any]:
+    encoder = manifest.asset.removeprefix("projection_")
+    picture = _picture("map", vector_map(dataset, encoder))
+    return picture | _figures(manifest) | _parquet(dataset.projection_path(encoder), ["synapse_id", "map_x", "map_y"])
+
+
 def embedding_table(dataset: Dataset, manifest: Manifest) -> dict[str, Any]:
     encoder = manifest.asset.removeprefix("embedding_table_")
     columns = ["synapse_id", "neurotransmitter", "neuron_id", "norm", "vector"]
@@ -149,6 +159,7 @@ SHOW: dict[str, Callable[[Dataset, Manifest], dict[str, Any]]] = {
     "rgb_tiles": tiles,
     "rejects": rejects,
     "embeddings": embeddings,
+    "projection": projection,
     "embedding_table": embedding_table,
     "index": index,
 }
