@@ -18,7 +18,7 @@ from synpipe.classifier import FinetuneSpec, LinearSpec, Probe, fit_linear, samp
 from synpipe.classifier_scores import codes_of, few_neurons, predictions_table, score_test_side, votes_of_neurons
 from synpipe.datasets import Dataset
 from synpipe.embedding import EmbeddingCache
-from synpipe.encoders import EncoderSpec, identity, open_encoder
+from synpipe.encoders import EncoderSpec, open_encoder
 from synpipe.finetuning import HEAD, WEIGHTS, Examples, finetune, read_head
 from synpipe.manifests import read_manifest
 from synpipe.pipeline import (
@@ -142,7 +142,7 @@ class _Learning:
             return probe, counts, [*notes, "A compressed encoder has no network to train: this is a linear probe."]
         content = [self._hashes[part.rows].tolist() for part in (self._training, self._validation)]
         codes = [part.codes.tolist() for part in (self._training, self._validation)]
-        who = identity(entry, self._dataset.weights_base)
+        who = self._dataset.identity(self._name)
         key = digest([who, spec.model_dump(mode="json"), list(self._classes), content, codes])[:16]
         folder = self._dataset.training_folder / f"{self._name}-{key}"
         report = finetune(

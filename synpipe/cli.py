@@ -119,7 +119,8 @@ def materialize(project: "Project", dataset: str, select: tuple[str, ...], stale
     "-w",
     multiple=True,
     metavar="COLUMN=VALUE",
-    help="Only synapses with this neurotransmitter, region, hemilineage, neuron_id or source. Repeat for more.",
+    help="Only synapses with this neurotransmitter, region, hemilineage, neuron_id, source, predicted_neurotransmitter or "
+    "split. Repeat for more.",
 )
 @click.option(
     "--picture", type=click.Path(dir_okay=False, path_type=Path), help="Save the tiles of the answer as a PNG."

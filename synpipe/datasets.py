@@ -16,9 +16,11 @@ from pydantic import Field
 
 from synpipe.annotations import AnnotationSpec
 from synpipe.classifier import ClassifierSpec, LinearSpec
-from synpipe.encoders import EncoderSpec, load_registry
+from synpipe.compression import CompressedSpec, branch_name, chosen_encoders
+from synpipe.encoders import EncoderSpec, identity, load_registry
 from synpipe.errors import SynpipeError
-from synpipe.specs import Spec, read_yaml
+from synpipe.projection import ProjectionSpec
+from synpipe.specs import Spec, digest, read_yaml
 from synpipe.splits import SplitSpec
 from synpipe.synthetic import SyntheticSpec
 from synpipe.tiles import TileSpec
@@ -37,7 +39,8 @@ class DatasetSpec(Spec):
     annotations: where the data is; relative paths start at the folder of the YAML file, or of what `synthetic` makes.
     classes: values that the class column `neurotransmitter` may have. tiles: the recipe. split: what is learnt from and
     what it is held against. classifier: how classes are predicted; null: not at all. encoders: names of entries of
-    `encoders.yaml`, the first being the default; each is a branch of the graph.
+    `encoders.yaml`, or `<name>+pca32` and `<name>+ae32` (see `compression`), the first being the default; each is a branch
+    of the graph. projection: how the maps are drawn; null draws none.
     """
 
     title: str
@@ -49,21 +52,22 @@ class DatasetSpec(Spec):
     split: SplitSpec = SplitSpec()
     classifier: ClassifierSpec | None = LinearSpec()
     encoders: tuple[str, ...] = Field(min_length=1)
+    projection: ProjectionSpec | None = ProjectionSpec()
 
 
 @dataclass(frozen=True)
 class Dataset:
     """A data set with its place in the store.
 
-    folder: its folder in the store. base: where relative paths of its spec start. encoders: its encoders by name, in the
-    order of the spec. weights_base: where relative paths of weights start.
+    folder: its folder in the store. base: where relative paths of its spec start. encoders: its encoders by the
+    name of their branch, in the order of the spec. weights_base: where relative paths of weights start.
     """
 
     name: str
     spec: DatasetSpec
     folder: Path
     base: Path
-    encoders: Mapping[str, EncoderSpec]
+    encoders: Mapping[str, EncoderSpec | CompressedSpec]
     weights_base: Path
 
     @property
@@ -111,6 +115,17 @@ class Dataset:
     def table_path(self, encoder: str) -> Path:
         return self.folder / "tables" / f"{encoder}.parquet"
 
+    def projection_path(self, encoder: str) -> Path:
+        return self.folder / "projections" / f"{encoder}.parquet"
+
+    def compressor_path(self, fingerprint: str) -> Path:
+        """What was fitted for a compressed encoder, by the fingerprint of that."""
+        return self.folder / "compressors" / f"{fingerprint}.safetensors"
+
+    def former_table_path(self, encoder: str) -> Path:
+        """A sample of the embedding table's former version."""
+        return self.folder / "former_tables" / f"{encoder}.parquet"
+
     @property
     def lancedb_folder(self) -> Path:
         return self.folder / "lancedb"
@@ -122,15 +137,24 @@ class Dataset:
         return self.folder / "lineage" / asset / f"{data_version}.json"
 
     def encoder(self, name: str | None) -> str:
-        """The encoder of that name, or the default one. Raises `SynpipeError` where the data set has no such encoder."""
-        if name is None:
-            return self.spec.encoders[0]
+        """The branch of the encoder of that name, or of the default one; `a+pca32` is the same as `a_pca32`.
+
+        Raises `SynpipeError` where the data set has no such encoder.
+        """
+        name = branch_name(self.spec.encoders[0] if name is None else name)
         if name not in self.encoders:
             raise SynpipeError(
                 f"The data set {self.name} has no encoder {name!r}; it has {', '.join(self.encoders)}. To add one, name it "
                 f"under `encoders:` in {self.name}.yaml."
             )
         return name
+
+    def identity(self, encoder: str) -> str:
+        """What an encoder is declared to be, see `encoders.identity`; of a compressed one, with what its base is."""
+        spec = self.encoders[encoder]
+        if isinstance(spec, CompressedSpec):
+            return digest([self.identity(spec.base), spec.declaration()])
+        return identity(spec, self.weights_base)
 
     def volume_files(self) -> list[Path]:
         """The volume's file or folder, whether it is there or not; none where it is reached over a network."""
@@ -171,7 +195,7 @@ class Project:
         return cls(data, Path(chosen).resolve())
 
     @cached_property
-    def registry(self) -> Mapping[str, EncoderSpec]:
+    def registry(self) -> Mapping[str, EncoderSpec | CompressedSpec]:
         return load_registry(self.data / "encoders.yaml")
 
     def dataset_names(self) -> list[str]:
@@ -188,19 +212,13 @@ class Project:
             known = ", ".join(self.dataset_names()) or "none"
             raise SynpipeError(f"There is no data set {name!r} in {path.parent}; there is {known}.")
         spec = DatasetSpec.parse(_expand(read_yaml(path)), str(path))
-        unknown = [encoder for encoder in spec.encoders if encoder not in self.registry]
-        if unknown:
-            raise SynpipeError(
-                f"{path}: encoders {', '.join(unknown)} are not in {self.data / 'encoders.yaml'}, which has "
-                f"{', '.join(self.registry)}."
-            )
         folder = self.store / name
         return Dataset(
             name=name,
             spec=spec,
             folder=folder,
             base=folder / "source" if spec.synthetic is not None else path.parent,
-            encoders={encoder: self.registry[encoder] for encoder in spec.encoders},
+            encoders=chosen_encoders(spec.encoders, self.registry, str(path)),
             weights_base=self.data,
         )
 

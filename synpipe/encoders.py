@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 import numpy as np
 from pydantic import Field, field_validator, model_validator
 
+from synpipe.compression import CompressedSpec
 from synpipe.errors import SynpipeError
 from synpipe.specs import Spec, digest, read_yaml
 
@@ -93,10 +94,15 @@ class _Registry(Spec):
         return encoders
 
 
-def load_registry(path: Path) -> dict[str, EncoderSpec]:
+def load_registry(path: Path) -> dict[str, EncoderSpec | CompressedSpec]:
     """Read the encoders in the order of the file. Raises `SynpipeError` naming file, entry and valid keys."""
     entries = _Registry.parse(read_yaml(path), str(path)).encoders
-    return {name: EncoderSpec.parse(entry, f"{path}, encoder `{name}`") for name, entry in entries.items()}
+    return {name: _kind(entry).parse(entry, f"{path}, encoder `{name}`") for name, entry in entries.items()}
+
+
+def _kind(entry: Any) -> type[EncoderSpec] | type[CompressedSpec]:
+    """A network, or what is fitted on the vectors of one."""
+    return CompressedSpec if isinstance(entry, dict) and "base" in entry else EncoderSpec
 
 
 def identity(spec: EncoderSpec, base: Path) -> str:

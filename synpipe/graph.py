@@ -10,9 +10,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from synpipe import classifier_steps, learning_steps, pipeline
+from synpipe import classifier_steps, derived_steps, learning_steps, pipeline
+from synpipe.compression import CompressedSpec
 from synpipe.datasets import Dataset
-from synpipe.encoders import identity
 from synpipe.errors import SynpipeError
 from synpipe.manifests import Manifest, find_manifest, read_manifest, write_manifest
 from synpipe.pipeline import Log, Made
@@ -96,9 +96,9 @@ SOURCES = {"volume": pipeline.volume_version, "annotations": pipeline.annotation
 
 
 def steps(dataset: Dataset) -> list[Step]:
-    """A trunk, and a branch of assets per encoder.
+    """A trunk, and a branch of assets per encoder; the branch of a compressed encoder grows out of that of its base.
 
-    The identity of the encoder describes all of a branch: Dagster's staleness looks one hop up only.
+    The identity of the encoder describes all of its branch: Dagster's staleness looks one hop up only.
     """
     spec = dataset.spec
     made_here = ("volume",) if spec.synthetic else ()
@@ -113,13 +113,19 @@ def steps(dataset: Dataset) -> list[Step]:
         ("split", ("synapses", "rgb_tiles"), spec.split, learning_steps.make_split, dataset.split_path),
     ]
     found = [Step(dataset, kind, None, deps, described, make, path) for kind, deps, described, make, path in trunk]
-    for encoder, entry in dataset.encoders.items():
-        who = identity(entry, dataset.weights_base)
+    # Bases first: what is compressed is made of theirs.
+    for encoder, entry in sorted(dataset.encoders.items(), key=lambda item: isinstance(item[1], CompressedSpec)):
+        who = dataset.identity(encoder)
         embeddings, table = f"embeddings_{encoder}", f"embedding_table_{encoder}"
-        found.append(Step(dataset, "embeddings", encoder, ("rgb_tiles",), who, pipeline.make_embeddings))
-        derived: tuple[str, ...] = ()
+        of_table: tuple[str, ...] = ("synapses", "rgb_tiles", embeddings)
+        if isinstance(entry, CompressedSpec):
+            of_vectors = ("rgb_tiles", f"embeddings_{entry.base}")
+            found.append(
+                Step(dataset, "embeddings", encoder, of_vectors, who, derived_steps.make_compressed_embeddings)
+            )
+        else:
+            found.append(Step(dataset, "embeddings", encoder, ("rgb_tiles",), who, pipeline.make_embeddings))
         if spec.classifier is not None:
-            derived += (f"classifier_{encoder}",)
             found.append(
                 Step(
                     dataset,
@@ -131,12 +137,27 @@ def steps(dataset: Dataset) -> list[Step]:
                     dataset.predictions_path(encoder),
                 )
             )
+            of_table = (*of_table, f"classifier_{encoder}")
+        if spec.projection is not None:
+            # Of the synapses it shows the classes; see `make_projection`.
+            found.append(
+                Step(
+                    dataset,
+                    "projection",
+                    encoder,
+                    ("synapses", "rgb_tiles", embeddings),
+                    [who, spec.projection],
+                    derived_steps.make_projection,
+                    dataset.projection_path(encoder),
+                )
+            )
+            of_table = (*of_table, f"projection_{encoder}")
         found += [
             Step(
                 dataset,
                 "embedding_table",
                 encoder,
-                ("synapses", "rgb_tiles", embeddings, *derived),
+                of_table,
                 [who, pipeline.TABLE_SCHEMA_VERSION],
                 pipeline.make_embedding_table,
                 dataset.table_path(encoder),

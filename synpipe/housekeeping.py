@@ -46,9 +46,8 @@ def remove(found: Iterable[Leftover]) -> None:
 def _of_dropped_encoders(dataset: Dataset) -> list[Leftover]:
     assets = {step.asset for step in steps(dataset)}
     manifests = [path for path in _files(dataset.manifest_path("any").parent, "*.json") if path.stem not in assets]
-    tables = [
-        path for path in _files(dataset.table_path("any").parent, "*.parquet") if path.stem not in dataset.encoders
-    ]
+    folders = [path("any").parent for path in (dataset.table_path, dataset.projection_path, dataset.former_table_path)]
+    tables = [path for folder in folders for path in _files(folder, "*.parquet") if path.stem not in dataset.encoders]
     return [_leftover(path, "of an encoder that the data set does not name") for path in manifests + tables]
 
 
@@ -76,6 +75,9 @@ def _embeddings(dataset: Dataset) -> list[Leftover]:
     fingerprints = {manifest.counts["encoder_fingerprint"] for manifest in manifests}
     hashes = set(read_table(dataset.tiles_path, ["content_hash"])["content_hash"].to_pylist())
     found = []
+    for path in _files(dataset.compressor_path("any").parent, "*.safetensors"):
+        if path.stem not in fingerprints:
+            found.append(_leftover(path, "fit of a compressed encoder no longer used"))
     for path in _files(dataset.embeddings_folder, "*/*.parquet"):
         if path.parent.name not in fingerprints:
             found.append(_leftover(path, "vectors of an encoder no longer used"))

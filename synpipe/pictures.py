@@ -14,6 +14,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from synpipe.datasets import Dataset
 from synpipe.pipeline import open_tiles
+from synpipe.projection import map_picture
 from synpipe.search import UNLABELLED, Neighbour, SynapseIndex
 from synpipe.shards import read_table
 from synpipe.volumes import Volume
@@ -77,6 +78,15 @@ def nearest_neighbours(dataset: Dataset, encoder: str, tile_px: int = 64) -> Ima
     index = SynapseIndex(dataset, encoder)
     answers = {query: index.search(query) for query in example_queries(dataset, encoder)}
     return neighbours_picture(dataset, answers, tile_px) if answers else None
+
+
+def vector_map(dataset: Dataset, encoder: str) -> Image.Image:
+    """The map of an encoder, coloured by class."""
+    table = read_table(dataset.projection_path(encoder))
+    classes, labels = dataset.spec.classes, _labels(dataset)
+    places = np.stack([table[axis].to_numpy() for axis in ("map_x", "map_y")], axis=1)
+    found = np.array([labels[synapse_id] for synapse_id in table["synapse_id"].to_pylist()])
+    return map_picture(places, found, classes, f"{dataset.name}, {encoder}: {len(table):,} synapses")
 
 
 def section_picture(volume: Volume, edge_px: int = 1536, width_px: int = 640) -> Image.Image:

@@ -20,10 +20,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from synpipe import __version__, embedding, table, tiles
+from synpipe import __version__, drift, embedding, table, tiles
 from synpipe.annotations import REJECT_SCHEMA, read_annotations
 from synpipe.datasets import Dataset
-from synpipe.encoders import Encoder, identity, open_encoder
+from synpipe.encoders import Encoder, EncoderSpec, open_encoder
 from synpipe.errors import SynpipeError
 from synpipe.fingerprints import file_sha256, status
 from synpipe.manifests import find_manifest, read_manifest
@@ -46,12 +46,13 @@ CODE_VERSIONS = {
     "split": "1",
     "classifier": "1",
     "embeddings": "1",
+    "projection": "1",
     "embedding_table": "1",
     "index": "1",
 }
 
 # The schema of the embedding table, Parquet and LanceDB, for other tools: a change of it raises the number.
-TABLE_SCHEMA_VERSION = 1
+TABLE_SCHEMA_VERSION = 3
 
 
 # What makes a stack what it is: not the file that holds it: that depends on the order in which things were added.
@@ -249,7 +250,8 @@ def make_rejects(dataset: Dataset, inputs: Inputs, log: Log) -> Made:
 def make_embeddings(dataset: Dataset, name: str, inputs: Inputs, log: Log) -> Made:
     """Embed every tile that this encoder, as it now is, has not embedded before."""
     asset = f"embeddings_{name}"
-    who = identity(dataset.encoders[name], dataset.weights_base)
+    spec, who = dataset.encoders[name], dataset.identity(name)
+    assert isinstance(spec, EncoderSpec)
     made = find_manifest(dataset, asset)
     if made and made.counts["encoder_identity"] == who and made.inputs == inputs:
         shards, hashes = _tiles_to_embed(dataset)
@@ -260,7 +262,7 @@ def make_embeddings(dataset: Dataset, name: str, inputs: Inputs, log: Log) -> Ma
             version = _version("embeddings", inputs, [made.counts["encoder_fingerprint"]])
             return Made(version, made.counts | {"tiles_embedded": 0})
 
-    encoder = open_encoder(dataset.encoders[name], dataset.weights_base)
+    encoder = open_encoder(spec, dataset.weights_base)
     log(f"{encoder.spec.model} on {encoder.device}, {encoder.dim} dimensions, fingerprint {encoder.fingerprint[:12]}")
     counts = embed_tiles(dataset, encoder, log) | {
         "device": str(encoder.device),
@@ -329,20 +331,29 @@ def make_embedding_table(dataset: Dataset, name: str, inputs: Inputs, log: Log) 
         }
         cache = embedding.EmbeddingCache(dataset.embeddings_folder, made["encoder_fingerprint"])
         columns = ["synapse_id", "shard", "content_hash", "pad_fraction", "missing_sections"]
+        paths = {"classifier": dataset.predictions_path(name), "projection": dataset.projection_path(name)}
+        derived = [read_table(file) for kind, file in paths.items() if f"{kind}_{name}" in inputs]
+        drift.keep_former(path, dataset.former_table_path(name))
         table.write_embedding_table(
             path,
             read_table(dataset.synapses_path),
             read_table(dataset.tiles_path, columns),
             lambda shard, hashes: cache.read(shard_name(shard), hashes),
             provenance,
+            derived,
         )
     file = pq.ParquetFile(path)
     vectors = file.schema_arrow.field("vector").type.list_size * file.metadata.num_rows
+    kind = drift.figures(drift.take_sample(path))
     counts = {
         "rows": file.metadata.num_rows,
         "dimensions": file.schema_arrow.field("vector").type.list_size,
         "bytes": path.stat().st_size,
         "bytes_per_component": round(path.stat().st_size / vectors, 3),
+        "bytes_per_vector": round(_column_bytes(file.metadata, "vector") / file.metadata.num_rows, 1),
+        "norm": kind.norm,
+        "spread": kind.spread,
+        "encoder_identity": made["encoder_identity"],
     }
     log(f"{counts['rows']:,} rows, {counts['bytes'] / 1e6:.1f} MB")
     return Made(version, counts)
@@ -362,7 +373,9 @@ def make_index(dataset: Dataset, name: str, inputs: Inputs, log: Log) -> Made:
     else:
         report = index.publish(dataset.table_path(name), dataset.lancedb_folder, name, version, log)
     log(f"{report.rows:,} rows, {report.kind}, recall@10 {report.recall:.4f}, tag {report.tag}")
-    return Made(version, asdict(report))
+    cost = index.cost(dataset.lancedb_folder, name)
+    log(f"{cost.bytes / 1e6:.1f} MB, {cost.query_ms:.1f} ms a query")
+    return Made(version, asdict(report) | asdict(cost))
 
 
 def _annotation_files(dataset: Dataset) -> list[Path]:
@@ -380,6 +393,13 @@ def status_of(files: Iterable[Path]) -> list[list[Any]]:
 
 def shard_name(shard: int) -> str:
     return f"{shard:05d}"
+
+
+def _column_bytes(metadata: pq.FileMetaData, name: str) -> int:
+    """What a column takes in a Parquet file."""
+    groups = (metadata.row_group(number) for number in range(metadata.num_row_groups))
+    columns = (group.column(number) for group in groups for number in range(group.num_columns))
+    return sum(column.total_compressed_size for column in columns if column.path_in_schema.split(".")[0] == name)
 
 
 def _is_of_version(path: Path, version: str) -> bool:

@@ -37,6 +37,7 @@ SPEC = {
     "annotations": [{"format": "table", "path": "synapses.csv", "columns": {"x": "x_nm", "y": "y_nm", "z": "z_nm"}}],
     "tiles": {"shards": 3, "block_voxels_zyx": [32, 128, 128]},
     "encoders": ["tiny", "other"],
+    "projection": None,
 }
 ENCODERS = {
     "tiny": {"model": "resnet10t", "weights": "random", "seed": 0, "crop_px": 64, "precision": "fp32"},

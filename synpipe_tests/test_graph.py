@@ -54,7 +54,7 @@ GRAPH = {
             f"embedding_table_{name}": (
                 {"synapses", "rgb_tiles", f"embeddings_{name}"},
                 f"demo_{name}",
-                {"match_tiles"},
+                {"match_tiles", "drift"},
             ),
             f"index_{name}": ({f"embedding_table_{name}"}, f"demo_{name}", {"recall"}),
         }.items()

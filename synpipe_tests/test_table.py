@@ -34,6 +34,8 @@ COLUMNS = {
     "missing_sections": "uint8",
     "vector": "fixed_size_list<element: float>[16]",
     "norm": "float",
+    "map_x": "float",
+    "map_y": "float",
     "encoder": "string",
     "encoder_fingerprint": "string",
     "dataset_version": "string",

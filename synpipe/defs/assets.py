@@ -13,14 +13,15 @@ from synpipe.graph import Step, steps
 
 Check = Callable[..., checks.Finding]
 
-# Checks by kind of step. All are blocking: what lies downstream does not run on tiles or vectors that are wrong.
+# Checks by kind of step. What lies downstream does not run on tiles or vectors that are wrong; a finding that is a warning
+# stops nothing.
 CHECKS: dict[str, dict[str, Check]] = {
     "synapse_stacks": {"match_synapses": checks.stacks_match_synapses},
     "rgb_tiles": {"are_there": checks.tiles_are_there},
     "split": {"sides_are_apart": checks.sides_are_apart},
     "embeddings": {"vectors_vary": checks.vectors_vary},
     "classifier": {"predictions_are_whole": checks.predictions_are_whole},
-    "embedding_table": {"match_tiles": checks.table_matches_tiles},
+    "embedding_table": {"match_tiles": checks.table_matches_tiles, "drift": checks.vectors_have_not_drifted},
     "index": {"recall": checks.index_finds_neighbours},
 }
 
@@ -58,7 +59,10 @@ def step_asset(step: Step) -> dg.AssetsDefinition:
             with one_step_at_a_time(store, context.log.info):
                 manifest = step.run(context.log.info, context.run.run_id, found)
                 findings = {name: check(step.dataset, *which) for name, check in found.items()}
-                step.passed([name for name, finding in findings.items() if finding.passed])
+                for name, finding in findings.items():
+                    if not finding.passed and finding.severity == "warning":
+                        context.log.warning(f"{name}: {finding.description}")
+                step.passed([name for name, one in findings.items() if one.passed or one.severity == "warning"])
                 metadata = SHOW[step.kind](step.dataset, manifest)
         except SynpipeError as error:
             # The message is for the user; the traceback would bury it.
@@ -68,7 +72,13 @@ def step_asset(step: Step) -> dg.AssetsDefinition:
             metadata=metadata,
             check_results=[
                 dg.AssetCheckResult(
-                    check_name=name, passed=finding.passed, description=finding.description, metadata=finding.figures
+                    check_name=name,
+                    passed=finding.passed,
+                    severity=dg.AssetCheckSeverity.WARN
+                    if finding.severity == "warning"
+                    else dg.AssetCheckSeverity.ERROR,
+                    description=finding.description,
+                    metadata=finding.figures,
                 )
                 for name, finding in findings.items()
             ],

@@ -16,7 +16,7 @@ from synpipe.classifier_report import confusion_picture, confusion_rows, markdow
 from synpipe.datasets import Dataset
 from synpipe.graph import Step
 from synpipe.manifests import Manifest
-from synpipe.pictures import data_uri, nearest_neighbours, section_picture, tiles_by_class
+from synpipe.pictures import data_uri, nearest_neighbours, section_picture, tiles_by_class, vector_map
 from synpipe.splits import SCHEMES
 from synpipe.volumes import MissingChunk, Volume
 
@@ -33,6 +33,7 @@ KINDS = {
     "split": {"parquet"},
     "embeddings": {"pytorch"},
     "classifier": {"parquet", "scikitlearn"},
+    "projection": {"parquet"},
     "embedding_table": {"parquet"},
     "index": {"lancedb"},
 }
@@ -50,6 +51,7 @@ DESCRIPTIONS = {
     "embeddings": "A vector per tile. Only tiles that this encoder has not seen are embedded.",
     "classifier": "The class of every synapse, predicted from its vector, and the vote of every neuron; how good that is on the "
     "test side.",
+    "projection": "A place in the plane for every synapse, by UMAP: vectors that are alike lie side by side.",
     "embedding_table": "The synapses with their vectors in one Parquet file, for pandas, Polars, DuckDB and others.",
     "index": "The table in LanceDB, versioned and indexed, for `synpipe search`.",
 }
@@ -89,6 +91,8 @@ COLUMNS = {
     "split": "Side on which the synapse stood: predictions of `train` rows are no evidence.",
     "vector": "Embedding of unit length.",
     "norm": "Length of the vector as the encoder gave it.",
+    "map_x": "Place on the map of the encoder; empty where there is none.",
+    "map_y": "Place on the map of the encoder; empty where there is none.",
     "encoder": "Entry of `encoders.yaml`.",
     "encoder_fingerprint": "Weights, architecture, preprocessing, precision.",
     "dataset_version": "Of synapses and tiles together.",
@@ -152,6 +156,12 @@ def classifier(dataset: Dataset, manifest: Manifest) -> dict[str, Any]:
     return shown | _parquet(dataset.predictions_path(encoder), columns)
 
 
+def projection(dataset: Dataset, manifest: Manifest) -> dict[str, Any]:
+    encoder = manifest.asset.removeprefix("projection_")
+    picture = _picture("map", vector_map(dataset, encoder))
+    return picture | _figures(manifest) | _parquet(dataset.projection_path(encoder), ["synapse_id", "map_x", "map_y"])
+
+
 def embedding_table(dataset: Dataset, manifest: Manifest) -> dict[str, Any]:
     encoder = manifest.asset.removeprefix("embedding_table_")
     columns = ["synapse_id", "neurotransmitter", "neuron_id", "norm", "vector"]
@@ -179,6 +189,7 @@ SHOW: dict[str, Callable[[Dataset, Manifest], dict[str, Any]]] = {
     "split": split,
     "embeddings": embeddings,
     "classifier": classifier,
+    "projection": projection,
     "embedding_table": embedding_table,
     "index": index,
 }
