@@ -78,9 +78,13 @@ class Probe:
 
     def probabilities(self, vectors: np.ndarray) -> np.ndarray:
         """Vectors of any length, float32 (n, d), to float32 (n, classes); each row sums to one."""
-        from scipy.special import softmax
+        return np.exp(self.log_probabilities(vectors)).astype(np.float32)
 
-        return softmax(self._logits(vectors) / self.temperature, axis=1).astype(np.float32)
+    def log_probabilities(self, vectors: np.ndarray) -> np.ndarray:
+        """The same as float64 logarithms."""
+        from scipy.special import log_softmax
+
+        return log_softmax(self._logits(vectors) / self.temperature, axis=1)
 
     def _logits(self, vectors: np.ndarray) -> np.ndarray:
         return (unit(vectors) @ self.weights.T).astype(np.float64) + self.bias
@@ -132,8 +136,9 @@ def fit_linear(
         probe = Probe(weights, bias, 1.0, penalty)
         if not len(validation_codes):
             return probe
+        # With its own temperature, or the choice would be that of the best scale: strong penalties make small logits.
         probe = probe.calibrated(validation_vectors, validation_codes)
-        loss = balanced_log_loss(np.log(probe.probabilities(validation_vectors) + 1e-12), validation_codes)
+        loss = balanced_log_loss(probe.log_probabilities(validation_vectors), validation_codes)
         if loss < best_loss:
             best, best_loss, worse = probe, loss, 0
         else:
@@ -183,14 +188,24 @@ def temperature_for(logits: np.ndarray, codes: np.ndarray) -> float:
     def loss(log_temperature: float) -> float:
         return balanced_log_loss(log_softmax(logits / np.exp(log_temperature), axis=1), codes)
 
-    found = minimize_scalar(loss, bounds=(np.log(0.05), np.log(20)), method="bounded")
+    found = minimize_scalar(loss, bounds=(np.log(0.01), np.log(20)), method="bounded")
     return float(np.exp(found.x))
 
 
 def balanced_log_loss(log_probabilities: np.ndarray, codes: np.ndarray) -> float:
-    """Mean over the classes of the mean negative log-probability of the true class: (n, classes), int (n,)."""
-    losses = -log_probabilities[np.arange(len(codes)), codes]
-    return float(np.mean([losses[codes == code].mean() for code in np.unique(codes)]))
+    """Mean over the classes of the mean negative log-probability of the true class: (n, classes), int (n,).
+
+    The true class of n rows counts as (n + 1) / (n + 2) true (Platt, Advances in Large Margin Classifiers, 1999): a few rows
+    without an error are no reason for certainty. Classes of which nothing was learned, at −inf, are left out.
+    """
+    learned = np.isfinite(log_probabilities).all(axis=0)
+    losses = []
+    for code in np.unique(codes):
+        rows = log_probabilities[codes == code]
+        others = np.flatnonzero(learned & (np.arange(len(learned)) != code))
+        doubt = 1 / (len(rows) + 2)
+        losses.append(-(1 - doubt) * rows[:, code].mean() - doubt * rows[:, others].mean())
+    return float(np.mean(losses))
 
 
 def unit(vectors: np.ndarray) -> np.ndarray:

@@ -7,7 +7,9 @@ are null, and a note says why.
 """
 
 import json
+import shutil
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,6 +21,7 @@ from synpipe.classifier_scores import codes_of, few_neurons, predictions_table, 
 from synpipe.datasets import Dataset
 from synpipe.embedding import EmbeddingCache
 from synpipe.encoders import EncoderSpec, open_encoder
+from synpipe.errors import SynpipeError
 from synpipe.finetuning import HEAD, WEIGHTS, Examples, finetune, read_head
 from synpipe.manifests import read_manifest
 from synpipe.pipeline import (
@@ -32,7 +35,7 @@ from synpipe.pipeline import (
     open_tiles,
     shard_name,
 )
-from synpipe.shards import read_table, write_table
+from synpipe.shards import atomic_path, read_table, write_table
 from synpipe.specs import digest
 from synpipe.splits import TRAIN, VALIDATION
 
@@ -49,7 +52,7 @@ def make_classifier(dataset: Dataset, name: str, inputs: Inputs, log: Log) -> Ma
     path = dataset.predictions_path(name)
     if not _is_of_version(path, version):
         learn = _Learning(dataset, name, log)
-        probe, counts, notes = learn.finetune(spec) if isinstance(spec, FinetuneSpec) else learn.fit(spec)
+        probe, counts, notes = learn.fit_finetuned(spec) if isinstance(spec, FinetuneSpec) else learn.fit(spec)
         probabilities = None if probe is None else learn.predict(probe)
         predictions = predictions_table(learn.synapses, learn.sides, probabilities, classes)
         if probe is not None:
@@ -83,7 +86,7 @@ class _Learning:
         tiles = read_table(dataset.tiles_path, ["synapse_id", "shard", "content_hash"])
         self._hashes = np.array(tiles["content_hash"].to_pylist())
         self._shards = tiles["shard"].to_numpy()
-        self._fingerprint = read_manifest(dataset, f"embeddings_{name}").counts["encoder_fingerprint"]
+        self._fingerprint, self._dimensions = "", 0  # of the vectors in use
         synapses = read_table(dataset.synapses_path, ["synapse_id", "neuron_id", "neurotransmitter"])
         split = read_table(dataset.split_path, ["synapse_id", dataset.spec.split.by])
         self.synapses = _rows_of(synapses, tiles["synapse_id"])
@@ -109,10 +112,13 @@ class _Learning:
         )
 
     def fit(self, spec: LinearSpec) -> tuple[Probe | None, dict[str, Any], list[str]]:
+        """A probe on the encoder's vectors, or None where there is nothing to learn; counts; notes."""
         counts: dict[str, Any] = {"method": spec.method, "balance": spec.balance} | self._counts
         if refusal := self._refusal():
             self._log(refusal)
             return None, counts, [refusal]
+        made = read_manifest(self._dataset, f"embeddings_{self._name}").counts
+        self._fingerprint, self._dimensions = made["encoder_fingerprint"], made["dimensions"]
         chosen = sample_rows(self._training.codes)
         training = self._vectors(self._training.rows[chosen])
         probe = fit_linear(
@@ -130,20 +136,39 @@ class _Learning:
         notes = [] if len(self._validation.rows) else ["The validation side is empty: the penalty is the default one."]
         return probe, counts, notes
 
-    def finetune(self, spec: FinetuneSpec) -> tuple[Probe | None, dict[str, Any], list[str]]:
-        """From here on the vectors are those of the trained network."""
-        counts: dict[str, Any] = {"method": spec.method, "balance": spec.balance} | self._counts
-        if refusal := self._refusal():
-            self._log(refusal)
-            return None, counts, [refusal]
+    def fit_finetuned(self, spec: FinetuneSpec) -> tuple[Probe | None, dict[str, Any], list[str]]:
+        """The layer on the network that was trained further, whose vectors are in use from here on; the rest as in `fit`."""
         entry = self._dataset.encoders[self._name]
         if not isinstance(entry, EncoderSpec):
             probe, counts, notes = self.fit(LinearSpec(balance=spec.balance))
             return probe, counts, [*notes, "A compressed encoder has no network to train: this is a linear probe."]
-        content = [self._hashes[part.rows].tolist() for part in (self._training, self._validation)]
+        counts = {"method": spec.method, "balance": spec.balance} | self._counts
+        if refusal := self._refusal():
+            self._log(refusal)
+            return None, counts, [refusal]
+        folder, report = self.train(spec, entry)
+        encoder = open_encoder(trained_entry(entry, str(folder / WEIGHTS)), self._dataset.weights_base)
+        embed_tiles(self._dataset, encoder, self._log)
+        self._fingerprint, self._dimensions = encoder.fingerprint, encoder.dim
+        probe = read_head(folder / HEAD)
+        if len(self._validation.rows):
+            probe = probe.calibrated(self._vectors(self._validation.rows), self._validation.codes)
+        counts |= {name: report[name] for name in ("epochs", "best_epoch", "validation_balanced_accuracy")}
+        counts |= {"temperature": round(probe.temperature, 3), "encoder_fingerprint": encoder.fingerprint}
+        return probe, counts | {"folder": str(folder.relative_to(self._dataset.folder))}, []
+
+    def train(self, spec: FinetuneSpec, entry: EncoderSpec) -> tuple[Path, dict[str, Any]]:
+        """Train the network of `entry` further, unless that has been done: the folder of the run, its report.
+
+        Raises `SynpipeError` where there is nothing to learn.
+        """
+        if refusal := self._refusal():
+            raise SynpipeError(refusal)
+        # All that the outcome depends on.
+        tiles = [self._hashes[part.rows].tolist() for part in (self._training, self._validation)]
         codes = [part.codes.tolist() for part in (self._training, self._validation)]
         who = self._dataset.identity(self._name)
-        key = digest([who, spec.model_dump(mode="json"), list(self._classes), content, codes])[:16]
+        key = digest([who, spec.model_dump(mode="json"), list(self._classes), tiles, codes])[:16]
         folder = self._dataset.training_folder / f"{self._name}-{key}"
         report = finetune(
             spec,
@@ -156,20 +181,7 @@ class _Learning:
             folder,
             self._log,
         )
-        trained = trained_entry(entry, str(folder / WEIGHTS))
-        encoder = open_encoder(trained, self._dataset.weights_base)
-        embed_tiles(self._dataset, encoder, self._log)
-        self._fingerprint = encoder.fingerprint
-        probe = read_head(folder / HEAD)
-        if len(self._validation.rows):
-            probe = probe.calibrated(self._vectors(self._validation.rows), self._validation.codes)
-        counts |= {name: report[name] for name in ("epochs", "best_epoch", "validation_balanced_accuracy")}
-        counts |= {
-            "temperature": round(probe.temperature, 3),
-            "encoder_fingerprint": encoder.fingerprint,
-            "folder": str(folder),
-        }
-        return probe, counts, []
+        return folder, report
 
     def predict(self, probe: Probe) -> np.ndarray:
         """Probabilities of every tile, float32 (n, classes)."""
@@ -180,8 +192,7 @@ class _Learning:
 
     def _vectors(self, rows: np.ndarray) -> np.ndarray:
         """float32 (n, d) of these tiles, in the order of `rows`, which ascends."""
-        dimensions = read_manifest(self._dataset, f"embeddings_{self._name}").counts["dimensions"]
-        found = np.empty((len(rows), dimensions), np.float32)
+        found = np.empty((len(rows), self._dimensions), np.float32)
         for picked, vectors in self._by_shard(rows):
             found[np.searchsorted(rows, picked)] = vectors
         return found
@@ -191,6 +202,25 @@ class _Learning:
         for shard in np.unique(self._shards[rows]).tolist():
             picked = rows[self._shards[rows] == shard]
             yield picked, cache.read(shard_name(shard), self._hashes[picked].tolist())
+
+
+def finetuned_encoder(dataset: Dataset, encoder: str, name: str, spec: FinetuneSpec, log: Log) -> EncoderSpec:
+    """Train the network of an encoder further and keep it as `weights/<name>.safetensors` beside the registry.
+
+    Needs `rgb_tiles` and `split`. Returns the entry for the registry. What the classifier has trained in this way is not
+    trained again. Raises `SynpipeError` where there is nothing to learn, or the encoder is a compressed one.
+    """
+    entry = dataset.encoders[encoder]
+    if not isinstance(entry, EncoderSpec):
+        raise SynpipeError(f"{encoder} is a compressed encoder and has no network to train: choose its base.")
+    folder, report = _Learning(dataset, encoder, log).train(spec, entry)
+    weights = f"weights/{name}.safetensors"
+    with atomic_path(dataset.weights_base / weights) as temporary:
+        shutil.copyfile(folder / WEIGHTS, temporary)
+    score = report["validation_balanced_accuracy"]
+    figure = "" if score is None else f"; validation balanced accuracy {score:.2f}"
+    told = f"{encoder}, fine-tuned on {dataset.name}, split by {dataset.spec.split.by}{figure}."
+    return trained_entry(entry, weights).model_copy(update={"description": told})
 
 
 def trained_entry(entry: EncoderSpec, weights: str) -> EncoderSpec:

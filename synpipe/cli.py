@@ -206,6 +206,50 @@ def status(project: "Project", dataset: str, as_json: bool) -> None:
 @main.command()
 @dataset_option
 @encoder_option
+@click.option("--name", "-n", required=True, help="Name of the new encoder.")
+@click.option("--epochs", type=click.IntRange(1), help="At most so many.  [default: that of `classifier:`, or 30]")
+@click.option(
+    "--register", "add", is_flag=True, help="Add the new encoder to encoders.yaml instead of printing the entry."
+)
+@click.pass_obj
+def finetune(project: "Project", dataset: str, encoder: str | None, name: str, epochs: int | None, add: bool) -> None:
+    """Train the network of an encoder further to tell the classes apart, as a new encoder.
+
+    It learns from the training side of the split alone. Interrupted, the same command carries on from the last checkpoint.
+    Settings are those of `classifier: {method: finetune, …}` of the data set, where it has that.
+
+    \b
+    Examples:
+      synpipe finetune -d mydata -e resnet18 -n resnet18_mydata --register
+      tensorboard --logdir data/store/mydata/training
+    """
+    from synpipe.classifier import FinetuneSpec
+    from synpipe.classifier_steps import finetuned_encoder
+    from synpipe.defs.run import materialize as run
+    from synpipe.registration import as_yaml, check_new_name, register
+
+    chosen, registry = project.dataset(dataset), project.data / "encoders.yaml"
+    base = chosen.encoder(encoder)
+    check_new_name(registry, name)
+    spec = chosen.spec.classifier if isinstance(chosen.spec.classifier, FinetuneSpec) else FinetuneSpec()
+    if epochs:
+        spec = spec.model_copy(update={"epochs": epochs})
+    run(project, dataset, ["+split"])
+    entry = finetuned_encoder(chosen, base, name, spec, lambda line: click.echo(line, err=True))
+    click.echo(f"Weights: {_short(project.data / entry.weights)}")
+    if add:
+        register(registry, name, entry)
+        click.echo(
+            f"{name} is in {_short(registry)} now. Name it under `encoders:` in {dataset}.yaml, and materialise."
+        )
+    else:
+        click.echo(f"To use it, add to {_short(registry)}:\n\n{as_yaml(name, entry)}")
+        click.echo(f"and name it under `encoders:` in {dataset}.yaml.")
+
+
+@main.command()
+@dataset_option
+@encoder_option
 @click.option("--neurons", is_flag=True, help="The votes of neurons instead of single synapses.")
 @click.option("--picture", type=click.Path(dir_okay=False, path_type=Path), help="Save both matrices as a PNG.")
 @json_option
