@@ -1,7 +1,7 @@
 """The classifier of an encoder: who is taught what, and what is then said of every synapse, labelled or not.
 
 In: the data set's `classifier:`, the sides of the split, vectors from the cache of embeddings. Out: a row per tile in
-`predictions/<encoder>.parquet`, one per neuron in `predictions/neurons_<encoder>.parquet`, and the figures of the test
+`predictions/<encoder>.parquet`, one per neuron in `neuron_predictions/<encoder>.parquet`, and the figures of the test
 side. Guarantees: classes of the test side reach the figures and nothing else; where nothing can be learned, predictions
 are null, and a note says why.
 """

@@ -106,7 +106,7 @@ class Dataset:
         return self.folder / "predictions" / f"{encoder}.parquet"
 
     def neuron_predictions_path(self, encoder: str) -> Path:
-        return self.folder / "predictions" / f"neurons_{encoder}.parquet"
+        return self.folder / "neuron_predictions" / f"{encoder}.parquet"
 
     @property
     def training_folder(self) -> Path:

@@ -48,10 +48,15 @@ def remove(found: Iterable[Leftover]) -> None:
 def _of_dropped_encoders(dataset: Dataset) -> list[Leftover]:
     assets = {step.asset for step in steps(dataset)}
     manifests = [path for path in _files(dataset.manifest_path("any").parent, "*.json") if path.stem not in assets]
-    places = (dataset.table_path, dataset.projection_path, dataset.former_table_path, dataset.predictions_path)
+    places = (
+        dataset.table_path,
+        dataset.projection_path,
+        dataset.former_table_path,
+        dataset.predictions_path,
+        dataset.neuron_predictions_path,
+    )
     folders = [path("any").parent for path in places]
-    names = {*dataset.encoders, *(dataset.neuron_predictions_path(name).stem for name in dataset.encoders)}
-    tables = [path for folder in folders for path in _files(folder, "*.parquet") if path.stem not in names]
+    tables = [path for folder in folders for path in _files(folder, "*.parquet") if path.stem not in dataset.encoders]
     return [_leftover(path, "of an encoder that the data set does not name") for path in manifests + tables]
 
 
