@@ -231,7 +231,7 @@ def _input_reasons(step: Step, manifest: Manifest, versions: dict[str, str], out
             reasons.append(f"{dep} is out of date")
         elif manifest.inputs.get(dep) != versions[dep]:
             reasons.append(f"{dep} changed ({(manifest.inputs.get(dep) or 'none')[:12]} → {versions[dep][:12]})")
-    return reasons
+    return reasons + [f"it was made with {asset} too" for asset in manifest.inputs if asset not in step.deps]
 
 
 def _plain(value: Any) -> Any:
