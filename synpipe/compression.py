@@ -19,6 +19,7 @@ and its reconstruction; far and near vectors then count alike.
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -108,11 +109,10 @@ def chosen_encoders(names: Sequence[str], registry: Mapping[str, Spec], where: s
 
 @dataclass(frozen=True)
 class Compressor:
-    """mean: float32 (d,). components: float32 (k, d). kept: share of the sample's variance that the k dimensions hold."""
+    """mean: float32 (d,). components: float32 (k, d)."""
 
     mean: np.ndarray
     components: np.ndarray
-    kept: float
 
     def compress(self, vectors: np.ndarray) -> np.ndarray:
         """Vectors of the base, float32 (n, d) of any length, to float32 (n, k)."""
@@ -125,10 +125,24 @@ class Compressor:
         return save({"mean": self.mean, "components": self.components})
 
 
-def fit(vectors: np.ndarray, spec: CompressedSpec) -> Compressor:
+def load(path: Path) -> Compressor:
+    """What `Compressor.to_bytes` was written to. Raises `SynpipeError` where it is absent or damaged."""
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+
+    try:
+        return Compressor(**load_file(path))
+    except (OSError, SafetensorError, TypeError) as error:
+        raise SynpipeError(
+            f"The fit {path} cannot be read ({error}): delete it and materialise its embeddings again."
+        ) from None
+
+
+def fit(vectors: np.ndarray, spec: CompressedSpec) -> tuple[Compressor, float]:
     """Fit on vectors of the base, float32 (n, d), in an order that is the same whenever they are the same.
 
-    Raises `SynpipeError` where the dimensions are not fewer than the base has, or as many as there are vectors.
+    Returns also the share of their variance that is kept. Raises `SynpipeError` where the dimensions are not fewer than the
+    base has, or as many as there are vectors.
     """
     count, dimensions = vectors.shape
     if spec.dimensions >= dimensions:
@@ -157,7 +171,8 @@ def fit(vectors: np.ndarray, spec: CompressedSpec) -> Compressor:
         components = _train_autoencoder(unit - mean, components)
     total = float(variances.sum())
     basis = np.linalg.qr(components.T)[0].astype(np.float64)
-    return Compressor(mean, components, float(np.trace(basis.T @ covariance @ basis)) / total if total else 0.0)
+    kept = float(np.trace(basis.T @ covariance @ basis)) / total if total else 0.0
+    return Compressor(mean, np.ascontiguousarray(components)), kept
 
 
 def _train_autoencoder(centred: np.ndarray, start: np.ndarray) -> np.ndarray:

@@ -6,6 +6,7 @@ folder, and `Made`. Guarantees: as in `synpipe.pipeline`; no tile is read and no
 
 import hashlib
 import json
+from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
@@ -14,6 +15,7 @@ import pyarrow.compute as pc
 from synpipe import compression, projection
 from synpipe.datasets import Dataset
 from synpipe.embedding import EmbeddingCache
+from synpipe.encoders import Encoder, EncoderSpec, open_encoder
 from synpipe.errors import SynpipeError
 from synpipe.manifests import find_manifest, read_manifest
 from synpipe.pipeline import CODE_VERSIONS, Inputs, Log, Made, _is_of_version, _metadata, shard_name
@@ -40,13 +42,13 @@ def make_compressed_embeddings(dataset: Dataset, name: str, inputs: Inputs, log:
 
     source = EmbeddingCache(dataset.embeddings_folder, base["encoder_fingerprint"])
     sample = _smallest_hashes(tiles, compression.SAMPLE_ROWS)
-    fitted = compression.fit(_read(source, sample), spec)
+    fitted, kept = compression.fit(_read(source, sample), spec)
     content = fitted.to_bytes()
     weights = f"sha256:{hashlib.sha256(content).hexdigest()}"
     fingerprint = digest([base["encoder_fingerprint"], weights])
     with atomic_path(dataset.compressor_path(fingerprint)) as temporary:
         temporary.write_bytes(content)
-    log(f"{spec.base} {base['dimensions']} → {spec.dimensions} dimensions, {fitted.kept:.1%} of the variance kept")
+    log(f"{spec.base} {base['dimensions']} → {spec.dimensions} dimensions, {kept:.1%} of the variance kept")
 
     cache = EmbeddingCache(dataset.embeddings_folder, fingerprint)
     missing = _missing(tiles, cache)
@@ -63,7 +65,7 @@ def make_compressed_embeddings(dataset: Dataset, name: str, inputs: Inputs, log:
         "fitted_on": len(sample),
         "base": spec.base,
         "base_dimensions": base["dimensions"],
-        "variance_kept": round(fitted.kept, 4),
+        "variance_kept": round(kept, 4),
         "encoder_identity": who,
         "encoder_fingerprint": fingerprint,
         "encoder": {
@@ -75,6 +77,30 @@ def make_compressed_embeddings(dataset: Dataset, name: str, inputs: Inputs, log:
         },
     }
     return Made(_embeddings_version(inputs, fingerprint), counts)
+
+
+def open_branch(dataset: Dataset, name: str, device: str = "auto") -> Encoder:
+    """The encoder of a branch, ready to embed tiles that are not of the data set; a compressed one as it was last fitted.
+
+    Raises `SynpipeError` as `open_encoder` does, and where that fit was made of another state of its base.
+    """
+    spec = dataset.encoders[name]
+    if isinstance(spec, EncoderSpec):
+        return open_encoder(spec, dataset.weights_base, device)
+    made = read_manifest(dataset, f"embeddings_{name}").counts
+    fitted = compression.load(dataset.compressor_path(made["encoder_fingerprint"]))
+    base = open_branch(dataset, spec.base, device)
+    if base.fingerprint != made["encoder"]["base_fingerprint"]:
+        raise SynpipeError(
+            f"{name} was fitted on {spec.base} as it was before: `synpipe materialize --dataset {dataset.name} --stale`."
+        )
+    return replace(
+        base,
+        weights=made["encoder"]["weights"],
+        fingerprint=made["encoder_fingerprint"],
+        dim=spec.dimensions,
+        _forward=lambda tiles: fitted.compress(base.embed(tiles)),
+    )
 
 
 def make_projection(dataset: Dataset, name: str, inputs: Inputs, log: Log) -> Made:
