@@ -15,8 +15,10 @@ from typing import Any
 from pydantic import Field
 
 from synpipe.annotations import AnnotationSpec
+from synpipe.descriptors import DescriptorSpec
 from synpipe.encoders import EncoderSpec, load_registry
 from synpipe.errors import SynpipeError
+from synpipe.evaluation import EvaluationSpec
 from synpipe.specs import Spec, read_yaml
 from synpipe.splits import SplitSpec
 from synpipe.synthetic import SyntheticSpec
@@ -35,8 +37,8 @@ class DatasetSpec(Spec):
     title: a sentence for people. synthetic: makes the volume and the annotations on the spot (the demo). volume,
     annotations: where the data is; relative paths start at the folder of the YAML file, or of what `synthetic` makes.
     classes: values that the class column `neurotransmitter` may have. tiles: the recipe. split: what is learnt from and
-    what it is held against. encoders: names of entries of `encoders.yaml`, the first being the default; each is a branch
-    of the graph.
+    what it is held against. evaluation: how much is measured. encoders: names of entries of `encoders.yaml`, the first
+    being the default; each is a branch of the graph.
     """
 
     title: str
@@ -46,6 +48,7 @@ class DatasetSpec(Spec):
     classes: tuple[str, ...] = Field(NEUROTRANSMITTERS, min_length=1)
     tiles: TileSpec = TileSpec()
     split: SplitSpec = SplitSpec()
+    evaluation: EvaluationSpec = EvaluationSpec()
     encoders: tuple[str, ...] = Field(min_length=1)
 
 
@@ -61,7 +64,7 @@ class Dataset:
     spec: DatasetSpec
     folder: Path
     base: Path
-    encoders: Mapping[str, EncoderSpec]
+    encoders: Mapping[str, EncoderSpec | DescriptorSpec]
     weights_base: Path
 
     @property
@@ -87,6 +90,19 @@ class Dataset:
     @property
     def split_path(self) -> Path:
         return self.folder / "split.parquet"
+
+    def scores_path(self, encoder: str) -> Path:
+        """Figures of an encoder."""
+        return self.folder / "evaluation" / f"{encoder}.json"
+
+    def queries_path(self, encoder: str) -> Path:
+        """What each query of its evaluation found."""
+        return self.folder / "evaluation" / f"{encoder}.parquet"
+
+    @property
+    def evaluation_path(self) -> Path:
+        """The figures of all encoders, a row each."""
+        return self.folder / "evaluation.parquet"
 
     @property
     def cut_outs_folder(self) -> Path:
@@ -159,7 +175,7 @@ class Project:
         return cls(data, Path(chosen).resolve())
 
     @cached_property
-    def registry(self) -> Mapping[str, EncoderSpec]:
+    def registry(self) -> Mapping[str, EncoderSpec | DescriptorSpec]:
         return load_registry(self.data / "encoders.yaml")
 
     def dataset_names(self) -> list[str]:

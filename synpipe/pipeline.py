@@ -47,6 +47,8 @@ CODE_VERSIONS = {
     "embeddings": "1",
     "embedding_table": "1",
     "index": "1",
+    "scores": "1",
+    "evaluation": "1",
 }
 
 # The schema of the embedding table, Parquet and LanceDB, for other tools: a change of it raises the number.

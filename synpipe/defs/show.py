@@ -12,10 +12,13 @@ import dagster as dg
 import pyarrow.parquet as pq
 from PIL import Image
 
+from synpipe import compare
 from synpipe.datasets import Dataset
+from synpipe.evaluation import Estimate
 from synpipe.graph import Step
 from synpipe.manifests import Manifest
 from synpipe.pictures import data_uri, nearest_neighbours, section_picture, tiles_by_class
+from synpipe.shards import read_json
 from synpipe.splits import SCHEMES
 from synpipe.volumes import MissingChunk, Volume
 
@@ -33,6 +36,8 @@ KINDS = {
     "embeddings": {"pytorch"},
     "embedding_table": {"parquet"},
     "index": {"lancedb"},
+    "scores": {"parquet"},
+    "evaluation": {"parquet"},
 }
 
 DESCRIPTIONS = {
@@ -48,6 +53,9 @@ DESCRIPTIONS = {
     "embeddings": "A vector per tile. Only tiles that this encoder has not seen are embedded.",
     "embedding_table": "The synapses with their vectors in one Parquet file, for pandas, Polars, DuckDB and others.",
     "index": "The table in LanceDB, versioned and indexed, for `synpipe search`.",
+    "scores": "How good the neighbours are: do synapses find their class, in other neurons, and places themselves? With "
+    "intervals.",
+    "evaluation": "The figures of every encoder, a row each, for choosing among them; `synpipe compare A B` says more of two.",
 }
 
 COLUMNS = {
@@ -80,6 +88,13 @@ COLUMNS = {
     "neuron": "Side in the split by neuron; `guard`: too near to a tile of another side; empty where it cannot be placed.",
     "random": "Side in the split synapse by synapse: neurons stand on two sides and tiles overlap.",
     "vector": "Embedding of unit length.",
+    "label": "The class; empty where it is not known.",
+    "voted": "The class for which the ten nearest of other neurons vote; empty where it was not a query.",
+    "average_precision": "Of its own class in the ranking; empty where it was not a query.",
+    "precision_at_10": "Share of its own class among the ten nearest of other neurons.",
+    "instance_rank": "Rank of the original for an altered view of it; empty where none was tried.",
+    "nearest": "The nearest of known class, of other neurons and other places.",
+    "group": "The neuron, or where it is not known the place, as a number: what is resampled as one.",
     "norm": "Length of the vector as the encoder gave it.",
     "encoder": "Entry of `encoders.yaml`.",
     "encoder_fingerprint": "Weights, architecture, preprocessing, precision.",
@@ -147,6 +162,31 @@ def index(dataset: Dataset, manifest: Manifest) -> dict[str, Any]:
     return pictures | _figures(manifest) | folder | {"dagster/row_count": manifest.counts["rows"]}
 
 
+def scores(dataset: Dataset, manifest: Manifest) -> dict[str, Any]:
+    report = read_json(dataset.scores_path(manifest.asset.removeprefix("scores_")))
+    columns = ["synapse_id", "label", "voted", "average_precision", "precision_at_10", "instance_rank", "nearest"]
+    tables = {
+        "by_class": dg.MetadataValue.md(_estimates("class", report["classes"])),
+        "single_alterations": dg.MetadataValue.md(_estimates("altered", report["alterations"])),
+    }
+    return tables | _figures(manifest) | _parquet(dataset.queries_path(report["encoder"]), columns)
+
+
+def _estimates(head: str, rows: Mapping[str, Mapping[str, Any]]) -> str:
+    names = list(next(iter(rows.values()), {}))
+    lines = [f"| {head} | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
+    for key, row in rows.items():
+        lines.append(f"| {key} | {' | '.join(compare.format_figure(Estimate(**row[name])) for name in names)} |")
+    return "\n".join(lines)
+
+
+def evaluation(dataset: Dataset, manifest: Manifest) -> dict[str, Any]:
+    rows = compare.encoders_table(dataset)
+    report = {"report": dg.MetadataValue.md(compare.markdown(rows))}
+    columns = ["encoder", "dimensions", "instance_recall_at_1", "knn_balanced_accuracy", "map", "index_recall"]
+    return _picture("figures", compare.chart(rows)) | report | _parquet(dataset.evaluation_path, columns)
+
+
 # Counts for the next steps only.
 HIDDEN = ("rows", "encoder_identity", "files", "sha256_by_source")
 
@@ -162,6 +202,8 @@ SHOW: dict[str, Callable[[Dataset, Manifest], dict[str, Any]]] = {
     "embeddings": embeddings,
     "embedding_table": embedding_table,
     "index": index,
+    "scores": scores,
+    "evaluation": evaluation,
 }
 
 
