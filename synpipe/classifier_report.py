@@ -23,10 +23,12 @@ def recall_rows(figures: Mapping[str, Any]) -> list[list[str]]:
     for name, found in recalls.items():
         shown = [_number(others.get(name)) for others in published.values()]
         counts = [f"{found.get(key, 0):,}" for key in ("synapse_count", "neuron_count")]
-        rows.append([name, counts[0], _interval(found, "recall"), counts[1], _interval(found, "neuron_recall"), *shown])
+        rows.append(
+            [name, counts[0], interval_text(found, "recall"), counts[1], interval_text(found, "neuron_recall"), *shown]
+        )
     means = [_number(float(np.mean(list(others.values())))) for others in published.values()]
     totals = [f"{sum(found.get(key, 0) for found in recalls.values()):,}" for key in ("synapse_count", "neuron_count")]
-    mean, of_votes = _interval(figures, "balanced_accuracy"), _interval(figures, "neuron_balanced_accuracy")
+    mean, of_votes = interval_text(figures, "balanced_accuracy"), interval_text(figures, "neuron_balanced_accuracy")
     return [*rows, ["mean (balanced accuracy)", totals[0], mean, totals[1], of_votes, *means]]
 
 
@@ -61,7 +63,7 @@ def confusion_picture(figures: Mapping[str, Any], title: str) -> Image.Image:
         axes.set_xticks(range(len(classes)), classes, rotation=40, ha="right", fontsize=8)
         axes.set_yticks(range(len(classes)), labels, fontsize=8)
         name = "balanced_accuracy" if unit == "synapses" else "neuron_balanced_accuracy"
-        axes.set_title(f"{unit}: balanced accuracy {_interval(figures, name)}", fontsize=9)
+        axes.set_title(f"{unit}: balanced accuracy {interval_text(figures, name)}", fontsize=9)
         axes.set_xlabel("predicted", fontsize=8)
     canvas, buffer = FigureCanvasAgg(figure), io.BytesIO()
     canvas.print_png(buffer)
@@ -88,9 +90,12 @@ def _matrix(figures: Mapping[str, Any], unit: Unit) -> tuple[list[str], np.ndarr
     return figures["confusion"]["classes"], np.array(figures["confusion"][unit])
 
 
-def _interval(figures: Mapping[str, Any], name: str) -> str:
+def interval_text(figures: Mapping[str, Any], name: str) -> str:
+    """A figure with its interval, where it has one; nothing where there is no figure."""
     value, low, high = (figures.get(key) for key in (name, f"{name}_low", f"{name}_high"))
-    return "" if value is None else f"{_number(value)} ({_number(low)}–{_number(high)})"
+    if value is None:
+        return ""
+    return _number(value) if low is None else f"{_number(value)} ({_number(low)}–{_number(high)})"
 
 
 def _number(value: float | None) -> str:

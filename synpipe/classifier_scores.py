@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from synpipe.evaluation import Estimate, estimate
 from synpipe.splits import TEST
 
 PREDICTIONS = pa.schema(
@@ -56,9 +57,6 @@ PUBLISHED = {
         "octopamine": 0.88,
     },
 }
-
-RESAMPLES = 1000
-LEVEL = 0.95
 
 
 def predictions_table(
@@ -120,37 +118,37 @@ def score_test_side(predictions: pa.Table, classes: Sequence[str]) -> dict[str, 
     """Figures of the test side, for people and for JSON; an empty mapping where no synapse stands there.
 
     `balanced_accuracy`, `neuron_balanced_accuracy` with `_low` and `_high`; `accuracy`, `neuron_accuracy`; `recalls`, a
-    mapping per class; `confusion`, counts with a row per true class. Intervals are percentiles of a bootstrap that draws
-    neurons, not synapses: those of one neuron are alike (a synapse of no known neuron is drawn by itself).
+    mapping per class; `confusion`, counts with a row per true class. Intervals are those of `evaluation.estimate`, which
+    draws neurons, not synapses; of a class with one neuron there is none.
     """
     test = predictions.filter(pc.fill_null(pc.equal(predictions["split"], TEST), False))
     test = test.filter(pc.is_valid(test["neurotransmitter"]))
     if not len(test):
         return {}
-    truth, predicted = (codes_of(test[name], classes) for name in ("neurotransmitter", "predicted_neurotransmitter"))
     votes = votes_of_neurons(test, classes)
-    known, voted = (codes_of(votes[name], classes) for name in ("neurotransmitter", "predicted_neurotransmitter"))
+    # A synapse of no known neuron is drawn by itself.
     groups = pc.coalesce(test["neuron_id"], pc.negate(test["synapse_id"])).to_numpy()
-    by_synapse = _confusions(truth, predicted, groups, len(classes))
-    by_neuron = _confusions(known, voted, votes["neuron_id"].to_numpy(), len(classes))
     figures: dict[str, Any] = {}
     recalls: dict[str, dict[str, Any]] = {}
-    for prefix, confusions in (("", by_synapse), ("neuron_", by_neuron)):
-        total = confusions.sum(axis=0)
-        resampled = _recalls(_resampled(confusions))
-        figures |= _with_interval(f"{prefix}balanced_accuracy", _mean(_recalls(total[None]))[0], _mean(resampled))
-        figures[f"{prefix}accuracy"] = _round(np.trace(total) / max(1, total.sum()))
-        for code, name in enumerate(classes):
-            if not total[code].sum():
-                continue
-            of_class = recalls.setdefault(name, {})
-            of_class[f"{prefix or 'synapse_'}count"] = int(total[code].sum())
-            of_class |= _with_interval(f"{prefix}recall", total[code, code] / total[code].sum(), resampled[:, code])
-    confusion = {"classes": list(classes)}
-    confusion |= {
-        name: found.sum(axis=0).astype(int).tolist()
-        for name, found in (("synapses", by_synapse), ("neurons", by_neuron))
-    }
+    confusion: dict[str, Any] = {"classes": list(classes)}
+    for unit, prefix, table, drawn in (
+        ("synapses", "", test, groups),
+        ("neurons", "neuron_", votes, votes["neuron_id"].to_numpy()),
+    ):
+        labels = np.array(table["neurotransmitter"].to_pylist(), dtype=object)
+        truth, predicted = (
+            codes_of(table[name], classes) for name in ("neurotransmitter", "predicted_neurotransmitter")
+        )
+        right = (truth == predicted).astype(float)
+        confusion[unit] = _counted(truth, predicted, (len(classes), len(classes))).astype(int).tolist()
+        figures |= _told(f"{prefix}balanced_accuracy", estimate(right, labels, drawn))
+        figures[f"{prefix}accuracy"] = _round(float(right.mean())) if len(right) else None
+        for name in classes:
+            rows = np.flatnonzero(labels == name)
+            if len(rows):
+                counted = {f"{prefix or 'synapse_'}count": len(rows)}
+                of_class = _told(f"{prefix}recall", estimate(right[rows], labels[rows], drawn[rows]))
+                recalls[name] = recalls.get(name, {}) | counted | of_class
     return figures | {"recalls": recalls, "confusion": confusion}
 
 
@@ -185,41 +183,9 @@ def _common(neurons: np.ndarray, sides: pa.ChunkedArray, count: int) -> list[str
     return [next(iter(here)) if len(here) == 1 else None for here in found]
 
 
-def _confusions(truth: np.ndarray, predicted: np.ndarray, groups: np.ndarray, classes: int) -> np.ndarray:
-    """A confusion matrix per group: float64 (groups, classes, classes), rows are true classes."""
-    names, codes = np.unique(groups, return_inverse=True)
-    counts = np.zeros((len(names), classes, classes))
-    valid = (truth >= 0) & (predicted >= 0)
-    np.add.at(counts, (codes[valid], truth[valid], predicted[valid]), 1)
-    return counts
+def _told(name: str, found: Estimate) -> dict[str, float | None]:
+    return {name: _round(found.value), f"{name}_low": _round(found.low), f"{name}_high": _round(found.high)}
 
 
-def _resampled(confusions: np.ndarray) -> np.ndarray:
-    """Sums over as many groups, drawn with replacement: (RESAMPLES, classes, classes)."""
-    groups = len(confusions)
-    drawn = np.random.default_rng(0).multinomial(groups, np.full(groups, 1 / max(1, groups)), RESAMPLES)
-    return np.tensordot(drawn.astype(float), confusions, axes=1)
-
-
-def _recalls(confusions: np.ndarray) -> np.ndarray:
-    """(m, classes, classes) to (m, classes); NaN for a class that is not there."""
-    totals = confusions.sum(axis=2)
-    hits = np.diagonal(confusions, axis1=1, axis2=2)
-    return np.divide(hits, totals, out=np.full(totals.shape, np.nan), where=totals > 0)
-
-
-def _mean(recalls: np.ndarray) -> np.ndarray:
-    """Balanced accuracy: mean over the classes that are there, (m,); NaN without any."""
-    there = ~np.isnan(recalls)
-    sums = np.where(there, recalls, 0).sum(axis=1)
-    return np.divide(sums, there.sum(axis=1), out=np.full(len(recalls), np.nan), where=there.any(axis=1))
-
-
-def _with_interval(name: str, value: float, resampled: np.ndarray) -> dict[str, float | None]:
-    known = resampled[~np.isnan(resampled)]
-    low, high = np.quantile(known, [(1 - LEVEL) / 2, (1 + LEVEL) / 2]) if len(known) else (np.nan, np.nan)
-    return {name: _round(value), f"{name}_low": _round(low), f"{name}_high": _round(high)}
-
-
-def _round(value: float) -> float | None:
-    return None if np.isnan(value) else round(float(value), 4)
+def _round(value: float | None) -> float | None:
+    return None if value is None else round(value, 4)

@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from synpipe.classifier import FinetuneSpec, LinearSpec, Probe, fit_linear, sample_rows
+from synpipe.classifier_report import interval_text
 from synpipe.classifier_scores import codes_of, few_neurons, predictions_table, score_test_side, votes_of_neurons
 from synpipe.datasets import Dataset
 from synpipe.embedding import EmbeddingCache
@@ -73,8 +74,7 @@ def make_classifier(dataset: Dataset, name: str, inputs: Inputs, log: Log) -> Ma
             few_neurons(scores["recalls"]) if scores else ["No labelled synapse stands on the test side: no figures."]
         )
         if scores:
-            low, high = scores["balanced_accuracy_low"], scores["balanced_accuracy_high"]
-            log(f"balanced accuracy on the test side {scores['balanced_accuracy']:.3f} ({low:.3f} to {high:.3f})")
+            log(f"balanced accuracy on the test side: {interval_text(scores, 'balanced_accuracy')}")
     return Made(version, {"rows": len(predictions), "by": dataset.spec.split.by} | counts, notes)
 
 
@@ -141,7 +141,7 @@ class _Learning:
         entry = self._dataset.encoders[self._name]
         if not isinstance(entry, EncoderSpec):
             probe, counts, notes = self.fit(LinearSpec(balance=spec.balance))
-            return probe, counts, [*notes, "A compressed encoder has no network to train: this is a linear probe."]
+            return probe, counts, [*notes, "This encoder is no network that could be trained: this is a linear probe."]
         counts = {"method": spec.method, "balance": spec.balance} | self._counts
         if refusal := self._refusal():
             self._log(refusal)
@@ -208,11 +208,11 @@ def finetuned_encoder(dataset: Dataset, encoder: str, name: str, spec: FinetuneS
     """Train the network of an encoder further and keep it as `weights/<name>.safetensors` beside the registry.
 
     Needs `rgb_tiles` and `split`. Returns the entry for the registry. What the classifier has trained in this way is not
-    trained again. Raises `SynpipeError` where there is nothing to learn, or the encoder is a compressed one.
+    trained again. Raises `SynpipeError` where there is nothing to learn, or the encoder is not a network.
     """
     entry = dataset.encoders[encoder]
     if not isinstance(entry, EncoderSpec):
-        raise SynpipeError(f"{encoder} is a compressed encoder and has no network to train: choose its base.")
+        raise SynpipeError(f"{encoder} is no network that could be trained: choose another encoder.")
     folder, report = _Learning(dataset, encoder, log).train(spec, entry)
     weights = f"weights/{name}.safetensors"
     with atomic_path(dataset.weights_base / weights) as temporary:

@@ -341,6 +341,80 @@ def diff(project: "Project", a: str, b: str, dataset: str, encoder: str | None, 
 
 
 @main.command()
+@click.argument("a", required=False)
+@click.argument("b", required=False)
+@dataset_option
+@json_option
+@click.pass_obj
+def compare(project: "Project", a: str | None, b: str | None, dataset: str, as_json: bool) -> None:
+    """Which encoder is better: all of a data set side by side, or encoder A against encoder B.
+
+    Figures come with 95 % intervals. The difference of two encoders is that of B from A, on the same queries.
+
+    \b
+    Examples:
+      synpipe compare
+      synpipe compare resnet10t_random filter_bank -d vnc_stack1
+    """
+    from synpipe import compare as comparing
+    from synpipe.evaluation import FIGURES, Estimate
+
+    chosen = project.dataset(dataset)
+    if a is None:
+        rows = comparing.encoders_table(chosen)
+        if as_json:
+            _print_json(rows)
+            return
+        shown = [name for name in FIGURES if any(row[name] is not None for row in rows)]
+        for name in shown:
+            click.echo(f"\n{FIGURES[name].title}")
+            for row in rows:
+                figure = Estimate(row[name], row[f"{name}_low"], row[f"{name}_high"])
+                click.echo(
+                    f"  {row['encoder']:<24} {row['dimensions']:>5} dimensions  {comparing.format_figure(figure)}"
+                )
+        click.echo("\nindex recall@10 against exact search")
+        for row in rows:
+            click.echo(f"  {row['encoder']:<24} {row['index_recall']:.4f}")
+        return
+    if b is None:
+        raise SynpipeError(
+            f"Name two encoders to compare, {a} and one of {', '.join(chosen.encoders)}; or none, for all."
+        )
+    found = comparing.compare(chosen, chosen.encoder(a), chosen.encoder(b))
+    picture = chosen.folder / "evaluation" / f"{found.a}-{found.b}.png"
+    image = comparing.picture(chosen, found, tile_px=128)
+    if image is not None:
+        _save(picture, image)
+    if as_json:
+        _print_json(asdict(found) | {"picture": str(picture) if image is not None else None})
+        return
+    click.echo(f"{'':<34} {found.a[:24]:<24} {found.b[:24]:<24} difference")
+    for pair in found.figures.values():
+        cells = [
+            comparing.format_figure(pair.a),
+            comparing.format_figure(pair.b),
+            comparing.format_figure(pair.difference, "+"),
+        ]
+        click.echo(f"{pair.title:<34} {cells[0]:<24} {cells[1]:<24} {cells[2]}")
+    if found.overlap is not None:
+        click.echo(
+            f"\nOf the ten nearest neighbours {found.overlap:.0%} are the same (Jaccard {found.jaccard:.2f}), {found.queries:,} "
+            "queries. They differ most on:"
+        )
+    for query in found.differ_most:
+        precision = [
+            comparing.format_figure(Estimate(each)) for each in (query.average_precision_a, query.average_precision_b)
+        ]
+        click.echo(
+            f"  {query.synapse_id:>20}  {query.label or 'unlabelled':<16} average precision {precision[0]} and {precision[1]}, "
+            f"{query.overlap:.0%} in common"
+        )
+    if image is not None:
+        click.echo(f"\n{_short(picture)}   their neighbours: look at it")
+
+
+@main.command()
 @click.argument("version")
 @dataset_option
 @encoder_option
@@ -480,9 +554,13 @@ def _print_json(value: Any) -> None:
 
 def _ids_as_strings(value: Any) -> Any:
     if isinstance(value, dict):
-        ids = ("synapse_id", "neuron_id")
+        ids, lists_of_ids = ("synapse_id", "neuron_id"), ("nearest_a", "nearest_b")
         return {
-            name: str(item) if name in ids and item is not None else _ids_as_strings(item)
+            name: list(map(str, item))
+            if name in lists_of_ids
+            else str(item)
+            if name in ids and item is not None
+            else _ids_as_strings(item)
             for name, item in value.items()
         }
     return [_ids_as_strings(item) for item in value] if isinstance(value, list | tuple) else value

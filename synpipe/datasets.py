@@ -17,8 +17,10 @@ from pydantic import Field
 from synpipe.annotations import AnnotationSpec
 from synpipe.classifier import ClassifierSpec, LinearSpec
 from synpipe.compression import CompressedSpec, branch_name, chosen_encoders
+from synpipe.descriptors import DescriptorSpec
 from synpipe.encoders import EncoderSpec, identity, load_registry
 from synpipe.errors import SynpipeError
+from synpipe.evaluation import EvaluationSpec
 from synpipe.projection import ProjectionSpec
 from synpipe.specs import Spec, digest, read_yaml
 from synpipe.splits import SplitSpec
@@ -38,9 +40,9 @@ class DatasetSpec(Spec):
     title: a sentence for people. synthetic: makes the volume and the annotations on the spot (the demo). volume,
     annotations: where the data is; relative paths start at the folder of the YAML file, or of what `synthetic` makes.
     classes: values that the class column `neurotransmitter` may have. tiles: the recipe. split: what is learnt from and
-    what it is held against. classifier: how classes are predicted; null: not at all. encoders: names of entries of
-    `encoders.yaml`, or `<name>+pca32` and `<name>+ae32` (see `compression`), the first being the default; each is a branch
-    of the graph. projection: how the maps are drawn; null draws none.
+    what it is held against. evaluation: how much is measured. classifier: how classes are predicted; null: not
+    at all. encoders: names of entries of `encoders.yaml`, or `<name>+pca32` and `<name>+ae32` (see `compression`), the
+    first being the default; each is a branch of the graph. projection: how the maps are drawn; null draws none.
     """
 
     title: str
@@ -51,6 +53,7 @@ class DatasetSpec(Spec):
     tiles: TileSpec = TileSpec()
     split: SplitSpec = SplitSpec()
     classifier: ClassifierSpec | None = LinearSpec()
+    evaluation: EvaluationSpec = EvaluationSpec()
     encoders: tuple[str, ...] = Field(min_length=1)
     projection: ProjectionSpec | None = ProjectionSpec()
 
@@ -67,7 +70,7 @@ class Dataset:
     spec: DatasetSpec
     folder: Path
     base: Path
-    encoders: Mapping[str, EncoderSpec | CompressedSpec]
+    encoders: Mapping[str, EncoderSpec | DescriptorSpec | CompressedSpec]
     weights_base: Path
 
     @property
@@ -93,6 +96,19 @@ class Dataset:
     @property
     def split_path(self) -> Path:
         return self.folder / "split.parquet"
+
+    def scores_path(self, encoder: str) -> Path:
+        """Figures of an encoder."""
+        return self.folder / "evaluation" / f"{encoder}.json"
+
+    def queries_path(self, encoder: str) -> Path:
+        """What each query of its evaluation found."""
+        return self.folder / "evaluation" / f"{encoder}.parquet"
+
+    @property
+    def evaluation_path(self) -> Path:
+        """The figures of all encoders, a row each."""
+        return self.folder / "evaluation.parquet"
 
     @property
     def cut_outs_folder(self) -> Path:
@@ -195,7 +211,7 @@ class Project:
         return cls(data, Path(chosen).resolve())
 
     @cached_property
-    def registry(self) -> Mapping[str, EncoderSpec | CompressedSpec]:
+    def registry(self) -> Mapping[str, EncoderSpec | DescriptorSpec | CompressedSpec]:
         return load_registry(self.data / "encoders.yaml")
 
     def dataset_names(self) -> list[str]:

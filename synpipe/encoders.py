@@ -1,6 +1,6 @@
 """Encoders: a registry entry says which network, which weights and which preprocessing; here it becomes a model.
 
-In: `data/encoders.yaml`, one `EncoderSpec` per name. Out: an `Encoder` that turns uint8 tiles into vectors.
+In: `data/encoders.yaml`, an `EncoderSpec` per name, or a `DescriptorSpec`. Out: an `Encoder` that turns uint8 tiles into vectors.
 Guarantee: everything that changes a number is in the encoder's fingerprint (architecture and its arguments, the bytes
 of the weights, crop, mean, std, precision, torch and timm), so vectors with one fingerprint may be compared and cached.
 
@@ -27,7 +27,9 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 import numpy as np
 from pydantic import Field, field_validator, model_validator
 
+from synpipe import descriptors
 from synpipe.compression import CompressedSpec
+from synpipe.descriptors import DescriptorSpec
 from synpipe.errors import SynpipeError
 from synpipe.specs import Spec, digest, read_yaml
 
@@ -94,23 +96,26 @@ class _Registry(Spec):
         return encoders
 
 
-def load_registry(path: Path) -> dict[str, EncoderSpec | CompressedSpec]:
+def load_registry(path: Path) -> dict[str, EncoderSpec | DescriptorSpec | CompressedSpec]:
     """Read the encoders in the order of the file. Raises `SynpipeError` naming file, entry and valid keys."""
     entries = _Registry.parse(read_yaml(path), str(path)).encoders
     return {name: _kind(entry).parse(entry, f"{path}, encoder `{name}`") for name, entry in entries.items()}
 
 
-def _kind(entry: Any) -> type[EncoderSpec] | type[CompressedSpec]:
-    """A network, or what is fitted on the vectors of one."""
-    return CompressedSpec if isinstance(entry, dict) and "base" in entry else EncoderSpec
+def _kind(entry: Any) -> type[EncoderSpec] | type[DescriptorSpec] | type[CompressedSpec]:
+    """A network, a hand-made descriptor, or what is fitted on the vectors of another encoder."""
+    keys = entry if isinstance(entry, dict) else ()
+    return DescriptorSpec if "descriptor" in keys else CompressedSpec if "base" in keys else EncoderSpec
 
 
-def identity(spec: EncoderSpec, base: Path) -> str:
+def identity(spec: EncoderSpec | DescriptorSpec, base: Path) -> str:
     """What the encoder is declared to be, without importing torch, opening the model or asking the hub.
 
     For Dagster's `code_version`. The vectors' cache key is `Encoder.fingerprint`, which also covers the bytes that the
     hub delivered. A weights file that does not exist is no error here: the other encoders can still be listed and run.
     """
+    if isinstance(spec, DescriptorSpec):
+        return spec.fingerprint()
     path = base / spec.weights
     if spec.weights == "hub":
         weights = f"hub:{spec.model}"
@@ -147,9 +152,9 @@ def _sha256_of_version(path: Path, size: int, mtime_ns: int) -> str:
 class Encoder:
     """A model ready to embed; made by `open_encoder`."""
 
-    spec: EncoderSpec
+    spec: EncoderSpec | DescriptorSpec
     weights: str
-    """Identity of the weights that were loaded: `sha256:` and the digest of the file, or `random:` and the seed."""
+    """Identity of the weights that were loaded: `sha256:` and the digest of the file, `random:` and the seed, or `none`."""
     fingerprint: str
     dim: int
     device: "torch.device"
@@ -163,12 +168,14 @@ class Encoder:
         return self._forward(tiles)
 
 
-def open_encoder(spec: EncoderSpec, base: Path, device: str = "auto") -> Encoder:
+def open_encoder(spec: EncoderSpec | DescriptorSpec, base: Path, device: str = "auto") -> Encoder:
     """Build the network, load its weights and put it on `device` (`auto`: the GPU if there is one; `cpu`, `cuda:1` …).
 
     `base` is the folder that a relative weights file starts from. Raises `SynpipeError` where the model, the device or
-    the weights are not to be had; it never falls back to other weights.
+    the weights are not to be had; it never falls back to other weights. A descriptor is computed on the CPU in any case.
     """
+    if isinstance(spec, DescriptorSpec):
+        return _open_descriptor(spec)
     target = find_device(device)
     if spec.precision == "bf16" and target.type == "cpu" and not _cpu_has_bf16():
         logger.warning(
@@ -216,6 +223,17 @@ def open_network(spec: EncoderSpec, base: Path) -> tuple["torch.nn.Module", str,
     data = timm.data.resolve_model_data_config(model)
     preprocessing = {"crop_px": crop_px, "resize": "none", "mean": list(data["mean"]), "std": list(data["std"])}
     return model, weights, preprocessing
+
+
+def _open_descriptor(spec: DescriptorSpec) -> Encoder:
+    import torch
+
+    def forward(tiles: np.ndarray) -> np.ndarray:
+        return descriptors.describe(spec.descriptor, tiles)
+
+    dim = forward(np.zeros((1, 3, TILE_PX, TILE_PX), np.uint8)).shape[1]
+    seen = {"crop_px": descriptors.CROPS_PX[spec.descriptor], "resize": "none"}
+    return Encoder(spec, "none", spec.fingerprint(), dim, torch.device("cpu"), seen, forward)
 
 
 def find_device(device: str = "auto") -> "torch.device":

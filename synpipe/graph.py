@@ -23,7 +23,8 @@ from synpipe.tiles import CUT_OUT_VERSION
 @dataclass(frozen=True)
 class Step:
     """One asset of a data set. kind: the asset's name without the encoder. described: all of the specs that decide what
-    the step makes of its inputs. path: the file that other steps and tools read, where there is one."""
+    the step makes of its inputs. path: the file that other steps and tools read, where there is one. gathers: it takes those
+    of its inputs that are there, and is out of date until all are."""
 
     dataset: Dataset
     kind: str
@@ -32,6 +33,7 @@ class Step:
     described: Any
     make: Callable[..., Made]
     path: Path | None = None
+    gathers: bool = False
 
     @property
     def asset(self) -> str:
@@ -73,7 +75,10 @@ class Step:
         for step in steps(self.dataset):
             if step.asset not in self.deps:
                 continue
-            manifest = read_manifest(self.dataset, step.asset)
+            there = find_manifest(self.dataset, step.asset)
+            if self.gathers and (there is None or _not_whole(there)):
+                continue
+            manifest = there or read_manifest(self.dataset, step.asset)
             # What is made of a source that has changed would stand, and its cut-outs be kept, under the former version.
             reasons = _own_reasons(step, manifest) if step.kind in SOURCES else _not_whole(manifest)
             if reasons:
@@ -96,9 +101,10 @@ SOURCES = {"volume": pipeline.volume_version, "annotations": pipeline.annotation
 
 
 def steps(dataset: Dataset) -> list[Step]:
-    """A trunk, and a branch of assets per encoder; the branch of a compressed encoder grows out of that of its base.
+    """A trunk, a branch of assets per encoder, and the evaluation that gathers their figures.
 
-    The identity of the encoder describes all of its branch: Dagster's staleness looks one hop up only.
+    The branch of a compressed encoder grows out of that of its base. The identity of an encoder describes all of its branch:
+    Dagster's staleness looks one hop up only.
     """
     spec = dataset.spec
     made_here = ("volume",) if spec.synthetic else ()
@@ -163,8 +169,19 @@ def steps(dataset: Dataset) -> list[Step]:
                 dataset.table_path(encoder),
             ),
             Step(dataset, "index", encoder, (table,), who, pipeline.make_index),
+            Step(
+                dataset,
+                "scores",
+                encoder,
+                ("volume", "rgb_tiles", "split", table, f"index_{encoder}"),
+                [who, spec.evaluation],
+                learning_steps.make_scores,
+                dataset.scores_path(encoder),
+            ),
         ]
-    return found
+    judged = tuple(f"scores_{encoder}" for encoder in dataset.encoders)
+    make = learning_steps.make_evaluation
+    return [*found, Step(dataset, "evaluation", None, judged, None, make, dataset.evaluation_path, gathers=True)]
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ def tiles_by_class(dataset: Dataset, per_class: int = 8, tile_px: int = 96) -> I
     """A row of tiles per class, taken at even distances from the index of the tiles; None where there is no tile."""
     index = read_table(dataset.tiles_path, ["synapse_id"])
     reader = open_tiles(dataset)
-    labels = _labels(dataset)
+    labels = class_by_synapse(dataset)
     classes = np.array([labels[synapse_id] for synapse_id in index["synapse_id"].to_pylist()])
     rows: dict[str, list[Cell]] = {}
     for name in (*dataset.spec.classes, UNLABELLED):
@@ -42,7 +42,7 @@ def tiles_by_class(dataset: Dataset, per_class: int = 8, tile_px: int = 96) -> I
             chosen = of_class[np.linspace(0, len(of_class) - 1, min(per_class, len(of_class))).astype(int)]
             captions = [str(index["synapse_id"][row]) for row in chosen.tolist()]
             rows[name] = list(zip(reader.read(chosen), captions, strict=True))
-    return _sheet(rows, tile_px) if rows else None
+    return sheet(rows, tile_px) if rows else None
 
 
 def example_queries(dataset: Dataset, encoder: str) -> list[int]:
@@ -62,7 +62,7 @@ def neighbours_picture(
     answers: what `SynapseIndex.search` found, by the query's synapse id; at least one.
     """
     reader = open_tiles(dataset)
-    labels = _labels(dataset)
+    labels = class_by_synapse(dataset)
     rows = {}
     for query, answer in answers.items():
         found = [
@@ -70,7 +70,7 @@ def neighbours_picture(
         ]
         cells = [(reader.by_id(synapse_id), caption) for synapse_id, caption in [(query, "query"), *found]]
         rows[f"{labels[query]}\n{query}"] = cells
-    return _sheet(rows, tile_px)
+    return sheet(rows, tile_px)
 
 
 def nearest_neighbours(dataset: Dataset, encoder: str, tile_px: int = 64) -> Image.Image | None:
@@ -83,7 +83,7 @@ def nearest_neighbours(dataset: Dataset, encoder: str, tile_px: int = 64) -> Ima
 def vector_map(dataset: Dataset, encoder: str) -> Image.Image:
     """The map of an encoder, coloured by class."""
     table = read_table(dataset.projection_path(encoder))
-    classes, labels = dataset.spec.classes, _labels(dataset)
+    classes, labels = dataset.spec.classes, class_by_synapse(dataset)
     places = np.stack([table[axis].to_numpy() for axis in ("map_x", "map_y")], axis=1)
     found = np.array([labels[synapse_id] for synapse_id in table["synapse_id"].to_pylist()])
     return map_picture(places, found, classes, f"{dataset.name}, {encoder}: {len(table):,} synapses")
@@ -106,7 +106,7 @@ def data_uri(image: Image.Image) -> str:
     return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
-def _sheet(rows: Mapping[str, Sequence[Cell]], tile_px: int) -> Image.Image:
+def sheet(rows: Mapping[str, Sequence[Cell]], tile_px: int) -> Image.Image:
     """Rows of tiles by the text to their left; sections z−1, z, z+1 are red, green and blue."""
     step_x, step_y = tile_px + GAP_PX, tile_px + CAPTION_PX + GAP_PX
     columns = max(map(len, rows.values()))
@@ -131,7 +131,7 @@ def _fit(draw: ImageDraw.ImageDraw, text: str, font, width_px: int) -> str:
     return text
 
 
-def _labels(dataset: Dataset) -> dict[int, str]:
+def class_by_synapse(dataset: Dataset) -> dict[int, str]:
     """Class by synapse."""
     table = read_table(dataset.synapses_path, ["synapse_id", "neurotransmitter"])
     labels = (label or UNLABELLED for label in table["neurotransmitter"].to_pylist())

@@ -22,8 +22,9 @@ import pyarrow.parquet as pq
 
 from synpipe import __version__, drift, embedding, table, tiles
 from synpipe.annotations import REJECT_SCHEMA, read_annotations
+from synpipe.compression import CompressedSpec
 from synpipe.datasets import Dataset
-from synpipe.encoders import Encoder, EncoderSpec, open_encoder
+from synpipe.encoders import Encoder, open_encoder
 from synpipe.errors import SynpipeError
 from synpipe.fingerprints import file_sha256, status
 from synpipe.manifests import find_manifest, read_manifest
@@ -49,6 +50,8 @@ CODE_VERSIONS = {
     "projection": "1",
     "embedding_table": "1",
     "index": "1",
+    "scores": "1",
+    "evaluation": "1",
 }
 
 # The schema of the embedding table, Parquet and LanceDB, for other tools: a change of it raises the number.
@@ -251,7 +254,7 @@ def make_embeddings(dataset: Dataset, name: str, inputs: Inputs, log: Log) -> Ma
     """Embed every tile that this encoder, as it now is, has not embedded before."""
     asset = f"embeddings_{name}"
     spec, who = dataset.encoders[name], dataset.identity(name)
-    assert isinstance(spec, EncoderSpec)
+    assert not isinstance(spec, CompressedSpec)  # `derived_steps` makes those
     made = find_manifest(dataset, asset)
     if made and made.counts["encoder_identity"] == who and made.inputs == inputs:
         shards, hashes = _tiles_to_embed(dataset)

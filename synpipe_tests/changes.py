@@ -49,7 +49,9 @@ TRUNK = {"volume", "annotations", "synapses", "synapse_stacks", "rgb_tiles", "re
 
 
 def branch(*encoders: str) -> set[str]:
-    return {f"{kind}_{encoder}" for encoder in encoders for kind in ("embeddings", "embedding_table", "index")}
+    return {
+        f"{kind}_{encoder}" for encoder in encoders for kind in ("embeddings", "embedding_table", "index", "scores")
+    } | {"evaluation"}
 
 
 @dataclass(frozen=True)

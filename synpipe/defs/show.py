@@ -12,11 +12,14 @@ import dagster as dg
 import pyarrow.parquet as pq
 from PIL import Image
 
+from synpipe import compare
 from synpipe.classifier_report import confusion_picture, confusion_rows, markdown, recall_rows
 from synpipe.datasets import Dataset
+from synpipe.evaluation import Estimate
 from synpipe.graph import Step
 from synpipe.manifests import Manifest
 from synpipe.pictures import data_uri, nearest_neighbours, section_picture, tiles_by_class, vector_map
+from synpipe.shards import read_json
 from synpipe.splits import SCHEMES
 from synpipe.volumes import MissingChunk, Volume
 
@@ -36,6 +39,8 @@ KINDS = {
     "projection": {"parquet"},
     "embedding_table": {"parquet"},
     "index": {"lancedb"},
+    "scores": {"parquet"},
+    "evaluation": {"parquet"},
 }
 
 DESCRIPTIONS = {
@@ -54,6 +59,9 @@ DESCRIPTIONS = {
     "projection": "A place in the plane for every synapse, by UMAP: vectors that are alike lie side by side.",
     "embedding_table": "The synapses with their vectors in one Parquet file, for pandas, Polars, DuckDB and others.",
     "index": "The table in LanceDB, versioned and indexed, for `synpipe search`.",
+    "scores": "How good the neighbours are: do synapses find their class, in other neurons, and places themselves? With "
+    "intervals.",
+    "evaluation": "The figures of every encoder, a row each, for choosing among them; `synpipe compare A B` says more of two.",
 }
 
 COLUMNS = {
@@ -90,6 +98,13 @@ COLUMNS = {
     "class_probabilities": "Of every class, in the order of the data set's `classes`.",
     "split": "Side on which the synapse stood: predictions of `train` rows are no evidence.",
     "vector": "Embedding of unit length.",
+    "label": "The class; empty where it is not known.",
+    "voted": "The class for which the ten nearest of other neurons vote; empty where it was not a query.",
+    "average_precision": "Of its own class in the ranking; empty where it was not a query.",
+    "precision_at_10": "Share of its own class among the ten nearest of other neurons.",
+    "instance_rank": "Rank of the original for an altered view of it; empty where none was tried.",
+    "nearest": "The nearest of known class, of other neurons and other places.",
+    "group": "The neuron, or where it is not known the place, as a number: what is resampled as one.",
     "norm": "Length of the vector as the encoder gave it.",
     "map_x": "Place on the map of the encoder; empty where there is none.",
     "map_y": "Place on the map of the encoder; empty where there is none.",
@@ -175,6 +190,31 @@ def index(dataset: Dataset, manifest: Manifest) -> dict[str, Any]:
     return pictures | _figures(manifest) | folder | {"dagster/row_count": manifest.counts["rows"]}
 
 
+def scores(dataset: Dataset, manifest: Manifest) -> dict[str, Any]:
+    report = read_json(dataset.scores_path(manifest.asset.removeprefix("scores_")))
+    columns = ["synapse_id", "label", "voted", "average_precision", "precision_at_10", "instance_rank", "nearest"]
+    tables = {
+        "by_class": dg.MetadataValue.md(_estimates("class", report["classes"])),
+        "single_alterations": dg.MetadataValue.md(_estimates("altered", report["alterations"])),
+    }
+    return tables | _figures(manifest) | _parquet(dataset.queries_path(report["encoder"]), columns)
+
+
+def _estimates(head: str, rows: Mapping[str, Mapping[str, Any]]) -> str:
+    names = list(next(iter(rows.values()), {}))
+    lines = [f"| {head} | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
+    for key, row in rows.items():
+        lines.append(f"| {key} | {' | '.join(compare.format_figure(Estimate(**row[name])) for name in names)} |")
+    return "\n".join(lines)
+
+
+def evaluation(dataset: Dataset, manifest: Manifest) -> dict[str, Any]:
+    rows = compare.encoders_table(dataset)
+    report = {"report": dg.MetadataValue.md(compare.markdown(rows))}
+    columns = ["encoder", "dimensions", "instance_recall_at_1", "knn_balanced_accuracy", "map", "index_recall"]
+    return _picture("figures", compare.chart(rows)) | report | _parquet(dataset.evaluation_path, columns)
+
+
 # Counts for the next steps only.
 HIDDEN = ("rows", "encoder_identity", "files", "sha256_by_source")
 
@@ -192,6 +232,8 @@ SHOW: dict[str, Callable[[Dataset, Manifest], dict[str, Any]]] = {
     "projection": projection,
     "embedding_table": embedding_table,
     "index": index,
+    "scores": scores,
+    "evaluation": evaluation,
 }
 
 
