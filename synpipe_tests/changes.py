@@ -38,6 +38,7 @@ SPEC = {
     "tiles": {"shards": 3, "block_voxels_zyx": [32, 128, 128]},
     "encoders": ["tiny", "other"],
     "projection": None,
+    "classifier": None,  # `test_classifier` has those
 }
 ENCODERS = {
     "tiny": {"model": "resnet10t", "weights": "random", "seed": 0, "crop_px": 64, "precision": "fp32"},
