@@ -151,8 +151,9 @@ class _Learning:
         embed_tiles(self._dataset, encoder, self._log)
         self._fingerprint, self._dimensions = encoder.fingerprint, encoder.dim
         probe = read_head(folder / HEAD)
-        if len(self._validation.rows):
-            probe = probe.calibrated(self._vectors(self._validation.rows), self._validation.codes)
+        # The layer has an output for every class, also where there was none to learn.
+        probe.bias[np.setdiff1d(np.arange(len(self._classes)), self._training.codes)] = -np.inf
+        probe = probe.calibrated(self._vectors(self._validation.rows), self._validation.codes)
         counts |= {name: report[name] for name in ("epochs", "best_epoch", "validation_balanced_accuracy")}
         counts |= {"temperature": round(probe.temperature, 3), "encoder_fingerprint": encoder.fingerprint}
         return probe, counts | {"folder": str(folder.relative_to(self._dataset.folder))}, []

@@ -71,11 +71,14 @@ def finetune(
     where the last epoch is taken), `history`, an entry per epoch.
     Raises `SynpipeError` where the loss is not finite or a batch does not fit into the memory of the device.
     """
+    import torch
+
     if (folder / "report.json").exists():
         return read_json(folder / "report.json")
     run = _Run(spec, encoder, base, read_tiles, training, validation, classes, folder, log, device)
     try:
-        return run.train()
+        with torch.random.fork_rng(devices=[]):  # the caller's random numbers are none of our concern
+            return run.train()
     finally:
         run.close()
 
