@@ -5,29 +5,38 @@ In: the files of a data set. Out: a `Finding`. Guarantee: a check reads what is 
 
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from synpipe import drift, splits
+from synpipe.classifier_scores import read_probabilities
 from synpipe.datasets import Dataset
 from synpipe.embedding import EmbeddingCache
-from synpipe.manifests import read_manifest
+from synpipe.learning_steps import column, synapses_with_tiles
+from synpipe.manifests import read_manifest, whole_versions
 from synpipe.pipeline import shard_name
 from synpipe.shards import read_table
 
 # Vectors of one encoder that differ by less than this share of their length carry nothing; random weights give 10⁻².
 MIN_SPREAD = 1e-4
+# Rounding in the table and another batch size change vectors by .004 of what lies between two tiles, see `drift`; bf16 of
+# another version of torch by .05. Another network, or weights trained further, by .5 and more.
+MAX_CHANGE = 0.1
+# Half as much again, or a third less, than the vectors of earlier versions: other tissue, another contrast, other weights.
+MAX_FACTOR = 1.5
 
 
 @dataclass(frozen=True)
 class Finding:
-    """Whether a check passed, in a sentence, with figures."""
+    """Whether a check passed, in a sentence, with figures. severity: what lies downstream of a mere warning is made."""
 
     passed: bool
     description: str
     figures: dict[str, Any] = field(default_factory=dict)
+    severity: Literal["error", "warning"] = "error"
 
 
 def tiles_are_there(dataset: Dataset) -> Finding:
@@ -94,6 +103,25 @@ def vectors_vary(dataset: Dataset, encoder: str) -> Finding:
     return Finding(True, f"The vectors spread by {spread:.2g} of their length.", figures)
 
 
+def predictions_are_whole(dataset: Dataset, encoder: str) -> Finding:
+    """Every tile has a prediction, unless nothing could be learned; probabilities are finite and sum to one."""
+    tiles = read_table(dataset.tiles_path, ["synapse_id"])["synapse_id"]
+    table = read_table(dataset.predictions_path(encoder))
+    figures = {"tiles": len(tiles), "rows": len(table)}
+    if sorted(tiles.to_pylist()) != sorted(table["synapse_id"].to_pylist()):
+        return Finding(False, "The rows of the predictions are not those of the tiles.", figures)
+    missing = table["class_probabilities"].null_count
+    if missing == len(table):
+        return Finding(True, "Nothing could be learned: there are no predictions.", figures)
+    if missing:
+        return Finding(False, f"{missing:,} tiles have no prediction.", figures)
+    probabilities = read_probabilities(table)
+    bad = int((~(np.isfinite(probabilities).all(axis=1) & (np.abs(probabilities.sum(axis=1) - 1) < 1e-3))).sum())
+    if bad:
+        return Finding(False, f"Probabilities of {bad:,} tiles are not finite, or do not sum to one.", figures)
+    return Finding(True, f"{len(table):,} predictions; the probabilities of each sum to one.", figures)
+
+
 def table_matches_tiles(dataset: Dataset, encoder: str) -> Finding:
     """The embedding table has exactly the tiles' synapses, with exactly the tiles' content."""
     columns = ["synapse_id", "content_hash"]
@@ -102,6 +130,48 @@ def table_matches_tiles(dataset: Dataset, encoder: str) -> Finding:
     same = pa.Table.equals(_plain(tiles), _plain(table))
     text = "The table has the rows of the tiles." if same else "The rows of the table are not those of the tiles."
     return Finding(same, text, {"tiles": len(tiles), "rows": len(table)})
+
+
+def vectors_have_not_drifted(dataset: Dataset, encoder: str) -> Finding:
+    """The same tiles have the same vectors as in the former version of the table; length and spread are as before."""
+    asset = f"embedding_table_{encoder}"
+    made = read_manifest(dataset, asset)
+    path = dataset.former_table_path(encoder)
+    if not path.exists():
+        return Finding(True, "The first version: there is nothing to compare it with.")
+    found = drift.compare(read_table(path), drift.take_sample(dataset.table_path(encoder)))
+    shown: dict[str, Any] = {"matched rows": found.matched, "same encoder": found.same_encoder}
+    if found.change is not None:
+        shown |= {"mean cosine": found.mean_cosine, "cosine, 1st percentile": found.low_cosine, "change": found.change}
+    if not found.same_encoder and not found.turned and (found.change is None or found.change > MAX_CHANGE):
+        text = "The encoder changed: these vectors cannot be compared with those of the former version."
+        return Finding(False, text, shown, "warning")
+
+    problems = []
+    if found.change is not None and found.change > MAX_CHANGE:
+        problems.append(
+            f"the vectors of the same tiles changed (cosine {found.mean_cosine:.4f} in the mean, {found.low_cosine:.4f} at the "
+            "1st percentile), though the encoder did not: is the cache of embeddings damaged?"
+        )
+    earlier = [
+        manifest.counts
+        for manifest in whole_versions(dataset, asset)
+        if manifest.data_version != made.data_version
+        and manifest.counts.get("encoder_identity") == made.counts["encoder_identity"]
+    ]
+    for name in ("norm", "spread") if earlier else ():
+        before, now = float(np.median([counts[name] for counts in earlier])), made.counts[name]
+        shown[name], shown[f"{name} before"] = now, before
+        if not before / MAX_FACTOR <= now <= before * MAX_FACTOR:
+            problems.append(
+                f"the {name} of the vectors is {now:.3g}, in earlier versions it was {before:.3g}: are the tiles alike?"
+            )
+    if problems:
+        text = "; ".join(problems)
+        return Finding(False, text[0].upper() + text[1:], shown, "warning")
+    if not found.matched:
+        return Finding(True, "No tile of the former version is in this one; length and spread are as before.", shown)
+    return Finding(True, f"{found.matched:,} tiles compared: their vectors are as before.", shown)
 
 
 def index_finds_neighbours(dataset: Dataset, encoder: str) -> Finding:
@@ -115,6 +185,27 @@ def index_finds_neighbours(dataset: Dataset, encoder: str) -> Finding:
         return Finding(False, f"The index has {report.rows:,} rows, the table {table['rows']:,}.", figures)
     text = f"recall@10 {report.recall:.4f} against exact search; at least {MIN_RECALL}."
     return Finding(report.recall >= MIN_RECALL, text, figures)
+
+
+def sides_are_apart(dataset: Dataset) -> Finding:
+    """No group stands on two sides of a split, and no tile overlaps one of another side; the random split is exempt."""
+    synapses, starts, window = synapses_with_tiles(dataset)
+    split = read_table(dataset.split_path).sort_by("synapse_id")
+    problems = []
+    for scheme in splits.SCHEMES[:-1]:
+        groups, overlapping = splits.faults(
+            column(split, scheme), column(synapses, splits.GROUP_COLUMNS[scheme]), starts, window
+        )
+        if groups:
+            problems.append(f"by {scheme}, {len(groups):,} groups stand on two sides, the first being {groups[0]}")
+        if len(overlapping):
+            first = split["synapse_id"][int(overlapping[0])]
+            problems.append(
+                f"by {scheme}, {len(overlapping):,} tiles overlap one of another side, first that of {first}"
+            )
+    if problems:
+        return Finding(False, f"{'; '.join(problems)}.")
+    return Finding(True, "Every group and every tile stands on one side.", {"synapses": len(split)})
 
 
 def _plain(table: pa.Table) -> pa.Table:

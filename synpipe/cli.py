@@ -119,7 +119,8 @@ def materialize(project: "Project", dataset: str, select: tuple[str, ...], stale
     "-w",
     multiple=True,
     metavar="COLUMN=VALUE",
-    help="Only synapses with this neurotransmitter, region, hemilineage, neuron_id or source. Repeat for more.",
+    help="Only synapses with this neurotransmitter, region, hemilineage, neuron_id, source, predicted_neurotransmitter or "
+    "split. Repeat for more.",
 )
 @click.option(
     "--picture", type=click.Path(dir_okay=False, path_type=Path), help="Save the tiles of the answer as a PNG."
@@ -264,6 +265,89 @@ def check(project: "Project", which: str, picture: Path | None) -> None:
 @main.command()
 @dataset_option
 @encoder_option
+@click.option("--name", "-n", required=True, help="Name of the new encoder.")
+@click.option("--epochs", type=click.IntRange(1), help="At most so many.  [default: that of `classifier:`, or 30]")
+@click.option(
+    "--register", "add", is_flag=True, help="Add the new encoder to encoders.yaml instead of printing the entry."
+)
+@click.pass_obj
+def finetune(project: "Project", dataset: str, encoder: str | None, name: str, epochs: int | None, add: bool) -> None:
+    """Train the network of an encoder further to tell the classes apart, as a new encoder.
+
+    It learns from the training side of the split alone. Interrupted, the same command carries on from the last checkpoint.
+    Settings are those of `classifier: {method: finetune, …}` of the data set, where it has that.
+
+    \b
+    Examples:
+      synpipe finetune -d mydata -e resnet18 -n resnet18_mydata --register
+      tensorboard --logdir data/store/mydata/training
+    """
+    from synpipe.classifier import FinetuneSpec
+    from synpipe.classifier_steps import finetuned_encoder
+    from synpipe.defs.run import materialize as run
+    from synpipe.registration import as_yaml, check_new_name, register
+
+    chosen, registry = project.dataset(dataset), project.data / "encoders.yaml"
+    base = chosen.encoder(encoder)
+    check_new_name(registry, name)
+    spec = chosen.spec.classifier if isinstance(chosen.spec.classifier, FinetuneSpec) else FinetuneSpec()
+    if epochs:
+        spec = spec.model_copy(update={"epochs": epochs})
+    run(project, dataset, ["+split"])
+    entry = finetuned_encoder(chosen, base, name, spec, lambda line: click.echo(line, err=True))
+    click.echo(f"Weights: {_short(project.data / entry.weights)}")
+    if add:
+        register(registry, name, entry)
+        click.echo(
+            f"{name} is in {_short(registry)} now. Name it under `encoders:` in {dataset}.yaml, and materialise."
+        )
+    else:
+        click.echo(f"To use it, add to {_short(registry)}:\n\n{as_yaml(name, entry)}")
+        click.echo(f"and name it under `encoders:` in {dataset}.yaml.")
+
+
+@main.command()
+@dataset_option
+@encoder_option
+@click.option("--neurons", is_flag=True, help="The votes of neurons instead of single synapses.")
+@click.option("--picture", type=click.Path(dir_okay=False, path_type=Path), help="Save both matrices as a PNG.")
+@json_option
+@click.pass_obj
+def confusion(
+    project: "Project", dataset: str, encoder: str | None, neurons: bool, picture: Path | None, as_json: bool
+) -> None:
+    """How good the classifier of an encoder is on the test side: recall per class, confusion matrix.
+
+    \b
+    Examples:
+      synpipe confusion
+      synpipe confusion -d mydata -e resnet18 --neurons --picture confusion.png
+    """
+    from synpipe.classifier_report import aligned, confusion_picture, confusion_rows, recall_rows
+    from synpipe.manifests import read_manifest
+
+    chosen = project.dataset(dataset)
+    name = chosen.encoder(encoder)
+    manifest = read_manifest(chosen, f"classifier_{name}")
+    figures = manifest.counts
+    if "confusion" not in figures:
+        raise SynpipeError(f"The classifier of {dataset} and {name} has no figures. {' '.join(manifest.notes)}")
+    if picture:
+        _save(picture, confusion_picture(figures, f"{dataset}, {name}, split by {figures['by']}"))
+    if as_json:
+        _print_json({"dataset": dataset, "encoder": name, **figures, "notes": manifest.notes})
+        return
+    click.echo(f"{dataset}, {name}: test side of the split by {figures['by']}, intervals of 95 % over neurons\n")
+    click.echo(
+        f"{aligned(recall_rows(figures))}\n\n{aligned(confusion_rows(figures, 'neurons' if neurons else 'synapses'))}"
+    )
+    for note in manifest.notes:
+        click.echo(f"\n{note}")
+
+
+@main.command()
+@dataset_option
+@encoder_option
 @json_option
 @click.pass_obj
 def versions(project: "Project", dataset: str, encoder: str | None, as_json: bool) -> None:
@@ -313,6 +397,80 @@ def diff(project: "Project", a: str, b: str, dataset: str, encoder: str | None, 
     click.echo(f"matched  {found.matched:>10,} rows  {cosine}")
     if not found.same_encoder:
         click.echo("The two versions were made by different encoders: their vectors are not of one space.")
+
+
+@main.command()
+@click.argument("a", required=False)
+@click.argument("b", required=False)
+@dataset_option
+@json_option
+@click.pass_obj
+def compare(project: "Project", a: str | None, b: str | None, dataset: str, as_json: bool) -> None:
+    """Which encoder is better: all of a data set side by side, or encoder A against encoder B.
+
+    Figures come with 95 % intervals. The difference of two encoders is that of B from A, on the same queries.
+
+    \b
+    Examples:
+      synpipe compare
+      synpipe compare resnet10t_random filter_bank -d vnc_stack1
+    """
+    from synpipe import compare as comparing
+    from synpipe.evaluation import FIGURES, Estimate
+
+    chosen = project.dataset(dataset)
+    if a is None:
+        rows = comparing.encoders_table(chosen)
+        if as_json:
+            _print_json(rows)
+            return
+        shown = [name for name in FIGURES if any(row[name] is not None for row in rows)]
+        for name in shown:
+            click.echo(f"\n{FIGURES[name].title}")
+            for row in rows:
+                figure = Estimate(row[name], row[f"{name}_low"], row[f"{name}_high"])
+                click.echo(
+                    f"  {row['encoder']:<24} {row['dimensions']:>5} dimensions  {comparing.format_figure(figure)}"
+                )
+        click.echo("\nindex recall@10 against exact search")
+        for row in rows:
+            click.echo(f"  {row['encoder']:<24} {row['index_recall']:.4f}")
+        return
+    if b is None:
+        raise SynpipeError(
+            f"Name two encoders to compare, {a} and one of {', '.join(chosen.encoders)}; or none, for all."
+        )
+    found = comparing.compare(chosen, chosen.encoder(a), chosen.encoder(b))
+    picture = chosen.folder / "evaluation" / f"{found.a}-{found.b}.png"
+    image = comparing.picture(chosen, found, tile_px=128)
+    if image is not None:
+        _save(picture, image)
+    if as_json:
+        _print_json(asdict(found) | {"picture": str(picture) if image is not None else None})
+        return
+    click.echo(f"{'':<34} {found.a[:24]:<24} {found.b[:24]:<24} difference")
+    for pair in found.figures.values():
+        cells = [
+            comparing.format_figure(pair.a),
+            comparing.format_figure(pair.b),
+            comparing.format_figure(pair.difference, "+"),
+        ]
+        click.echo(f"{pair.title:<34} {cells[0]:<24} {cells[1]:<24} {cells[2]}")
+    if found.overlap is not None:
+        click.echo(
+            f"\nOf the ten nearest neighbours {found.overlap:.0%} are the same (Jaccard {found.jaccard:.2f}), {found.queries:,} "
+            "queries. They differ most on:"
+        )
+    for query in found.differ_most:
+        precision = [
+            comparing.format_figure(Estimate(each)) for each in (query.average_precision_a, query.average_precision_b)
+        ]
+        click.echo(
+            f"  {query.synapse_id:>20}  {query.label or 'unlabelled':<16} average precision {precision[0]} and {precision[1]}, "
+            f"{query.overlap:.0%} in common"
+        )
+    if image is not None:
+        click.echo(f"\n{_short(picture)}   their neighbours: look at it")
 
 
 @main.command()
@@ -481,9 +639,13 @@ def _print_json(value: Any) -> None:
 
 def _ids_as_strings(value: Any) -> Any:
     if isinstance(value, dict):
-        ids = ("synapse_id", "neuron_id")
+        ids, lists_of_ids = ("synapse_id", "neuron_id"), ("nearest_a", "nearest_b")
         return {
-            name: str(item) if name in ids and item is not None else _ids_as_strings(item)
+            name: list(map(str, item))
+            if name in lists_of_ids
+            else str(item)
+            if name in ids and item is not None
+            else _ids_as_strings(item)
             for name, item in value.items()
         }
     return [_ids_as_strings(item) for item in value] if isinstance(value, list | tuple) else value

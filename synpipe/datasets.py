@@ -16,9 +16,15 @@ from urllib.parse import urlsplit
 from pydantic import Field, field_validator
 
 from synpipe.annotations import AnnotationSpec
-from synpipe.encoders import EncoderSpec, load_registry
+from synpipe.classifier import ClassifierSpec, LinearSpec
+from synpipe.compression import CompressedSpec, branch_name, chosen_encoders
+from synpipe.descriptors import DescriptorSpec
+from synpipe.encoders import EncoderSpec, identity, load_registry
 from synpipe.errors import SynpipeError
-from synpipe.specs import Spec, read_yaml
+from synpipe.evaluation import EvaluationSpec
+from synpipe.projection import ProjectionSpec
+from synpipe.specs import Spec, digest, read_yaml
+from synpipe.splits import SplitSpec
 from synpipe.synthetic import SyntheticSpec
 from synpipe.tiles import TileSpec
 from synpipe.volumes import VolumeSpec
@@ -34,9 +40,12 @@ class DatasetSpec(Spec):
 
     title: a sentence for people. synthetic: makes the volume and the annotations on the spot (the demo). volume,
     annotations: where the data is; relative paths start at the folder of the YAML file, or of what `synthetic` makes.
-    classes: values that the class column `neurotransmitter` may have. tiles: the recipe. encoders: names of entries of
-    `encoders.yaml`, the first being the default; each is a branch of the graph. max_reject_share: the share of the synapses
-    that may be rejected, for whatever reason, before the check of `rejects` fails. neuroglancer: the site that links lead to.
+    classes: values that the class column `neurotransmitter` may have. tiles: the recipe. split: what is learnt from and
+    what it is held against. evaluation: how much is measured. classifier: how classes are predicted; null: not
+    at all. encoders: names of entries of `encoders.yaml`, or `<name>+pca32` and `<name>+ae32` (see `compression`), the
+    first being the default; each is a branch of the graph. projection: how the maps are drawn; null draws none.
+    max_reject_share: the share of the synapses that may be rejected, for whatever reason, before the check of `rejects`
+    fails. neuroglancer: the site that links lead to.
     """
 
     title: str
@@ -45,7 +54,11 @@ class DatasetSpec(Spec):
     annotations: tuple[AnnotationSpec, ...] = Field(min_length=1)
     classes: tuple[str, ...] = Field(NEUROTRANSMITTERS, min_length=1)
     tiles: TileSpec = TileSpec()
+    split: SplitSpec = SplitSpec()
+    classifier: ClassifierSpec | None = LinearSpec()
+    evaluation: EvaluationSpec = EvaluationSpec()
     encoders: tuple[str, ...] = Field(min_length=1)
+    projection: ProjectionSpec | None = ProjectionSpec()
     max_reject_share: float = Field(0.05, ge=0, le=1)
     neuroglancer: str = "https://neuroglancer-demo.appspot.com"
 
@@ -62,15 +75,15 @@ class DatasetSpec(Spec):
 class Dataset:
     """A data set with its place in the store.
 
-    folder: its folder in the store. base: where relative paths of its spec start. encoders: its encoders by name, in the
-    order of the spec. weights_base: where relative paths of weights start.
+    folder: its folder in the store. base: where relative paths of its spec start. encoders: its encoders by the
+    name of their branch, in the order of the spec. weights_base: where relative paths of weights start.
     """
 
     name: str
     spec: DatasetSpec
     folder: Path
     base: Path
-    encoders: Mapping[str, EncoderSpec]
+    encoders: Mapping[str, EncoderSpec | DescriptorSpec | CompressedSpec]
     weights_base: Path
 
     @property
@@ -94,6 +107,23 @@ class Dataset:
         return self.folder / "rejects.parquet"
 
     @property
+    def split_path(self) -> Path:
+        return self.folder / "split.parquet"
+
+    def scores_path(self, encoder: str) -> Path:
+        """Figures of an encoder."""
+        return self.folder / "evaluation" / f"{encoder}.json"
+
+    def queries_path(self, encoder: str) -> Path:
+        """What each query of its evaluation found."""
+        return self.folder / "evaluation" / f"{encoder}.parquet"
+
+    @property
+    def evaluation_path(self) -> Path:
+        """The figures of all encoders, a row each."""
+        return self.folder / "evaluation.parquet"
+
+    @property
     def cut_outs_folder(self) -> Path:
         return self.folder / "tiles"
 
@@ -101,8 +131,29 @@ class Dataset:
     def embeddings_folder(self) -> Path:
         return self.folder / "embeddings"
 
+    def predictions_path(self, encoder: str) -> Path:
+        return self.folder / "predictions" / f"{encoder}.parquet"
+
+    def neuron_predictions_path(self, encoder: str) -> Path:
+        return self.folder / "neuron_predictions" / f"{encoder}.parquet"
+
+    @property
+    def training_folder(self) -> Path:
+        return self.folder / "training"
+
     def table_path(self, encoder: str) -> Path:
         return self.folder / "tables" / f"{encoder}.parquet"
+
+    def projection_path(self, encoder: str) -> Path:
+        return self.folder / "projections" / f"{encoder}.parquet"
+
+    def compressor_path(self, fingerprint: str) -> Path:
+        """What was fitted for a compressed encoder, by the fingerprint of that."""
+        return self.folder / "compressors" / f"{fingerprint}.safetensors"
+
+    def former_table_path(self, encoder: str) -> Path:
+        """A sample of the embedding table's former version."""
+        return self.folder / "former_tables" / f"{encoder}.parquet"
 
     @property
     def lancedb_folder(self) -> Path:
@@ -115,15 +166,24 @@ class Dataset:
         return self.folder / "lineage" / asset / f"{data_version}.json"
 
     def encoder(self, name: str | None) -> str:
-        """The encoder of that name, or the default one. Raises `SynpipeError` where the data set has no such encoder."""
-        if name is None:
-            return self.spec.encoders[0]
+        """The branch of the encoder of that name, or of the default one; `a+pca32` is the same as `a_pca32`.
+
+        Raises `SynpipeError` where the data set has no such encoder.
+        """
+        name = branch_name(self.spec.encoders[0] if name is None else name)
         if name not in self.encoders:
             raise SynpipeError(
                 f"The data set {self.name} has no encoder {name!r}; it has {', '.join(self.encoders)}. To add one, name it "
                 f"under `encoders:` in {self.name}.yaml."
             )
         return name
+
+    def identity(self, encoder: str) -> str:
+        """What an encoder is declared to be, see `encoders.identity`; of a compressed one, with what its base is."""
+        spec = self.encoders[encoder]
+        if isinstance(spec, CompressedSpec):
+            return digest([self.identity(spec.base), spec.declaration()])
+        return identity(spec, self.weights_base)
 
     def volume_files(self) -> list[Path]:
         """The volume's file or folder, whether it is there or not; none where it is reached over a network."""
@@ -164,7 +224,7 @@ class Project:
         return cls(data, Path(chosen).resolve())
 
     @cached_property
-    def registry(self) -> Mapping[str, EncoderSpec]:
+    def registry(self) -> Mapping[str, EncoderSpec | DescriptorSpec | CompressedSpec]:
         return load_registry(self.data / "encoders.yaml")
 
     def dataset_names(self) -> list[str]:
@@ -182,19 +242,13 @@ class Project:
         """The data set that a YAML file anywhere describes, named after it. Raises `SynpipeError` where it is wrong."""
         name = _checked_name(path.stem)
         spec = DatasetSpec.parse(_expand(read_yaml(path)), str(path))
-        unknown = [encoder for encoder in spec.encoders if encoder not in self.registry]
-        if unknown:
-            raise SynpipeError(
-                f"{path}: encoders {', '.join(unknown)} are not in {self.data / 'encoders.yaml'}, which has "
-                f"{', '.join(self.registry)}."
-            )
         folder = self.store / name
         return Dataset(
             name=name,
             spec=spec,
             folder=folder,
             base=folder / "source" if spec.synthetic is not None else path.absolute().parent,
-            encoders={encoder: self.registry[encoder] for encoder in spec.encoders},
+            encoders=chosen_encoders(spec.encoders, self.registry, str(path)),
             weights_base=self.data,
         )
 

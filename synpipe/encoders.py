@@ -1,6 +1,6 @@
 """Encoders: a registry entry says which network, which weights and which preprocessing; here it becomes a model.
 
-In: `data/encoders.yaml`, one `EncoderSpec` per name. Out: an `Encoder` that turns uint8 tiles into vectors.
+In: `data/encoders.yaml`, an `EncoderSpec` per name, or a `DescriptorSpec`. Out: an `Encoder` that turns uint8 tiles into vectors.
 Guarantee: everything that changes a number is in the encoder's fingerprint (architecture and its arguments, the bytes
 of the weights, crop, mean, std, precision, torch and timm), so vectors with one fingerprint may be compared and cached.
 
@@ -27,6 +27,9 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 import numpy as np
 from pydantic import Field, field_validator, model_validator
 
+from synpipe import descriptors
+from synpipe.compression import CompressedSpec
+from synpipe.descriptors import DescriptorSpec
 from synpipe.errors import SynpipeError
 from synpipe.specs import Spec, digest, read_yaml
 
@@ -93,18 +96,26 @@ class _Registry(Spec):
         return encoders
 
 
-def load_registry(path: Path) -> dict[str, EncoderSpec]:
+def load_registry(path: Path) -> dict[str, EncoderSpec | DescriptorSpec | CompressedSpec]:
     """Read the encoders in the order of the file. Raises `SynpipeError` naming file, entry and valid keys."""
     entries = _Registry.parse(read_yaml(path), str(path)).encoders
-    return {name: EncoderSpec.parse(entry, f"{path}, encoder `{name}`") for name, entry in entries.items()}
+    return {name: _kind(entry).parse(entry, f"{path}, encoder `{name}`") for name, entry in entries.items()}
 
 
-def identity(spec: EncoderSpec, base: Path) -> str:
+def _kind(entry: Any) -> type[EncoderSpec] | type[DescriptorSpec] | type[CompressedSpec]:
+    """A network, a hand-made descriptor, or what is fitted on the vectors of another encoder."""
+    keys = entry if isinstance(entry, dict) else ()
+    return DescriptorSpec if "descriptor" in keys else CompressedSpec if "base" in keys else EncoderSpec
+
+
+def identity(spec: EncoderSpec | DescriptorSpec, base: Path) -> str:
     """What the encoder is declared to be, without importing torch, opening the model or asking the hub.
 
     For Dagster's `code_version`. The vectors' cache key is `Encoder.fingerprint`, which also covers the bytes that the
     hub delivered. A weights file that does not exist is no error here: the other encoders can still be listed and run.
     """
+    if isinstance(spec, DescriptorSpec):
+        return spec.fingerprint()
     path = base / spec.weights
     if spec.weights == "hub":
         weights = f"hub:{spec.model}"
@@ -141,9 +152,9 @@ def _sha256_of_version(path: Path, size: int, mtime_ns: int) -> str:
 class Encoder:
     """A model ready to embed; made by `open_encoder`."""
 
-    spec: EncoderSpec
+    spec: EncoderSpec | DescriptorSpec
     weights: str
-    """Identity of the weights that were loaded: `sha256:` and the digest of the file, or `random:` and the seed."""
+    """Identity of the weights that were loaded: `sha256:` and the digest of the file, `random:` and the seed, or `none`."""
     fingerprint: str
     dim: int
     device: "torch.device"
@@ -157,20 +168,40 @@ class Encoder:
         return self._forward(tiles)
 
 
-def open_encoder(spec: EncoderSpec, base: Path, device: str = "auto") -> Encoder:
+def open_encoder(spec: EncoderSpec | DescriptorSpec, base: Path, device: str = "auto") -> Encoder:
     """Build the network, load its weights and put it on `device` (`auto`: the GPU if there is one; `cpu`, `cuda:1` …).
 
     `base` is the folder that a relative weights file starts from. Raises `SynpipeError` where the model, the device or
-    the weights are not to be had; it never falls back to other weights.
+    the weights are not to be had; it never falls back to other weights. A descriptor is computed on the CPU in any case.
     """
-    import timm
-    import torch
-
-    target = _device(device)
+    if isinstance(spec, DescriptorSpec):
+        return _open_descriptor(spec)
+    target = find_device(device)
     if spec.precision == "bf16" and target.type == "cpu" and not _cpu_has_bf16():
         logger.warning(
             "This CPU emulates bf16, slowly: `precision: fp32` in the registry is faster for %s here", spec.model
         )
+    model, weights, preprocessing = open_network(spec, base)
+    forward = _forward_function(model, preprocessing, target, spec.precision)
+    try:
+        dim = forward(np.zeros((1, 3, TILE_PX, TILE_PX), np.uint8)).shape[1]
+    except (RuntimeError, AssertionError) as error:
+        raise SynpipeError(
+            f"Encoder {spec.model} cannot take tiles of {preprocessing['crop_px']} px ({_shorten(error)}): set another "
+            "`crop_px`."
+        ) from None
+    fingerprint = digest({**_declaration(spec), "weights": weights, "preprocessing": preprocessing})
+    return Encoder(spec, weights, fingerprint, dim, target, preprocessing, forward)
+
+
+def open_network(spec: EncoderSpec, base: Path) -> tuple["torch.nn.Module", str, dict[str, Any]]:
+    """The network itself, on the CPU, the identity of its weights, and its preprocessing, for training it further.
+
+    preprocessing: `crop_px`, and per channel `mean` and `std` of grey values from 0 to 1. Raises as `open_encoder` does.
+    """
+    import timm
+    import torch
+
     config = _pretrained_config(spec.model)
     native_px = config.input_size[-1]
     crop_px = spec.crop_px or (native_px if native_px <= TILE_PX else _CROP_OF_LARGE_MODELS_PX)
@@ -191,18 +222,22 @@ def open_encoder(spec: EncoderSpec, base: Path, device: str = "auto") -> Encoder
 
     data = timm.data.resolve_model_data_config(model)
     preprocessing = {"crop_px": crop_px, "resize": "none", "mean": list(data["mean"]), "std": list(data["std"])}
-    forward = _forward_function(model, preprocessing, target, spec.precision)
-    try:
-        dim = forward(np.zeros((1, 3, TILE_PX, TILE_PX), np.uint8)).shape[1]
-    except (RuntimeError, AssertionError) as error:
-        raise SynpipeError(
-            f"Encoder {spec.model} cannot take tiles of {crop_px} px ({_shorten(error)}): set another `crop_px`."
-        ) from None
-    fingerprint = digest({**_declaration(spec), "weights": weights, "preprocessing": preprocessing})
-    return Encoder(spec, weights, fingerprint, dim, target, preprocessing, forward)
+    return model, weights, preprocessing
 
 
-def _device(device: str) -> "torch.device":
+def _open_descriptor(spec: DescriptorSpec) -> Encoder:
+    import torch
+
+    def forward(tiles: np.ndarray) -> np.ndarray:
+        return descriptors.describe(spec.descriptor, tiles)
+
+    dim = forward(np.zeros((1, 3, TILE_PX, TILE_PX), np.uint8)).shape[1]
+    seen = {"crop_px": descriptors.CROPS_PX[spec.descriptor], "resize": "none"}
+    return Encoder(spec, "none", spec.fingerprint(), dim, torch.device("cpu"), seen, forward)
+
+
+def find_device(device: str = "auto") -> "torch.device":
+    """The device of that name; `auto`: the GPU if there is one. Raises `SynpipeError` where it cannot be used."""
     import torch
 
     if device == "auto":

@@ -10,9 +10,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from synpipe import pipeline
+from synpipe import classifier_steps, derived_steps, learning_steps, pipeline
+from synpipe.compression import CompressedSpec
 from synpipe.datasets import Dataset
-from synpipe.encoders import identity
 from synpipe.errors import SynpipeError
 from synpipe.manifests import Manifest, find_manifest, read_manifest, write_manifest
 from synpipe.pipeline import Log, Made
@@ -23,7 +23,8 @@ from synpipe.tiles import CUT_OUT_VERSION
 @dataclass(frozen=True)
 class Step:
     """One asset of a data set. kind: the asset's name without the encoder. described: all of the specs that decide what
-    the step makes of its inputs. path: the file that other steps and tools read, where there is one."""
+    the step makes of its inputs. path: the file that other steps and tools read, where there is one. gathers: it takes those
+    of its inputs that are there, and is out of date until all are."""
 
     dataset: Dataset
     kind: str
@@ -32,6 +33,7 @@ class Step:
     described: Any
     make: Callable[..., Made]
     path: Path | None = None
+    gathers: bool = False
 
     @property
     def asset(self) -> str:
@@ -73,7 +75,10 @@ class Step:
         for step in steps(self.dataset):
             if step.asset not in self.deps:
                 continue
-            manifest = read_manifest(self.dataset, step.asset)
+            there = find_manifest(self.dataset, step.asset)
+            if self.gathers and (there is None or _not_whole(there)):
+                continue
+            manifest = there or read_manifest(self.dataset, step.asset)
             # What is made of a source that has changed would stand, and its cut-outs be kept, under the former version.
             reasons = _own_reasons(step, manifest) if step.kind in SOURCES else _not_whole(manifest)
             if reasons:
@@ -96,9 +101,10 @@ SOURCES = {"volume": pipeline.volume_version, "annotations": pipeline.annotation
 
 
 def steps(dataset: Dataset) -> list[Step]:
-    """A trunk, and a branch of three assets per encoder.
+    """A trunk, a branch of assets per encoder, and the evaluation that gathers their figures.
 
-    The identity of the encoder describes all three: Dagster's staleness looks one hop up only.
+    The branch of a compressed encoder grows out of that of its base. The identity of an encoder describes all of its branch:
+    Dagster's staleness looks one hop up only.
     """
     spec = dataset.spec
     made_here = ("volume",) if spec.synthetic else ()
@@ -117,25 +123,72 @@ def steps(dataset: Dataset) -> list[Step]:
             pipeline.make_rejects,
             dataset.rejects_path,
         ),
+        ("split", ("synapses", "rgb_tiles"), spec.split, learning_steps.make_split, dataset.split_path),
     ]
     found = [Step(dataset, kind, None, deps, described, make, path) for kind, deps, described, make, path in trunk]
-    for encoder, entry in dataset.encoders.items():
-        who = identity(entry, dataset.weights_base)
+    # Bases first: what is compressed is made of theirs.
+    for encoder, entry in sorted(dataset.encoders.items(), key=lambda item: isinstance(item[1], CompressedSpec)):
+        who = dataset.identity(encoder)
         embeddings, table = f"embeddings_{encoder}", f"embedding_table_{encoder}"
+        of_table: tuple[str, ...] = ("synapses", "rgb_tiles", embeddings)
+        if isinstance(entry, CompressedSpec):
+            of_vectors = ("rgb_tiles", f"embeddings_{entry.base}")
+            found.append(
+                Step(dataset, "embeddings", encoder, of_vectors, who, derived_steps.make_compressed_embeddings)
+            )
+        else:
+            found.append(Step(dataset, "embeddings", encoder, ("rgb_tiles",), who, pipeline.make_embeddings))
+        if spec.classifier is not None:
+            found.append(
+                Step(
+                    dataset,
+                    "classifier",
+                    encoder,
+                    ("synapses", "rgb_tiles", "split", embeddings),
+                    [who, spec.classifier, spec.split.by, spec.classes],
+                    classifier_steps.make_classifier,
+                    dataset.predictions_path(encoder),
+                )
+            )
+            of_table = (*of_table, f"classifier_{encoder}")
+        if spec.projection is not None:
+            # Of the synapses it shows the classes; see `make_projection`.
+            found.append(
+                Step(
+                    dataset,
+                    "projection",
+                    encoder,
+                    ("synapses", "rgb_tiles", embeddings),
+                    [who, spec.projection],
+                    derived_steps.make_projection,
+                    dataset.projection_path(encoder),
+                )
+            )
+            of_table = (*of_table, f"projection_{encoder}")
         found += [
-            Step(dataset, "embeddings", encoder, ("rgb_tiles",), who, pipeline.make_embeddings),
             Step(
                 dataset,
                 "embedding_table",
                 encoder,
-                ("synapses", "rgb_tiles", embeddings),
+                of_table,
                 [who, pipeline.TABLE_SCHEMA_VERSION],
                 pipeline.make_embedding_table,
                 dataset.table_path(encoder),
             ),
             Step(dataset, "index", encoder, (table,), who, pipeline.make_index),
+            Step(
+                dataset,
+                "scores",
+                encoder,
+                ("volume", "rgb_tiles", "split", table, f"index_{encoder}"),
+                [who, spec.evaluation],
+                learning_steps.make_scores,
+                dataset.scores_path(encoder),
+            ),
         ]
-    return found
+    judged = tuple(f"scores_{encoder}" for encoder in dataset.encoders)
+    make = learning_steps.make_evaluation
+    return [*found, Step(dataset, "evaluation", None, judged, None, make, dataset.evaluation_path, gathers=True)]
 
 
 @dataclass(frozen=True)
@@ -202,7 +255,7 @@ def _input_reasons(step: Step, manifest: Manifest, versions: dict[str, str], out
             reasons.append(f"{dep} is out of date")
         elif manifest.inputs.get(dep) != versions[dep]:
             reasons.append(f"{dep} changed ({(manifest.inputs.get(dep) or 'none')[:12]} → {versions[dep][:12]})")
-    return reasons
+    return reasons + [f"it was made with {asset} too" for asset in manifest.inputs if asset not in step.deps]
 
 
 def _plain(value: Any) -> Any:

@@ -13,7 +13,7 @@ from pathlib import Path
 from synpipe.datasets import Dataset
 from synpipe.errors import SynpipeError
 from synpipe.graph import states, steps
-from synpipe.manifests import read_manifest
+from synpipe.manifests import find_manifest, read_manifest
 from synpipe.shards import TEMPORARY_PREFIX, read_table
 
 
@@ -35,6 +35,8 @@ def leftovers(dataset: Dataset) -> list[Leftover]:
         found += _tiles(dataset)
     if {step.asset for step in steps(dataset) if step.kind == "embeddings"} <= fresh:
         found += _embeddings(dataset)
+    if {step.asset for step in steps(dataset) if step.kind == "classifier"} <= fresh:
+        found += _trainings(dataset)
     return found
 
 
@@ -46,9 +48,15 @@ def remove(found: Iterable[Leftover]) -> None:
 def _of_dropped_encoders(dataset: Dataset) -> list[Leftover]:
     assets = {step.asset for step in steps(dataset)}
     manifests = [path for path in _files(dataset.manifest_path("any").parent, "*.json") if path.stem not in assets]
-    tables = [
-        path for path in _files(dataset.table_path("any").parent, "*.parquet") if path.stem not in dataset.encoders
-    ]
+    places = (
+        dataset.table_path,
+        dataset.projection_path,
+        dataset.former_table_path,
+        dataset.predictions_path,
+        dataset.neuron_predictions_path,
+    )
+    folders = [path("any").parent for path in places]
+    tables = [path for folder in folders for path in _files(folder, "*.parquet") if path.stem not in dataset.encoders]
     return [_leftover(path, "of an encoder that the data set does not name") for path in manifests + tables]
 
 
@@ -72,10 +80,14 @@ def _tiles(dataset: Dataset) -> list[Leftover]:
 
 def _embeddings(dataset: Dataset) -> list[Leftover]:
     """Vectors of fingerprints that no encoder of the data set has, and of tiles now gone."""
-    manifests = [read_manifest(dataset, step.asset) for step in steps(dataset) if step.kind == "embeddings"]
-    fingerprints = {manifest.counts["encoder_fingerprint"] for manifest in manifests}
+    kinds = ("embeddings", "classifier")  # a classifier has vectors of its own where it has trained the network further
+    manifests = [find_manifest(dataset, step.asset) for step in steps(dataset) if step.kind in kinds]
+    fingerprints = {manifest.counts.get("encoder_fingerprint") for manifest in manifests if manifest}
     hashes = set(read_table(dataset.tiles_path, ["content_hash"])["content_hash"].to_pylist())
     found = []
+    for path in _files(dataset.compressor_path("any").parent, "*.safetensors"):
+        if path.stem not in fingerprints:
+            found.append(_leftover(path, "fit of a compressed encoder no longer used"))
     for path in _files(dataset.embeddings_folder, "*/*.parquet"):
         if path.parent.name not in fingerprints:
             found.append(_leftover(path, "vectors of an encoder no longer used"))
@@ -87,6 +99,19 @@ def _embeddings(dataset: Dataset) -> list[Leftover]:
         if hashes.isdisjoint(content):
             found.append(_leftover(path, "vectors of tiles no longer there"))
     return found
+
+
+def _trainings(dataset: Dataset) -> list[Leftover]:
+    """What is left of trainings that have ended and are no classifier's."""
+    manifests = [read_manifest(dataset, step.asset) for step in steps(dataset) if step.kind == "classifier"]
+    used = {dataset.folder / manifest.counts["folder"] for manifest in manifests if "folder" in manifest.counts}
+    ended = sorted({path.parent for path in dataset.training_folder.glob("*/report.json")} - used)
+    return [
+        _leftover(path, "of a training that no classifier uses")
+        for folder in ended
+        for path in _files(folder, "**/*")
+        if path.is_file()
+    ]
 
 
 def _files(folder: Path, pattern: str) -> Iterator[Path]:

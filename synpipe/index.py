@@ -12,6 +12,7 @@ the same recall; SQ and PQ show approximate distances, HNSW builds four times sl
 
 import json
 import math
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -33,7 +34,7 @@ MIN_RECALL = 0.99
 RECALL_QUERIES = 200
 RECALL_K = 10
 TOLERANCE = 1e-6  # of a cosine in float32; LanceDB's were within 2e-7 of those in float64
-BITMAP_COLUMNS = ("neurotransmitter", "region", "hemilineage")
+BITMAP_COLUMNS = ("neurotransmitter", "region", "hemilineage", "predicted_neurotransmitter", "split")
 BTREE_COLUMNS = ("synapse_id", "neuron_id")
 
 
@@ -48,6 +49,14 @@ class IndexReport:
     partitions: int
     nprobes: int
     recall: float
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What the published table costs. bytes: of its rows, without the indexes. query_ms: of the ten nearest, median."""
+
+    bytes: int
+    query_ms: float
 
 
 def partitions_for(rows: int) -> int:
@@ -164,6 +173,19 @@ def published(folder: Path, name: str) -> IndexReport:
         nprobes=int(settings["synpipe.nprobes"]),
         recall=float(settings["synpipe.recall_at_10"]),
     )
+
+
+def cost(folder: Path, name: str, queries: int = 20) -> Cost:
+    """Size of what `current` names, and the time that it takes to answer."""
+    table = open_current(folder, name)
+    nprobes = published(folder, name).nprobes
+    matrix = read_vectors(table.search().select(["vector"]).limit(queries).to_arrow())
+    times = []
+    for query in matrix:
+        started = time.perf_counter()
+        table.search(query).distance_type("cosine").nprobes(nprobes).limit(RECALL_K).select(["synapse_id"]).to_arrow()
+        times.append(time.perf_counter() - started)
+    return Cost(table.stats()["total_bytes"], round(1000 * float(np.median(times)), 2))
 
 
 def read_provenance(schema: pa.Schema) -> dict[str, Any]:

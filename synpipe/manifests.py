@@ -53,6 +53,12 @@ def find_version(dataset: Dataset, asset: str, data_version: str) -> Manifest | 
     return _find(dataset.lineage_path(asset, data_version))
 
 
+def whole_versions(dataset: Dataset, asset: str) -> list[Manifest]:
+    """The manifests under which each version of an asset was made first, in no order."""
+    paths = dataset.lineage_path(asset, "any").parent.glob("[!.]*.json")
+    return [manifest for manifest in map(_find, sorted(paths)) if manifest is not None]
+
+
 def _find(path: Path) -> Manifest | None:
     if not path.exists():
         return None

@@ -14,6 +14,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from synpipe.datasets import Dataset
 from synpipe.pipeline import open_tiles
+from synpipe.projection import map_picture
 from synpipe.search import UNLABELLED, Neighbour, SynapseIndex
 from synpipe.shards import read_table
 from synpipe.volumes import Volume
@@ -32,7 +33,7 @@ def tiles_by_class(dataset: Dataset, per_class: int = 8, tile_px: int = 96) -> I
     """A row of tiles per class, taken at even distances from the index of the tiles; None where there is no tile."""
     index = read_table(dataset.tiles_path, ["synapse_id"])
     reader = open_tiles(dataset)
-    labels = _labels(dataset)
+    labels = class_by_synapse(dataset)
     classes = np.array([labels[synapse_id] for synapse_id in index["synapse_id"].to_pylist()])
     rows: dict[str, list[Cell]] = {}
     for name in (*dataset.spec.classes, UNLABELLED):
@@ -61,7 +62,7 @@ def neighbours_picture(
     answers: what `SynapseIndex.search` found, by the query's synapse id; at least one.
     """
     reader = open_tiles(dataset)
-    labels = _labels(dataset)
+    labels = class_by_synapse(dataset)
     rows = {}
     for query, answer in answers.items():
         found = [
@@ -77,6 +78,15 @@ def nearest_neighbours(dataset: Dataset, encoder: str, tile_px: int = 64) -> Ima
     index = SynapseIndex(dataset, encoder)
     answers = {query: index.search(query) for query in example_queries(dataset, encoder)}
     return neighbours_picture(dataset, answers, tile_px) if answers else None
+
+
+def vector_map(dataset: Dataset, encoder: str) -> Image.Image:
+    """The map of an encoder, coloured by class."""
+    table = read_table(dataset.projection_path(encoder))
+    classes, labels = dataset.spec.classes, class_by_synapse(dataset)
+    places = np.stack([table[axis].to_numpy() for axis in ("map_x", "map_y")], axis=1)
+    found = np.array([labels[synapse_id] for synapse_id in table["synapse_id"].to_pylist()])
+    return map_picture(places, found, classes, f"{dataset.name}, {encoder}: {len(table):,} synapses")
 
 
 def section_picture(volume: Volume, edge_px: int = 1536, width_px: int = 640) -> Image.Image:
@@ -121,7 +131,7 @@ def _fit(draw: ImageDraw.ImageDraw, text: str, font, width_px: int) -> str:
     return text
 
 
-def _labels(dataset: Dataset) -> dict[int, str]:
+def class_by_synapse(dataset: Dataset) -> dict[int, str]:
     """Class by synapse."""
     table = read_table(dataset.synapses_path, ["synapse_id", "neurotransmitter"])
     labels = (label or UNLABELLED for label in table["neurotransmitter"].to_pylist())

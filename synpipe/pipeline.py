@@ -20,10 +20,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from synpipe import __version__, embedding, table, tiles
+from synpipe import __version__, drift, embedding, table, tiles
 from synpipe.annotations import REJECT_SCHEMA, SYNAPSE_SCHEMA, convert_annotations
+from synpipe.compression import CompressedSpec
 from synpipe.datasets import Dataset
-from synpipe.encoders import identity, open_encoder
+from synpipe.encoders import Encoder, open_encoder
 from synpipe.errors import SynpipeError
 from synpipe.extraction import extract
 from synpipe.fingerprints import file_sha256, status
@@ -45,13 +46,18 @@ CODE_VERSIONS = {
     "synapse_stacks": "1",
     "rgb_tiles": "1",
     "rejects": "2",
+    "split": "1",
+    "classifier": "1",
     "embeddings": "1",
+    "projection": "1",
     "embedding_table": "1",
     "index": "1",
+    "scores": "1",
+    "evaluation": "1",
 }
 
 # The schema of the embedding table, Parquet and LanceDB, for other tools: a change of it raises the number.
-TABLE_SCHEMA_VERSION = 1
+TABLE_SCHEMA_VERSION = 3
 
 
 # What makes a stack what it is: not the file that holds it: that depends on the order in which things were added.
@@ -255,45 +261,21 @@ def make_rejects(dataset: Dataset, inputs: Inputs, log: Log) -> Made:
 def make_embeddings(dataset: Dataset, name: str, inputs: Inputs, log: Log) -> Made:
     """Embed every tile that this encoder, as it now is, has not embedded before."""
     asset = f"embeddings_{name}"
-    who = identity(dataset.encoders[name], dataset.weights_base)
-    index_table = read_table(dataset.tiles_path, ["shard", "content_hash"])
-    shards = index_table["shard"].to_numpy()
-    hashes = np.array(index_table["content_hash"].to_pylist())
-
-    def missing_from(cache: embedding.EmbeddingCache) -> int:
-        known = {shard: cache.known(shard_name(shard)) for shard in np.unique(shards).tolist()}
-        return sum(content not in known[shard] for shard, content in zip(shards.tolist(), hashes.tolist(), strict=True))
-
+    spec, who = dataset.encoders[name], dataset.identity(name)
+    assert not isinstance(spec, CompressedSpec)  # `derived_steps` makes those
     made = find_manifest(dataset, asset)
     if made and made.counts["encoder_identity"] == who and made.inputs == inputs:
+        shards, hashes = _tiles_to_embed(dataset)
         cache = embedding.EmbeddingCache(dataset.embeddings_folder, made.counts["encoder_fingerprint"])
-        if not missing_from(cache):
+        if not _missing_from(cache, shards, hashes):
             # Opening the network takes ten seconds, most of it to import torch, and would change nothing.
-            log(f"0 tiles embedded, {len(index_table):,} were there")
+            log(f"0 tiles embedded, {len(hashes):,} were there")
             version = _version("embeddings", inputs, [made.counts["encoder_fingerprint"]])
             return Made(version, made.counts | {"tiles_embedded": 0})
 
-    encoder = open_encoder(dataset.encoders[name], dataset.weights_base)
+    encoder = open_encoder(spec, dataset.weights_base)
     log(f"{encoder.spec.model} on {encoder.device}, {encoder.dim} dimensions, fingerprint {encoder.fingerprint[:12]}")
-    reader = open_tiles(dataset)
-    cache = embedding.EmbeddingCache(dataset.embeddings_folder, encoder.fingerprint)
-    progress = Progress(log, missing_from(cache), "tiles")
-    started, embedded = time.monotonic(), 0
-    for shard in np.unique(shards).tolist():
-        rows = np.flatnonzero(shards == shard)
-
-        def read_tiles(picked: np.ndarray, rows: np.ndarray = rows) -> np.ndarray:
-            return reader.read(rows[picked])
-
-        wanted = hashes[rows].tolist()
-        embedded += embedding.embed_missing(encoder, cache, shard_name(shard), wanted, read_tiles, progress=progress)
-    elapsed = time.monotonic() - started
-    log(f"{embedded:,} tiles embedded, {len(index_table) - embedded:,} were there")
-    counts = {
-        "rows": len(index_table),
-        "dimensions": encoder.dim,
-        "tiles_embedded": embedded,
-        "tiles_per_second": round(embedded / elapsed, 1),
+    counts = embed_tiles(dataset, encoder, log) | {
         "device": str(encoder.device),
         "encoder_identity": who,
         "encoder_fingerprint": encoder.fingerprint,
@@ -305,6 +287,42 @@ def make_embeddings(dataset: Dataset, name: str, inputs: Inputs, log: Log) -> Ma
     }
     version = _version("embeddings", inputs, [encoder.fingerprint])
     return Made(version, counts)
+
+
+def embed_tiles(dataset: Dataset, encoder: Encoder, log: Log) -> dict[str, Any]:
+    """Embed the tiles that are not in the encoder's cache; `rows`, `dimensions`, `tiles_embedded`, `tiles_per_second`."""
+    shards, hashes = _tiles_to_embed(dataset)
+    reader = open_tiles(dataset)
+    cache = embedding.EmbeddingCache(dataset.embeddings_folder, encoder.fingerprint)
+    progress = Progress(log, _missing_from(cache, shards, hashes), "tiles")
+    started, embedded = time.monotonic(), 0
+    for shard in np.unique(shards).tolist():
+        rows = np.flatnonzero(shards == shard)
+
+        def read_tiles(picked: np.ndarray, rows: np.ndarray = rows) -> np.ndarray:
+            return reader.read(rows[picked])
+
+        wanted = hashes[rows].tolist()
+        embedded += embedding.embed_missing(encoder, cache, shard_name(shard), wanted, read_tiles, progress=progress)
+    elapsed = time.monotonic() - started
+    log(f"{embedded:,} tiles embedded, {len(hashes) - embedded:,} were there")
+    return {
+        "rows": len(hashes),
+        "dimensions": encoder.dim,
+        "tiles_embedded": embedded,
+        "tiles_per_second": round(embedded / elapsed, 1),
+    }
+
+
+def _tiles_to_embed(dataset: Dataset) -> tuple[np.ndarray, np.ndarray]:
+    """Shard and content hash of every tile."""
+    index_table = read_table(dataset.tiles_path, ["shard", "content_hash"])
+    return index_table["shard"].to_numpy(), np.array(index_table["content_hash"].to_pylist())
+
+
+def _missing_from(cache: embedding.EmbeddingCache, shards: np.ndarray, hashes: np.ndarray) -> int:
+    known = {shard: cache.known(shard_name(shard)) for shard in np.unique(shards).tolist()}
+    return sum(content not in known[shard] for shard, content in zip(shards.tolist(), hashes.tolist(), strict=True))
 
 
 def make_embedding_table(dataset: Dataset, name: str, inputs: Inputs, log: Log) -> Made:
@@ -324,20 +342,29 @@ def make_embedding_table(dataset: Dataset, name: str, inputs: Inputs, log: Log) 
         }
         cache = embedding.EmbeddingCache(dataset.embeddings_folder, made["encoder_fingerprint"])
         columns = ["synapse_id", "shard", "content_hash", "pad_fraction", "missing_sections"]
+        paths = {"classifier": dataset.predictions_path(name), "projection": dataset.projection_path(name)}
+        derived = [read_table(file) for kind, file in paths.items() if f"{kind}_{name}" in inputs]
+        drift.keep_former(path, dataset.former_table_path(name))
         table.write_embedding_table(
             path,
             read_table(dataset.synapses_path),
             read_table(dataset.tiles_path, columns),
             lambda shard, hashes: cache.read(shard_name(shard), hashes),
             provenance,
+            derived,
         )
     file = pq.ParquetFile(path)
     vectors = file.schema_arrow.field("vector").type.list_size * file.metadata.num_rows
+    kind = drift.figures(drift.take_sample(path))
     counts = {
         "rows": file.metadata.num_rows,
         "dimensions": file.schema_arrow.field("vector").type.list_size,
         "bytes": path.stat().st_size,
         "bytes_per_component": round(path.stat().st_size / vectors, 3),
+        "bytes_per_vector": round(_column_bytes(file.metadata, "vector") / file.metadata.num_rows, 1),
+        "norm": kind.norm,
+        "spread": kind.spread,
+        "encoder_identity": made["encoder_identity"],
     }
     log(f"{counts['rows']:,} rows, {counts['bytes'] / 1e6:.1f} MB")
     return Made(version, counts)
@@ -357,7 +384,9 @@ def make_index(dataset: Dataset, name: str, inputs: Inputs, log: Log) -> Made:
     else:
         report = index.publish(dataset.table_path(name), dataset.lancedb_folder, name, version, log)
     log(f"{report.rows:,} rows, {report.kind}, recall@10 {report.recall:.4f}, tag {report.tag}")
-    return Made(version, asdict(report))
+    cost = index.cost(dataset.lancedb_folder, name)
+    log(f"{cost.bytes / 1e6:.1f} MB, {cost.query_ms:.1f} ms a query")
+    return Made(version, asdict(report) | asdict(cost))
 
 
 def _annotation_files(dataset: Dataset) -> list[Path]:
@@ -375,6 +404,13 @@ def status_of(files: Iterable[Path]) -> list[list[Any]]:
 
 def shard_name(shard: int) -> str:
     return f"{shard:05d}"
+
+
+def _column_bytes(metadata: pq.FileMetaData, name: str) -> int:
+    """What a column takes in a Parquet file."""
+    groups = (metadata.row_group(number) for number in range(metadata.num_row_groups))
+    columns = (group.column(number) for group in groups for number in range(group.num_columns))
+    return sum(column.total_compressed_size for column in columns if column.path_in_schema.split(".")[0] == name)
 
 
 def _is_of_version(path: Path, version: str) -> bool:

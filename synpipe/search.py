@@ -26,7 +26,15 @@ Metric = Literal["cosine", "l2", "dot", "l1"]
 METRICS: tuple[str, ...] = get_args(Metric)
 EXACT_ROWS = 300_000
 UNLABELLED = "unlabelled"
-FILTER_COLUMNS = ("neurotransmitter", "region", "hemilineage", "neuron_id", "source")
+FILTER_COLUMNS = (
+    "neurotransmitter",
+    "region",
+    "hemilineage",
+    "neuron_id",
+    "source",
+    "predicted_neurotransmitter",
+    "split",
+)
 # The probes of a plain query are too few for a class: with 16 of 256 the rarest had a recall of .81, with 128 of 1.0.
 CLASS_NPROBES_FACTOR = 8
 

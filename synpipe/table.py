@@ -1,7 +1,8 @@
 """The embedding table: synapses with their vectors in one Parquet file, for every tool that reads Parquet.
 
-In: the synapses, the index of their tiles, and vectors by shard. Out: one file, a row group per shard, so that memory is
-bounded by a shard. Guarantee: one row per tile, of a known synapse, with a vector whose length is 1 to within 1/500.
+In: the synapses, the index of their tiles, vectors by shard, and tables of what was derived from the vectors. Out: one
+file, a row group per shard, so that memory is bounded by a shard. Guarantee: one row per tile, of a known synapse, with a
+vector whose length is 1 to within 1/500.
 
 Why the file is smaller than gzipped JSON of the same vectors: a component of a unit vector of d dimensions is about
 1/√d, so all of them are rounded to multiples of one step, 2^−8 of the power of two below 1/√d. Rounded, a row group holds
@@ -12,12 +13,13 @@ Half precision would need a sixth more space, and DuckDB 2.0 cannot read it byte
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from synpipe.annotations import SYNAPSE_SCHEMA
@@ -30,6 +32,19 @@ ReadVectors = Callable[[int, list[str]], np.ndarray]
 """Shard and content hashes (n) to vectors, float32 (n, d)."""
 
 
+# Columns that other assets derive from the vectors; null where an asset is switched off or says nothing of a synapse.
+DERIVED_FIELDS = (
+    pa.field("predicted_neurotransmitter", pa.string()),  # `neurotransmitter` is the known one, see `classifier_scores`
+    pa.field("predicted_probability", pa.float32()),
+    # In the order of `classes` in the metadata's `dataset_spec`. No fixed size: the schema is the same for every data set,
+    # and a null takes no space.
+    pa.field("class_probabilities", pa.list_(pa.float32())),
+    pa.field("split", pa.string()),  # side on which the synapse stood when the prediction was learned
+    pa.field("map_x", pa.float32()),  # place on the map of the encoder, see `projection`
+    pa.field("map_y", pa.float32()),
+)
+
+
 def table_schema(dimensions: int) -> pa.Schema:
     """Columns of the embedding table, in Parquet and in LanceDB."""
     return pa.schema(
@@ -40,6 +55,7 @@ def table_schema(dimensions: int) -> pa.Schema:
             pa.field("missing_sections", pa.uint8()),
             pa.field("vector", pa.list_(pa.float32(), dimensions), nullable=False),  # of unit length, rounded
             pa.field("norm", pa.float32(), nullable=False),  # length of the vector as the encoder gave it
+            *DERIVED_FIELDS,
             pa.field("encoder", pa.string(), nullable=False),
             pa.field("encoder_fingerprint", pa.string(), nullable=False),
             pa.field("dataset_version", pa.string(), nullable=False),
@@ -48,13 +64,18 @@ def table_schema(dimensions: int) -> pa.Schema:
 
 
 def write_embedding_table(
-    path: Path, synapses: pa.Table, tiles: pa.Table, read_vectors: ReadVectors, provenance: dict[str, Any]
+    path: Path,
+    synapses: pa.Table,
+    tiles: pa.Table,
+    read_vectors: ReadVectors,
+    provenance: dict[str, Any],
+    derived: Sequence[pa.Table] = (),
 ) -> int:
     """Join, normalise and write; returns the number of rows.
 
     tiles: `synapse_id`, `shard`, `content_hash`, `pad_fraction`, `missing_sections`, the rows of a shard together.
     provenance: goes into the schema's metadata under `synpipe` as JSON; `encoder`, `encoder_fingerprint` and
-    `dataset_version` of it are columns too.
+    `dataset_version` of it are columns too. derived: tables with `synapse_id` and some of `DERIVED_FIELDS`.
     Raises `SynpipeError` where a tile's synapse is unknown, or a vector's length is zero or not finite.
     """
     row_of = {synapse_id: row for row, synapse_id in enumerate(synapses["synapse_id"].to_pylist())}
@@ -64,6 +85,7 @@ def write_embedding_table(
             f"{len(unknown)} tiles belong to no synapse of this version, the first to synapse {unknown[0]}: materialise "
             "synapse_stacks and rgb_tiles again."
         )
+    tiles = with_derived(tiles, derived)
     shards = tiles["shard"].to_numpy()
     metadata = {"synpipe": json.dumps(provenance, sort_keys=True)}
     writer = None
@@ -85,6 +107,19 @@ def write_embedding_table(
         if writer is None:
             raise SynpipeError(f"There are no tiles to make {path} of. Look at the rejects.")
     return len(tiles)
+
+
+def with_derived(rows: pa.Table, derived: Sequence[pa.Table]) -> pa.Table:
+    """`rows` with `DERIVED_FIELDS`, taken by `synapse_id` from whichever table of `derived` has them; else null."""
+    for field in DERIVED_FIELDS:
+        source = next((table for table in derived if field.name in table.column_names), None)
+        if source is None:
+            column = pa.nulls(len(rows), field.type)
+        else:
+            places = pc.index_in(rows["synapse_id"], value_set=source["synapse_id"])
+            column = source[field.name].cast(field.type).take(places)
+        rows = rows.append_column(field, column)
+    return rows
 
 
 def round_vectors(vectors: np.ndarray) -> np.ndarray:
@@ -111,6 +146,7 @@ def _row_group(
         **{name: tiles[name] for name in ("content_hash", "pad_fraction", "missing_sections")},
         "vector": pa.FixedSizeListArray.from_arrays(pa.array(unit.ravel(), pa.float32()), dimensions),
         "norm": pa.array(norms, pa.float32()),
+        **{field.name: tiles[field.name] for field in DERIVED_FIELDS},
         **{
             name: pa.repeat(pa.scalar(provenance[name]), count)
             for name in ("encoder", "encoder_fingerprint", "dataset_version")

@@ -148,14 +148,14 @@ def make_tile(
     """voxels: the window's, as far as it is inside the volume, from voxel `low` on."""
     middle = int(start_zyx[0]) + step
     centre = voxels[middle - low[0]]
-    blank = _blank(centre, spec)
+    blank = is_blank(centre, spec)
     if blank:
         return None, row | {"reason": "blank_section", "detail": f"Section {middle} is blank there: {blank}."}
     sections, missing = [], 0
     for channel in range(SECTIONS):
         z = middle + (channel - 1) * step
         section = voxels[z - low[0]] if 0 <= z - low[0] < len(voxels) else None
-        if z != middle and (section is None or _blank(section, spec) or np.array_equal(section, centre)):
+        if z != middle and (section is None or is_blank(section, spec) or np.array_equal(section, centre)):
             section = None
             missing |= 1 << channel
         sections.append(centre if section is None else section)
@@ -175,7 +175,7 @@ def make_tile(
     }
 
 
-def _blank(section: np.ndarray, spec: TileSpec) -> str | None:
+def is_blank(section: np.ndarray, spec: TileSpec) -> str | None:
     """Why a section counts as missing, or None."""
     zeros = 1 - np.count_nonzero(section) / section.size
     if zeros > spec.blank_zero_fraction:

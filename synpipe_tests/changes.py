@@ -37,6 +37,8 @@ SPEC = {
     "annotations": [{"format": "table", "path": "synapses.csv", "columns": {"x": "x_nm", "y": "y_nm", "z": "z_nm"}}],
     "tiles": {"shards": 3, "block_voxels_zyx": [32, 128, 128]},
     "encoders": ["tiny", "other"],
+    "projection": None,
+    "classifier": None,  # `test_classifier` has those
 }
 ENCODERS = {
     "tiny": {"model": "resnet10t", "weights": "random", "seed": 0, "crop_px": 64, "precision": "fp32"},
@@ -44,11 +46,13 @@ ENCODERS = {
 }
 VOLUME = SyntheticSpec(seed=1, shape_zyx=(10, 640, 640), n_synapses=40, n_neurons=12, n_missing_sections=1)
 
-TRUNK = {"volume", "annotations", "synapses", "synapse_stacks", "rgb_tiles", "rejects"}
+TRUNK = {"volume", "annotations", "synapses", "synapse_stacks", "rgb_tiles", "rejects", "split"}
 
 
 def branch(*encoders: str) -> set[str]:
-    return {f"{kind}_{encoder}" for encoder in encoders for kind in ("embeddings", "embedding_table", "index")}
+    return {
+        f"{kind}_{encoder}" for encoder in encoders for kind in ("embeddings", "embedding_table", "index", "scores")
+    } | {"evaluation"}
 
 
 @dataclass(frozen=True)

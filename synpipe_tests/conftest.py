@@ -23,6 +23,7 @@ SMALL_DEMO = {
     "annotations": [{"format": "table", "path": "synapses.csv", "columns": {"x": "x_nm", "y": "y_nm", "z": "z_nm"}}],
     "tiles": {"shards": 3},
     "encoders": ["tiny", "other"],
+    "projection": None,  # umap takes twenty seconds to import and compile; `test_projection` has the maps
 }
 # Two networks that embed a hundred tiles in about a second.
 SMALL_ENCODERS = {

@@ -27,6 +27,8 @@ DATASET = {
     "volume": {"path": "volume.h5"},
     "annotations": [{"format": "table", "path": "synapses.csv", "columns": {"x": "x_nm", "y": "y_nm", "z": "z_nm"}}],
     "tiles": {"shards": 3, "block_voxels_zyx": [2, 128, 128]},
+    "projection": None,
+    "classifier": None,
 }
 # The smallest networks that timm has, for tests; a forward pass takes a millisecond.
 ENCODER = {"weights": "random", "crop_px": 64, "precision": "fp32"}

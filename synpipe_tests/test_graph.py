@@ -44,16 +44,22 @@ GRAPH = {
     "synapses": ({"volume", "annotations"}, "demo", set()),
     "synapse_stacks": ({"volume", "synapses"}, "demo", {"match_synapses"}),
     "rgb_tiles": ({"synapse_stacks"}, "demo", {"are_there"}),
-    "rejects": ({"synapses", "synapse_stacks"}, "demo", {"are_few"}),
+    "rejects": ({"volume", "synapses", "synapse_stacks"}, "demo", {"are_few"}),
+    "split": ({"synapses", "rgb_tiles"}, "demo", {"sides_are_apart"}),
     **{
         asset: described
         for name in ("tiny", "other")
         for asset, described in {
             f"embeddings_{name}": ({"rgb_tiles"}, f"demo_{name}", {"vectors_vary"}),
-            f"embedding_table_{name}": (
-                {"synapses", "rgb_tiles", f"embeddings_{name}"},
+            f"classifier_{name}": (
+                {"synapses", "rgb_tiles", "split", f"embeddings_{name}"},
                 f"demo_{name}",
-                {"match_tiles"},
+                {"predictions_are_whole"},
+            ),
+            f"embedding_table_{name}": (
+                {"synapses", "rgb_tiles", f"embeddings_{name}", f"classifier_{name}"},
+                f"demo_{name}",
+                {"match_tiles", "drift"},
             ),
             f"index_{name}": ({f"embedding_table_{name}"}, f"demo_{name}", {"recall"}),
         }.items()
@@ -120,14 +126,15 @@ def test_a_data_set_without_its_files_is_left_out_with_a_warning(project: Projec
 
 
 @pytest.mark.parametrize("change", [{"seed": 7}, {"precision": "fp32"}, {"crop_px": 96}, {"model": "resnet10t"}])
-def test_an_encoder_entry_decides_the_code_versions_of_its_three_assets(project: Project, change: dict[str, Any]):
+def test_an_encoder_entry_decides_the_code_versions_of_its_branch(project: Project, change: dict[str, Any]):
     before = code_versions(project)
     encoders = {name: dict(entry) for name, entry in SMALL_ENCODERS["encoders"].items()}
     encoders["tiny"] |= change
     (project.data / "encoders.yaml").write_text(yaml.safe_dump({"encoders": encoders}))
     after = code_versions(Project(project.data, project.store))
     changed = {asset for asset in before if before[asset] != after[asset]}
-    assert changed == {"embeddings_tiny", "embedding_table_tiny", "index_tiny"}
+    assert changed == {asset for asset in before if asset.endswith("_tiny")}
+    assert len(changed) >= 5
 
 
 def test_a_description_decides_nothing(project: Project):
@@ -191,6 +198,7 @@ def test_tables_are_shown_with_rows_columns_and_a_sample(made: Dataset, seen: Se
         "synapse_stacks": made.stacks_path,
         "rgb_tiles": made.tiles_path,
         "rejects": made.rejects_path,
+        "classifier_tiny": made.predictions_path("tiny"),
         "embedding_table_tiny": made.table_path("tiny"),
         "embedding_table_other": made.table_path("other"),
     }
@@ -214,6 +222,7 @@ def test_tables_are_shown_with_rows_columns_and_a_sample(made: Dataset, seen: Se
 
 def test_pictures_are_shown(seen: Seen):
     pictures = {"volume": "middle_section", "rgb_tiles": "contact_sheet", "index_tiny": "nearest_neighbours"}
+    pictures |= {"classifier_tiny": "confusion_matrix"}
     for asset, name in pictures.items():
         image = picture(seen(asset)[name])
         assert min(image.size) > 300

@@ -37,7 +37,7 @@ def project(real_em: Path, tmp_path_factory: pytest.TempPathFactory) -> Project:
     datasets = folder / "data" / "datasets"
     datasets.mkdir(parents=True)
     described = yaml.safe_load((REPOSITORY / "data" / "datasets" / "vnc_stack1.yaml").read_text())
-    (datasets / "vnc_stack1.yaml").write_text(yaml.safe_dump(described | {"encoders": ["tiny"]}))
+    (datasets / "vnc_stack1.yaml").write_text(yaml.safe_dump(described | {"encoders": ["tiny"], "projection": None}))
     (folder / "data" / "encoders.yaml").write_text(yaml.safe_dump(SMALL_ENCODERS))
     made = Project(folder / "data", folder / "store")
     with pytest.MonkeyPatch.context() as patch:

@@ -27,8 +27,9 @@ from synpipe.index import CURRENT
 from synpipe_tests.browser import Ui, serve
 from synpipe_tests.conftest import SMALL_ENCODERS, environment, write_project
 
-TRUNK = {"volume", "annotations", "synapses", "synapse_stacks", "rgb_tiles", "rejects"}
-BRANCHES = {f"{kind}_{name}" for kind in ("embeddings", "embedding_table", "index") for name in ("tiny", "other")}
+TRUNK = {"volume", "annotations", "synapses", "synapse_stacks", "rgb_tiles", "rejects", "split"}
+KINDS = ("embeddings", "classifier", "embedding_table", "index", "scores")
+BRANCHES = {f"{kind}_{name}" for kind in KINDS for name in ("tiny", "other")} | {"evaluation"}
 UP_TO_DATE = "every asset is up to date"
 
 
@@ -185,7 +186,7 @@ def test_a_code_location_older_than_the_registry_asks_to_be_reloaded(fresh: Code
     assert "after this code location was loaded: reload it" in reason
     assert "demo/embedding_table_tiny, demo/embeddings_tiny, demo/index_tiny" in reason
     fresh.reload()
-    assert wanted(fresh.tick()) == {"embeddings_tiny", "embedding_table_tiny", "index_tiny"}
+    assert wanted(fresh.tick()) == {*(f"{kind}_tiny" for kind in KINDS), "evaluation"}
 
 
 def test_a_data_set_that_came_or_went_asks_for_a_reload(fresh: CodeLocation):
@@ -290,7 +291,7 @@ def test_a_check_that_failed_keeps_its_asset_out_of_date_and_stops_what_is_downs
 def test_an_asset_whose_process_ended_before_its_checks_is_out_of_date(fresh: CodeLocation):
     (step,) = [step for step in steps(fresh.project.dataset("demo")) if step.asset == "embeddings_tiny"]
     step.run(lambda message: None, checks=["vectors_vary"])
-    assert wanted(fresh.tick()) == {"embeddings_tiny", "embedding_table_tiny", "index_tiny"}
+    assert wanted(fresh.tick()) == {*(f"{kind}_tiny" for kind in KINDS), "evaluation"}
     step.passed(["vectors_vary"])
     assert fresh.tick() == UP_TO_DATE
 

@@ -13,14 +13,17 @@ from synpipe.graph import Step, steps
 
 Check = Callable[..., checks.Finding]
 
-# Checks by kind of step. All are blocking: what lies downstream does not run on tiles or vectors that are wrong. Nothing
-# lies downstream of the rejects: there it only makes the run fail, so that nobody overlooks what was lost.
+# Checks by kind of step. What lies downstream does not run on tiles or vectors that are wrong; a finding that is a warning
+# stops nothing. Nothing lies downstream of the rejects: there a failed check only makes the run fail, so that nobody
+# overlooks what was lost.
 CHECKS: dict[str, dict[str, Check]] = {
     "synapse_stacks": {"match_synapses": checks.stacks_match_synapses},
     "rgb_tiles": {"are_there": checks.tiles_are_there},
     "rejects": {"are_few": checks.rejects_are_few},
+    "split": {"sides_are_apart": checks.sides_are_apart},
     "embeddings": {"vectors_vary": checks.vectors_vary},
-    "embedding_table": {"match_tiles": checks.table_matches_tiles},
+    "classifier": {"predictions_are_whole": checks.predictions_are_whole},
+    "embedding_table": {"match_tiles": checks.table_matches_tiles, "drift": checks.vectors_have_not_drifted},
     "index": {"recall": checks.index_finds_neighbours},
 }
 
@@ -58,7 +61,10 @@ def step_asset(step: Step) -> dg.AssetsDefinition:
             with one_step_at_a_time(store, context.log.info):
                 manifest = step.run(context.log.info, context.run.run_id, found)
                 findings = {name: check(step.dataset, *which) for name, check in found.items()}
-                step.passed([name for name, finding in findings.items() if finding.passed])
+                for name, finding in findings.items():
+                    if not finding.passed and finding.severity == "warning":
+                        context.log.warning(f"{name}: {finding.description}")
+                step.passed([name for name, one in findings.items() if one.passed or one.severity == "warning"])
                 metadata = SHOW[step.kind](step.dataset, manifest)
         except SynpipeError as error:
             # The message is for the user; the traceback would bury it.
@@ -68,7 +74,13 @@ def step_asset(step: Step) -> dg.AssetsDefinition:
             metadata=metadata,
             check_results=[
                 dg.AssetCheckResult(
-                    check_name=name, passed=finding.passed, description=finding.description, metadata=finding.figures
+                    check_name=name,
+                    passed=finding.passed,
+                    severity=dg.AssetCheckSeverity.WARN
+                    if finding.severity == "warning"
+                    else dg.AssetCheckSeverity.ERROR,
+                    description=finding.description,
+                    metadata=finding.figures,
                 )
                 for name, finding in findings.items()
             ],

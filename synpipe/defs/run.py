@@ -14,6 +14,7 @@ from pathlib import Path
 import dagster as dg
 import sqlalchemy.exc
 
+from synpipe.compression import branch_name
 from synpipe.datasets import Project
 from synpipe.defs.definitions import build_definitions
 from synpipe.defs.locks import fail_dead_runs, register_run
@@ -88,7 +89,7 @@ def _selected(definitions: dg.Definitions, dataset: str, selection: Sequence[str
         return set(keys.values())
     found: set[dg.AssetKey] = set()
     for item in selection:
-        name = item.removeprefix("+").removesuffix("+")
+        name = branch_name(item.removeprefix("+").removesuffix("+"))
         if name not in keys:
             raise SynpipeError(f"{dataset} has no asset {name!r}. Its assets: {', '.join(sorted(keys))}.")
         chosen = dg.AssetSelection.assets(keys[name])

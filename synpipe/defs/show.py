@@ -12,11 +12,16 @@ import dagster as dg
 import pyarrow.parquet as pq
 from PIL import Image
 
+from synpipe import compare
+from synpipe.classifier_report import confusion_picture, confusion_rows, markdown, recall_rows
 from synpipe.datasets import Dataset
 from synpipe.errors import SynpipeError
+from synpipe.evaluation import Estimate
 from synpipe.graph import Step
 from synpipe.manifests import Manifest
-from synpipe.pictures import data_uri, nearest_neighbours, section_picture, tiles_by_class
+from synpipe.pictures import data_uri, nearest_neighbours, section_picture, tiles_by_class, vector_map
+from synpipe.shards import read_json
+from synpipe.splits import SCHEMES
 from synpipe.volumes import Volume
 
 SAMPLE_ROWS = 10
@@ -29,9 +34,14 @@ KINDS = {
     "synapse_stacks": {"hdf5"},
     "rgb_tiles": {"hdf5"},
     "rejects": {"parquet"},
+    "split": {"parquet"},
     "embeddings": {"pytorch"},
+    "classifier": {"parquet", "scikitlearn"},
+    "projection": {"parquet"},
     "embedding_table": {"parquet"},
     "index": {"lancedb"},
+    "scores": {"parquet"},
+    "evaluation": {"parquet"},
 }
 
 DESCRIPTIONS = {
@@ -42,9 +52,17 @@ DESCRIPTIONS = {
     "synapse_stacks": "For every synapse the sections z−1, z and z+1, 256 × 256 pixels around it, cut out of the volume.",
     "rgb_tiles": "The stacks as tiles for the encoders: three sections as red, green and blue, or the middle one in grey.",
     "rejects": "Every synapse that has no tile, with the reason, and the file and row that it comes from.",
+    "split": "The side of every synapse, training, validation or test: by neuron, hemilineage or region, and at random to "
+    "show beside the others what that leaks.",
     "embeddings": "A vector per tile. Only tiles that this encoder has not seen are embedded.",
+    "classifier": "The class of every synapse, predicted from its vector, and the vote of every neuron; how good that is on the "
+    "test side.",
+    "projection": "A place in the plane for every synapse, by UMAP: vectors that are alike lie side by side.",
     "embedding_table": "The synapses with their vectors in one Parquet file, for pandas, Polars, DuckDB and others.",
     "index": "The table in LanceDB, versioned and indexed, for `synpipe search`.",
+    "scores": "How good the neighbours are: do synapses find their class, in other neurons, and places themselves? With "
+    "intervals.",
+    "evaluation": "The figures of every encoder, a row each, for choosing among them; `synpipe compare A B` says more of two.",
 }
 
 COLUMNS = {
@@ -75,8 +93,23 @@ COLUMNS = {
     "std": "Contrast of the tile.",
     "crc32": "Checksum of the tile.",
     "content_hash": "SHA-256 of the tile, its first 32 digits: what it is embedded under.",
+    "neuron": "Side in the split by neuron; `guard`: too near to a tile of another side; empty where it cannot be placed.",
+    "random": "Side in the split synapse by synapse: neurons stand on two sides and tiles overlap.",
+    "predicted_neurotransmitter": "Class that the classifier predicts; `neurotransmitter` is the one that was annotated.",
+    "predicted_probability": "Of the predicted class, under equal shares of the classes.",
+    "class_probabilities": "Of every class, in the order of the data set's `classes`.",
+    "split": "Side on which the synapse stood: predictions of `train` rows are no evidence.",
     "vector": "Embedding of unit length.",
+    "label": "The class; empty where it is not known.",
+    "voted": "The class for which the ten nearest of other neurons vote; empty where it was not a query.",
+    "average_precision": "Of its own class in the ranking; empty where it was not a query.",
+    "precision_at_10": "Share of its own class among the ten nearest of other neurons.",
+    "instance_rank": "Rank of the original for an altered view of it; empty where none was tried.",
+    "nearest": "The nearest of known class, of other neurons and other places.",
+    "group": "The neuron, or where it is not known the place, as a number: what is resampled as one.",
     "norm": "Length of the vector as the encoder gave it.",
+    "map_x": "Place on the map of the encoder; empty where there is none.",
+    "map_y": "Place on the map of the encoder; empty where there is none.",
     "encoder": "Entry of `encoders.yaml`.",
     "encoder_fingerprint": "Weights, architecture, preprocessing, precision.",
     "dataset_version": "Of synapses and tiles together.",
@@ -135,8 +168,28 @@ def rejects(dataset: Dataset, manifest: Manifest) -> dict[str, Any]:
     return shown | ({"neuroglancer": dg.MetadataValue.md("\n".join(links))} if links else {})
 
 
+def split(dataset: Dataset, manifest: Manifest) -> dict[str, Any]:
+    return _figures(manifest) | _parquet(dataset.split_path, ["synapse_id", *SCHEMES])
+
+
 def embeddings(_dataset: Dataset, manifest: Manifest) -> dict[str, Any]:
     return _figures(manifest) | {"dagster/row_count": manifest.counts["rows"]}
+
+
+def classifier(dataset: Dataset, manifest: Manifest) -> dict[str, Any]:
+    encoder = manifest.asset.removeprefix("classifier_")
+    columns = ["synapse_id", "split", "neurotransmitter", "predicted_neurotransmitter", "predicted_probability"]
+    shown = _figures(manifest)
+    if "confusion" in manifest.counts:
+        picture = confusion_picture(manifest.counts, f"{dataset.name}, {encoder}, split by {manifest.counts['by']}")
+        shown = _picture("confusion_matrix", picture) | shown
+    return shown | _parquet(dataset.predictions_path(encoder), columns)
+
+
+def projection(dataset: Dataset, manifest: Manifest) -> dict[str, Any]:
+    encoder = manifest.asset.removeprefix("projection_")
+    picture = _picture("map", vector_map(dataset, encoder))
+    return picture | _figures(manifest) | _parquet(dataset.projection_path(encoder), ["synapse_id", "map_x", "map_y"])
 
 
 def embedding_table(dataset: Dataset, manifest: Manifest) -> dict[str, Any]:
@@ -152,6 +205,31 @@ def index(dataset: Dataset, manifest: Manifest) -> dict[str, Any]:
     return pictures | _figures(manifest) | folder | {"dagster/row_count": manifest.counts["rows"]}
 
 
+def scores(dataset: Dataset, manifest: Manifest) -> dict[str, Any]:
+    report = read_json(dataset.scores_path(manifest.asset.removeprefix("scores_")))
+    columns = ["synapse_id", "label", "voted", "average_precision", "precision_at_10", "instance_rank", "nearest"]
+    tables = {
+        "by_class": dg.MetadataValue.md(_estimates("class", report["classes"])),
+        "single_alterations": dg.MetadataValue.md(_estimates("altered", report["alterations"])),
+    }
+    return tables | _figures(manifest) | _parquet(dataset.queries_path(report["encoder"]), columns)
+
+
+def _estimates(head: str, rows: Mapping[str, Mapping[str, Any]]) -> str:
+    names = list(next(iter(rows.values()), {}))
+    lines = [f"| {head} | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
+    for key, row in rows.items():
+        lines.append(f"| {key} | {' | '.join(compare.format_figure(Estimate(**row[name])) for name in names)} |")
+    return "\n".join(lines)
+
+
+def evaluation(dataset: Dataset, manifest: Manifest) -> dict[str, Any]:
+    rows = compare.encoders_table(dataset)
+    report = {"report": dg.MetadataValue.md(compare.markdown(rows))}
+    columns = ["encoder", "dimensions", "instance_recall_at_1", "knn_balanced_accuracy", "map", "index_recall"]
+    return _picture("figures", compare.chart(rows)) | report | _parquet(dataset.evaluation_path, columns)
+
+
 # Counts for the next steps only.
 HIDDEN = ("rows", "encoder_identity", "files", "sha256_by_source", "neuroglancer")
 
@@ -163,29 +241,54 @@ SHOW: dict[str, Callable[[Dataset, Manifest], dict[str, Any]]] = {
     "synapse_stacks": stacks,
     "rgb_tiles": tiles,
     "rejects": rejects,
+    "split": split,
     "embeddings": embeddings,
+    "classifier": classifier,
+    "projection": projection,
     "embedding_table": embedding_table,
     "index": index,
+    "scores": scores,
+    "evaluation": evaluation,
 }
 
 
 def _figures(manifest: Manifest) -> dict[str, Any]:
     """Counts in the form in which the page shows them best; then the notes."""
-    shown = {name: _figure(name, value) for name, value in manifest.counts.items() if name not in HIDDEN}
+    shown = {
+        name: _figure(name, value, manifest.counts) for name, value in manifest.counts.items() if name not in HIDDEN
+    }
     if manifest.notes:
         shown["notes"] = dg.MetadataValue.md("\n".join(f"- {note}" for note in manifest.notes))
     return shown
 
 
-def _figure(name: str, value: Any) -> Any:
+def _figure(name: str, value: Any, counts: Mapping[str, Any]) -> Any:
     if name in ("classes", "reasons") and isinstance(value, Mapping):
         rows = (f"| {key} | {count:,} |" for key, count in value.items())
         return dg.MetadataValue.md("\n".join([f"| {name} | rows |", "|---|---:|", *rows]))
+    if name == "recalls":
+        return dg.MetadataValue.md(markdown(recall_rows(counts)))
+    if name == "confusion":
+        return dg.MetadataValue.md(markdown(confusion_rows(counts)))
+    if name == "split":
+        return dg.MetadataValue.md(_split_table(value))
     if name == "paths":
         return dg.MetadataValue.md("\n".join(f"- `{file}`" for file in value))
     if isinstance(value, list):
         return ", ".join(map(str, value))
     return value
+
+
+def _split_table(schemes: Mapping[str, Mapping[str, Mapping[str, int]]]) -> str:
+    """Groups and synapses of each class by scheme; schemes of which the data knows no group are left out."""
+    lines = []
+    for scheme, classes in schemes.items():
+        if any(count["groups"] for count in classes.values()):
+            names = list(next(iter(classes.values())))
+            lines += [f"| by {scheme} | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
+            lines += [f"| {name} | {' | '.join(f'{n:,}' for n in count.values())} |" for name, count in classes.items()]
+            lines.append("")
+    return "\n".join(lines) or "No synapse has a class."
 
 
 def _parquet(path: Path, sample_columns: Sequence[str]) -> dict[str, Any]:

@@ -1,0 +1,189 @@
+"""The steps that learn from what `synpipe.pipeline` has made, or judge it; the same rules hold.
+
+In: a `Dataset` and the data versions of the step's inputs. Out: files in its folder, and `Made`.
+"""
+
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from synpipe import evaluation, splits
+from synpipe.datasets import Dataset
+from synpipe.derived_steps import open_branch
+from synpipe.embedding import embed_shard
+from synpipe.errors import SynpipeError
+from synpipe.instance_retrieval import instance_retrieval
+from synpipe.manifests import read_manifest
+from synpipe.pipeline import CODE_VERSIONS, Inputs, Log, Made, _metadata, _version
+from synpipe.shards import read_json, read_table, write_json, write_table
+from synpipe.specs import digest
+from synpipe.tiles import SECTIONS, TILE_PX
+from synpipe.volumes import Volume
+
+
+def make_split(dataset: Dataset, inputs: Inputs, log: Log) -> Made:
+    """The side of every synapse with a tile, a column per scheme: `split.parquet`."""
+    spec = dataset.spec.split
+    synapses, starts, window = synapses_with_tiles(dataset)
+    labels = column(synapses, "neurotransmitter")
+    columns: dict[str, pa.Array] = {"synapse_id": synapses["synapse_id"]}
+    counts, notes = {}, []
+    for scheme in splits.SCHEMES:
+        groups = column(synapses, splits.GROUP_COLUMNS[scheme])
+        sides = splits.split(spec, scheme, labels, groups, starts, window)
+        columns[scheme] = pa.array(sides, pa.string())
+        counts[scheme] = splits.tally(labels, groups, sides)
+        notes += splits.shortcomings(scheme, counts[scheme])
+    table = pa.table(columns)
+    # Of the content: a changed confidence, or a position moved within its voxel, leads to the same split.
+    version = digest(["split", CODE_VERSIONS["split"], spec.by, table.to_pydict()])
+    write_table(dataset.split_path, table, _metadata(dataset, version, inputs))
+    chosen = counts[spec.by].values()
+    log(f"by {spec.by}: " + ", ".join(f"{sum(c[side] for c in chosen):,} {side}" for side in (*splits.SIDES, "guard")))
+    return Made(version, {"rows": len(table), "by": spec.by, "split": counts}, notes)
+
+
+def make_scores(dataset: Dataset, name: str, inputs: Inputs, log: Log) -> Made:
+    """Judge an encoder: figures with intervals (JSON), and what each query found (Parquet)."""
+    spec = dataset.spec.evaluation
+    synapses, starts, window = synapses_with_tiles(dataset)
+    made = read_manifest(dataset, f"embeddings_{name}").counts
+    table = read_table(dataset.table_path(name), ["synapse_id", "vector"]).sort_by("synapse_id")
+    vectors = table["vector"].combine_chunks().flatten().to_numpy().reshape(len(table), -1)
+    vectors = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)  # they are held rounded
+    labels, neurons = column(synapses, "neurotransmitter"), column(synapses, "neuron_id")
+
+    queries = evaluation.draw_queries(labels, spec)
+    found = evaluation.search_all(vectors, labels, neurons, starts, window, queries)
+    log(f"{len(queries):,} synapses have searched for their class")
+    rows = {
+        "label": labels,
+        "group": evaluation.bootstrap_groups(neurons, starts, window),
+        "voted": spread(found.voted, queries, len(labels), None),
+        "average_precision": spread(found.average_precision, queries, len(labels)),
+        "precision_at_10": spread(found.precision, queries, len(labels)),
+    }
+    split = read_table(dataset.split_path).sort_by("synapse_id")
+    for scheme in splits.SCHEMES:
+        tested = evaluation.probe(vectors, labels, column(split, scheme), spec)
+        rows[f"probe_{scheme}"] = spread(tested[1], tested[0], len(labels)) if tested else np.full(len(labels), np.nan)
+    log("linear probes are fitted")
+
+    encoder = open_branch(dataset, name)
+    if encoder.fingerprint != made["encoder_fingerprint"]:
+        raise SynpipeError(
+            f"The encoder {name} is not the one that made its vectors: materialise embeddings_{name}+ again."
+        )
+    grey = read_manifest(dataset, "rgb_tiles").counts["stacking"] == "grey"
+    with Volume(dataset.spec.volume, dataset.base) as volume:
+        again = instance_retrieval(
+            volume,
+            dataset.spec.tiles,
+            lambda tiles: embed_shard(encoder, tiles.__getitem__, [f"view {place}" for place in range(len(tiles))]),
+            (lambda tile: np.broadcast_to(tile[1], tile.shape)) if grey else (lambda tile: tile),
+            vectors,
+            starts,
+            window,
+            spec,
+        )
+    rows["instance_rank"] = spread(again.ranks, again.places, len(labels))
+    log(f"{len(again.places):,} places have been looked for")
+
+    figures = evaluation.measure(rows, spec.seed)
+    groups = rows["group"][again.places]
+    report = {
+        "encoder": name,
+        "encoder_fingerprint": made["encoder_fingerprint"],
+        "dimensions": vectors.shape[1],
+        "queries": len(queries),
+        "places": len(again.places),
+        "groups": len(np.unique(rows["group"])),
+        "index_recall": read_manifest(dataset, f"index_{name}").counts["recall"],
+        "figures": {figure: asdict(value) for figure, value in figures.items()},
+        "classes": {
+            label: {figure: asdict(value) for figure, value in each.items()}
+            for label, each in evaluation.measure_classes(rows, spec.seed).items()
+        },
+        "alterations": {
+            alteration: {
+                f"recall_at_{k}": asdict(
+                    evaluation.estimate(
+                        (ranks <= k).astype(float), np.full(len(ranks), None), groups[: len(ranks)], spec.seed
+                    )
+                )
+                for k in (1, 5)
+            }
+            for alteration, ranks in again.singles.items()
+        },
+    }
+    ids = np.append(synapses["synapse_id"].to_numpy(), -1)  # −1: there is no such neighbour
+    nearest = [None] * len(labels)
+    for query, near in zip(queries.tolist(), ids[found.nearest].tolist(), strict=True):
+        nearest[query] = [one for one in near if one >= 0]
+    columns = {
+        "synapse_id": synapses["synapse_id"],
+        **{key: pa.array(value, from_pandas=True) for key, value in rows.items()},
+    }
+    version = _version("scores", inputs, [made["encoder_fingerprint"], spec.digest()])
+    write_table(
+        dataset.queries_path(name),
+        pa.table(columns | {"nearest": pa.array(nearest, pa.list_(pa.int64()))}),
+        _metadata(dataset, version, inputs),
+    )
+    write_json(dataset.scores_path(name), report)
+    shown = ("instance_recall_at_1", "instance_recall_at_5", "knn_balanced_accuracy")
+    log(", ".join(f"{evaluation.FIGURES[each].title} {text(figures[each].value)}" for each in shown))
+    values = {each: figure.value for each, figure in figures.items() if figure.value is not None}
+    return Made(version, {"rows": len(labels), "queries": len(queries), "places": len(again.places), **values})
+
+
+def make_evaluation(dataset: Dataset, inputs: Inputs, log: Log) -> Made:
+    """The figures of all encoders that have been judged, a row each: `evaluation.parquet`."""
+    judged = [name for name in dataset.encoders if f"scores_{name}" in inputs]
+    rows = []
+    for name in judged:
+        report = read_json(dataset.scores_path(name))
+        row = {key: report[key] for key in ("encoder", "dimensions", "queries", "places", "groups", "index_recall")}
+        for figure, value in report["figures"].items():
+            row |= {figure: value["value"], f"{figure}_low": value["low"], f"{figure}_high": value["high"]}
+        rows.append(row | {"encoder_fingerprint": report["encoder_fingerprint"]})
+    if not rows:
+        raise SynpipeError(
+            f"No encoder of {dataset.name} has been judged: `synpipe materialize --dataset {dataset.name}`."
+        )
+    version = _version("evaluation", inputs, judged)
+    numbers = {name: pa.float64() for name in rows[0] if name.startswith(tuple(evaluation.FIGURES))}
+    schema = pa.schema([(name, numbers.get(name, pa.scalar(value).type)) for name, value in rows[0].items()])
+    write_table(dataset.evaluation_path, pa.Table.from_pylist(rows, schema), _metadata(dataset, version, inputs))
+    log(f"{len(rows)} encoders")
+    return Made(version, {"rows": len(rows)})
+
+
+def spread(values: np.ndarray, rows: np.ndarray, count: int, absent: Any = np.nan) -> np.ndarray:
+    """Values of some rows as a column of all: (count,), `absent` elsewhere."""
+    found = np.full(count, absent, dtype=object if absent is None else float)
+    found[rows] = values
+    return found
+
+
+def text(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3f}"
+
+
+def synapses_with_tiles(dataset: Dataset) -> tuple[pa.Table, np.ndarray, tuple[int, int, int]]:
+    """The synapses that have a tile, by id; first voxels of the tiles, int64 (n, 3); extents of a tile, voxels z y x."""
+    tiles = read_table(dataset.tiles_path, ["synapse_id", "z_index", "start_z", "start_y", "start_x"])
+    tiles = tiles.sort_by("synapse_id")
+    synapses = read_table(dataset.synapses_path).sort_by("synapse_id")
+    rows = np.searchsorted(synapses["synapse_id"].to_numpy(), tiles["synapse_id"].to_numpy())
+    starts = np.stack([tiles[f"start_{axis}"].to_numpy() for axis in "zyx"], axis=1)
+    # The middle section of a stack is as far from its first as from its last.
+    step = (tiles["z_index"][0].as_py() - tiles["start_z"][0].as_py()) if len(tiles) else 1
+    return synapses.take(rows), starts, ((SECTIONS - 1) * step + 1, TILE_PX, TILE_PX)
+
+
+def column(table: pa.Table, name: str) -> np.ndarray:
+    """A column as object (n,), None where it is null."""
+    return np.array([*table[name].to_pylist(), None], dtype=object)[:-1]
