@@ -194,7 +194,11 @@ def sides_are_apart(dataset: Dataset) -> Finding:
     problems = []
     for scheme in splits.SCHEMES[:-1]:
         groups, overlapping = splits.faults(
-            column(split, scheme), column(synapses, splits.GROUP_COLUMNS[scheme]), starts, window
+            column(split, scheme),
+            column(synapses, splits.GROUP_COLUMNS[scheme]),
+            starts,
+            window,
+            dataset.spec.split.guard,
         )
         if groups:
             problems.append(f"by {scheme}, {len(groups):,} groups stand on two sides, the first being {groups[0]}")

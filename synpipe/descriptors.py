@@ -3,11 +3,11 @@
 In: tiles, uint8 (n, 3, 256, 256). Out: vectors, float32 (n, d). Guarantees: nothing is fitted to any data; brightness and
 contrast of the whole tile are taken out first (but by `grey_histogram`, which is about nothing else).
 
-The centre of `CROP_PX` is described, at its own scale; each section for itself but for `pixels` and `hog`, which see the
-middle one: they are as they are commonly used.
+The centre of the tile is described, at its own scale; `pixels` and `hog` see the middle section only.
 """
 
 from collections.abc import Callable
+from functools import lru_cache
 from importlib.metadata import version
 from typing import Literal, get_args
 
@@ -15,16 +15,24 @@ import numpy as np
 
 from synpipe.specs import Spec, digest
 
-Name = Literal["pixels", "hog", "lbp", "grey_histogram", "filter_bank"]
+Name = Literal["pixels", "hog", "lbp", "grey_histogram", "filter_bank", "filter_bank_pooled"]
 NAMES: tuple[str, ...] = get_args(Name)
 CROP_PX = 128
 PIXELS_CROP_PX, PIXELS = 224, 28
 HOG_CELL_PX, HOG_BINS, HOG_CLIP = 16, 9, 0.2
 LBP_RADII_PX = (1, 2, 4)
 HISTOGRAM_BINS = 32
-FILTER_SIGMAS_PX = (1.0, 2.0, 4.0, 8.0)
-RINGS_PX = (0, 16, 32, 48, 64)
-CROPS_PX: dict[str, int] = {**dict.fromkeys(NAMES, CROP_PX), "pixels": PIXELS_CROP_PX}
+FILTER_SIGMAS_PX = {1.5: 1, 3.0: 2, 6.0: 4, 12.0: 8}
+"""Scales of the filters, and every how many pixels their responses are taken."""
+FILTER_EDGE_PX, FILTER_CROP_PX = 224, 192
+"""What is filtered, and what is described: filtering wraps around, which is to stay outside."""
+RINGS_PX = (24, 48, 72, 96)
+"""Outer radii; what lies beyond the last, in the corners, is not described."""
+CROPS_PX: dict[str, int] = {
+    **dict.fromkeys(NAMES, CROP_PX),
+    "pixels": PIXELS_CROP_PX,
+    **dict.fromkeys(("filter_bank", "filter_bank_pooled"), FILTER_EDGE_PX),
+}
 _METHOD = 1  # raise it when a change in this file changes the vectors
 
 
@@ -52,8 +60,9 @@ def describe(name: str, tiles: np.ndarray) -> np.ndarray:
         "lbp": lbp,
         "grey_histogram": grey_histogram,
         "filter_bank": filter_bank,
+        "filter_bank_pooled": filter_bank_pooled,
     }
-    return functions[name](tiles).astype(np.float32)
+    return _not_zero(functions[name](tiles).astype(np.float32))
 
 
 def crop(tiles: np.ndarray, size_px: int) -> np.ndarray:
@@ -67,7 +76,7 @@ def pixels(tiles: np.ndarray) -> np.ndarray:
     middle = crop(tiles[:, 1], PIXELS_CROP_PX).astype(np.float32)
     step = PIXELS_CROP_PX // PIXELS
     small = middle.reshape(len(tiles), PIXELS, step, PIXELS, step).mean(axis=(2, 4)).reshape(len(tiles), -1)
-    return _not_zero(small - small.mean(axis=1, keepdims=True))
+    return small - small.mean(axis=1, keepdims=True)
 
 
 def hog(tiles: np.ndarray) -> np.ndarray:
@@ -91,14 +100,14 @@ def hog(tiles: np.ndarray) -> np.ndarray:
     blocks = np.concatenate([cells[:, :-1, :-1], cells[:, :-1, 1:], cells[:, 1:, :-1], cells[:, 1:, 1:]], axis=-1)
     for limit in (HOG_CLIP, np.inf):  # clipped and normalised anew: that is what Hys stands for
         blocks = np.minimum(blocks / np.sqrt((blocks**2).sum(axis=-1, keepdims=True) + 1e-6), limit)
-    return _not_zero(blocks.reshape(len(tiles), -1))
+    return blocks.reshape(len(tiles), -1)
 
 
 def lbp(tiles: np.ndarray) -> np.ndarray:
     """Uniform rotation-invariant local binary patterns (Ojala, Pietikäinen & Mäenpää, PAMI 2002, LBP riu2): (n, 90).
 
-    Eight neighbours on the square of radius 1, 2 and 4 px; square roots of the ten shares, so that a cosine is a
-    Bhattacharyya coefficient.
+    Each section for itself. Eight neighbours on the square of radius 1, 2 and 4 px; square roots of the ten shares, so
+    that a cosine is a Bhattacharyya coefficient.
     """
     reach = max(LBP_RADII_PX)
     padded = crop(tiles, CROP_PX + 2 * reach)
@@ -129,37 +138,66 @@ def grey_histogram(tiles: np.ndarray) -> np.ndarray:
 
 
 def filter_bank(tiles: np.ndarray) -> np.ndarray:
-    """Rotation-pooled responses to blobs, edges and bars of four scales, by ring around the centre: (n, …)."""
+    """Mean and spread of the responses to blobs, edges and bars, four scales, in four rings around the centre: (n, 384).
+
+    Each section for itself. Edges and bars are pooled over all angles, by the largest and the smallest response.
+    """
+    return _ring_statistics(tiles, 0).reshape(len(tiles), -1)
+
+
+def filter_bank_pooled(tiles: np.ndarray) -> np.ndarray:
+    """The same of edges and bars only, as the mean of the three sections: (n, 96).
+
+    What is left out hurts: smoothed grey changes with contrast, and a section off is another section.
+    """
+    return _ring_statistics(tiles, 1).mean(axis=3).reshape(len(tiles), -1)
+
+
+def _ring_statistics(tiles: np.ndarray, first_filter: int) -> np.ndarray:
+    """float32 (n, scales, filters, 3 sections, rings, 2): means and standard deviations. Filters: blob, edge, two of bars."""
     from scipy import fft
 
-    edge_px = CROP_PX + 32  # what the filters see beyond the rings; their wrapping around stays outside
-    grey = crop(tiles, edge_px).astype(np.float32)
+    grey = crop(tiles, FILTER_EDGE_PX).astype(np.float32)
     grey -= grey.mean(axis=(1, 2, 3), keepdims=True)
     grey /= np.maximum(grey.std(axis=(1, 2, 3), keepdims=True), 1e-6)
     spectrum = fft.rfft2(grey)
-    fy, fx = np.meshgrid(2 * np.pi * fft.fftfreq(edge_px), 2 * np.pi * fft.rfftfreq(edge_px), indexing="ij")
-    responses = []
-    for sigma in FILTER_SIGMAS_PX:
-        smooth = np.exp(-0.5 * sigma**2 * (fy**2 + fx**2)).astype(np.float32)
+    found = []
+    for sigma, step in FILTER_SIGMAS_PX.items():
+        # A smooth response needs few samples: those that a smaller inverse transform gives, in the middle of its pixels.
+        size = FILTER_EDGE_PX // step
+        fy, fx = np.meshgrid(fft.fftfreq(size, step), fft.rfftfreq(size, step), indexing="ij")
+        fy, fx = 2 * np.pi * fy, 2 * np.pi * fx
+        smooth = np.exp(-0.5 * sigma**2 * (fy**2 + fx**2) + 0.5j * (step - 1) * (fy + fx)) / step**2
+        rows = np.r_[: size // 2, FILTER_EDGE_PX - size // 2 : FILTER_EDGE_PX]
+        smoothed = spectrum[..., rows, : size // 2 + 1] * smooth.astype(np.complex64)
 
-        def response(kernel: np.ndarray, smooth: np.ndarray = smooth) -> np.ndarray:
-            filtered = fft.irfft2(spectrum * (smooth * kernel).astype(np.complex64), s=(edge_px, edge_px))
-            return crop(filtered, CROP_PX)
+        def response(
+            kernel: np.ndarray, smoothed: np.ndarray = smoothed, size: int = size, step: int = step
+        ) -> np.ndarray:
+            filtered = fft.irfft2(smoothed * kernel.astype(np.complex64), s=(size, size))
+            return crop(filtered, FILTER_CROP_PX // step)
 
         # Steerable: the largest response of an edge filter over all angles is the gradient's length, the largest and the
         # smallest of a bar filter are the eigenvalues of the Hessian (Freeman & Adelson, PAMI 1991).
         edges = sigma * np.hypot(response(1j * fy), response(1j * fx))
         yy, xx, yx = (sigma**2 * response(-a * b) for a, b in ((fy, fy), (fx, fx), (fy, fx)))
         middle, radius = (yy + xx) / 2, np.hypot((yy - xx) / 2, yx)
-        responses += [response(np.ones_like(fy)), edges, middle + radius, middle - radius]
-    stacked = np.stack(responses, axis=1)  # (n, responses, 3, y, x)
-    y, x = np.mgrid[:CROP_PX, :CROP_PX] - (CROP_PX - 1) / 2
-    ring = np.digitize(np.hypot(y, x), RINGS_PX[1:])
-    found = []
-    for number in range(len(RINGS_PX) - 1):
-        inside = stacked[..., ring == number]
-        found += [inside.mean(axis=-1), inside.std(axis=-1)]
-    return np.concatenate([each.reshape(len(tiles), -1) for each in found], axis=1)
+        blobs = [response(np.ones_like(fy))] if first_filter == 0 else []
+        responses = np.stack([*blobs, edges, middle + radius, middle - radius], axis=1)
+        of_ring = _rings(FILTER_CROP_PX // step, step)
+        flat = responses.reshape(*responses.shape[:3], -1)
+        means = flat @ of_ring
+        found.append(np.stack([means, np.sqrt(np.maximum((flat * flat) @ of_ring - means**2, 0))], axis=-1))
+    return np.stack(found, axis=1)
+
+
+@lru_cache(maxsize=16)
+def _rings(size: int, step: int) -> np.ndarray:
+    """Weights that take the mean within each ring: float32 (size², rings)."""
+    y, x = (np.mgrid[:size, :size] - (size - 1) / 2) * step
+    ring = np.digitize(np.hypot(y, x), RINGS_PX).ravel()
+    inside = ring[:, None] == np.arange(len(RINGS_PX))[None]
+    return (inside / inside.sum(axis=0)).astype(np.float32)
 
 
 def _shares(values: np.ndarray, bins: int) -> np.ndarray:

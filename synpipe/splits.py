@@ -1,8 +1,8 @@
 """Training, validation and test sides, by neuron, hemilineage or region, and at random to show what that leaks.
 
 In: the class and the groups of each synapse, and where its tile begins. Out: a side per synapse and scheme. Guarantees,
-for every scheme but `random`: a group stands on one side, and no tile overlaps one of another side; what would break the
-second is set aside as `guard`. The sides depend on the seed and on which groups there are, not on the order of rows; an
+for every scheme but `random`: a group stands on one side, and no tile overlaps one of another side (or less, as the spec
+says); what would break the second is set aside as `guard`. The sides depend on the seed and on which groups there are, not on the order of rows; an
 added synapse of a known group moves no other group, an added group moves few.
 
 How: groups are ranked by a hash within their stratum, which is the rarest class that they hold; the first `test_share`
@@ -38,14 +38,14 @@ class SplitSpec(Spec):
 
     by: the scheme that classifier and probes use; the others are made beside it. test_share, validation_share: of the
     groups of a class. guard: how far apart two tiles of different sides begin at least, in extents of a tile along one of
-    the axes; at 1 they do not overlap.
+    the axes; at 1 they do not overlap, at 0.5 their central halves do not, which is all that some encoders see.
     """
 
     by: Scheme = "neuron"
     seed: int = Field(0, ge=0)
     test_share: float = Field(0.2, gt=0, lt=1)
     validation_share: float = Field(0.1, gt=0, lt=1)
-    guard: float = Field(1.0, ge=1)
+    guard: float = Field(1.0, gt=0)
 
     @model_validator(mode="after")
     def _leaves_something_to_train_on(self) -> "SplitSpec":
@@ -136,9 +136,9 @@ def _near(places: np.ndarray, others: np.ndarray, guard: float) -> np.ndarray:
 
 
 def faults(
-    sides: np.ndarray, groups: np.ndarray, starts_zyx: np.ndarray, window_zyx: Sequence[int]
+    sides: np.ndarray, groups: np.ndarray, starts_zyx: np.ndarray, window_zyx: Sequence[int], guard: float = 1.0
 ) -> tuple[list, np.ndarray]:
-    """What a split must not have: groups on two sides, and rows whose tile overlaps one of another side.
+    """What a split must not have: groups on two sides, and rows whose tile is nearer than `guard` to one of another side.
 
     sides, groups: object (n,); starts_zyx: int64 (n, 3). Returns the groups and the numbers of the rows.
     """
@@ -150,7 +150,7 @@ def faults(
     overlapping = np.zeros(len(sides), dtype=bool)
     for side in SIDES:
         here, others = placed[sides[placed] == side], placed[sides[placed] != side]
-        overlapping[here] = _near(places[here], places[others], 1.0)
+        overlapping[here] = _near(places[here], places[others], guard)
     return [group for group, found in by_group.items() if len(found) > 1], np.flatnonzero(overlapping)
 
 
