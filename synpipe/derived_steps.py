@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 from synpipe import compression, projection
 from synpipe.datasets import Dataset
 from synpipe.embedding import EmbeddingCache
-from synpipe.encoders import Encoder, EncoderSpec, open_encoder
+from synpipe.encoders import Encoder, open_encoder
 from synpipe.errors import SynpipeError
 from synpipe.manifests import find_manifest, read_manifest
 from synpipe.pipeline import CODE_VERSIONS, Inputs, Log, Made, _is_of_version, _metadata, shard_name
@@ -85,7 +85,7 @@ def open_branch(dataset: Dataset, name: str, device: str = "auto") -> Encoder:
     Raises `SynpipeError` as `open_encoder` does, and where that fit was made of another state of its base.
     """
     spec = dataset.encoders[name]
-    if isinstance(spec, EncoderSpec):
+    if not isinstance(spec, compression.CompressedSpec):
         return open_encoder(spec, dataset.weights_base, device)
     made = read_manifest(dataset, f"embeddings_{name}").counts
     fitted = compression.load(dataset.compressor_path(made["encoder_fingerprint"]))

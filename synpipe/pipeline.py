@@ -22,8 +22,9 @@ import pyarrow.parquet as pq
 
 from synpipe import __version__, drift, embedding, table, tiles
 from synpipe.annotations import REJECT_SCHEMA, read_annotations
+from synpipe.compression import CompressedSpec
 from synpipe.datasets import Dataset
-from synpipe.encoders import EncoderSpec, open_encoder
+from synpipe.encoders import open_encoder
 from synpipe.errors import SynpipeError
 from synpipe.fingerprints import file_sha256, status
 from synpipe.manifests import find_manifest, read_manifest
@@ -249,7 +250,7 @@ def make_embeddings(dataset: Dataset, name: str, inputs: Inputs, log: Log) -> Ma
     """Embed every tile that this encoder, as it now is, has not embedded before."""
     asset = f"embeddings_{name}"
     spec, who = dataset.encoders[name], dataset.identity(name)
-    assert isinstance(spec, EncoderSpec)
+    assert not isinstance(spec, CompressedSpec)  # `derived_steps` makes those
     index_table = read_table(dataset.tiles_path, ["shard", "content_hash"])
     shards = index_table["shard"].to_numpy()
     hashes = np.array(index_table["content_hash"].to_pylist())
