@@ -35,8 +35,8 @@ _METHOD = 1  # raise it when a change in this file changes the vectors
 _SHORTHAND = re.compile(r"([a-z][a-z0-9_]*)\+(pca|ae)([1-9][0-9]*)")
 _METHODS: dict[str, Literal["pca", "linear_autoencoder"]] = {"pca": "pca", "ae": "linear_autoencoder"}
 _BLOCK_ROWS = 8192
-# Of the autoencoder. On the vectors of the demo the loss stands still after some twenty passes.
-_STEPS = 1500
+# Of the autoencoder. It begins where PCA ends, so that there is little left to learn.
+_STEPS = 500
 _BATCH = 1024
 _LEARNING_RATE = 1e-3
 

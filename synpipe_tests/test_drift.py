@@ -71,7 +71,7 @@ def test_added_and_relabelled_synapses_are_no_drift(own: Own) -> None:
         found = finding(own, encoder)
         assert found.passed, found.description
         assert found.figures["matched rows"] == 40
-        assert found.figures["cosine, 1st percentile"] > 0.999
+        assert found.figures["cosine, 1st percentile"] > 0.98
     assert finding(own).figures["same encoder"]
     assert not finding(own, "tiny_pca8").figures["same encoder"]
     own.edit_synapses(lambda rows: rows[5].update(neurotransmitter="dopamine"))
