@@ -62,8 +62,14 @@ GRAPH = {
                 {"match_tiles", "drift"},
             ),
             f"index_{name}": ({f"embedding_table_{name}"}, f"demo_{name}", {"recall"}),
+            f"scores_{name}": (
+                {"volume", "rgb_tiles", "split", f"embedding_table_{name}", f"index_{name}"},
+                f"demo_{name}",
+                set(),
+            ),
         }.items()
     },
+    "evaluation": ({"scores_tiny", "scores_other"}, "demo", set()),
 }
 
 
