@@ -5,11 +5,14 @@ local or remote, are in `volume_chunked`.
 """
 
 import math
+import os
 import re
+import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -17,7 +20,7 @@ import h5py
 import numpy as np
 from PIL import Image
 
-from synpipe.chunk_plan import Chunking
+from synpipe.chunk_plan import Chunk, Chunking
 from synpipe.errors import SynpipeError
 from synpipe.fingerprints import file_sha256, folder_sha256
 
@@ -84,13 +87,15 @@ def line(error: BaseException) -> str:
 class Hdf5(Source):
     """A data set of an HDF5 file; voxel size and offset are its attributes `resolution` and `offset`, as in CREMI.
 
-    h5py lets one thread in at a time, and gets slower with more: voxels are read when they are asked for, in that thread.
+    h5py lets one thread in at a time, and gets slower with more. Chunks that are only gzipped, as CREMI's are, are therefore
+    inflated outside of it, on all processors; other voxels are read when they are asked for, in the thread that asks.
     """
 
-    errors = HDF5_ERRORS
+    errors = (*HDF5_ERRORS, zlib.error)
 
     def __init__(self, path: Path, dataset: str):
         self._path, self.location = path, str(path)
+        self._gzipped: Gzipped | None = None
         where = f"Volume {path}"
         try:
             self._file = h5py.File(path, "r", rdcc_nbytes=HDF5_CHUNK_CACHE_BYTES, rdcc_nslots=HDF5_CHUNK_CACHE_SLOTS)
@@ -118,15 +123,67 @@ class Hdf5(Source):
         self.voxel_size_nm_zyx, self.offset_nm_zyx = data.attrs.get("resolution"), data.attrs.get("offset")
         chunk = data.chunks or CONTIGUOUS_BLOCK_ZYX
         self.chunking = Chunking(chunk, HDF5_CHUNK_CACHE_BYTES // (math.prod(chunk) * self.dtype.itemsize))
+        self._gzipped = Gzipped(data, self.chunking) if _is_only_gzipped(data) else None
 
     def start_read(self, box: Box) -> Callable[[], np.ndarray]:
-        return lambda: self._data[box]
+        return (lambda: self._data[box]) if self._gzipped is None else self._gzipped.start_read(box)
 
     def identity(self) -> dict[str, Any]:
         return {"content": file_sha256(self._path), "dataset": self._data.name}
 
     def close(self) -> None:
+        if self._gzipped is not None:
+            self._gzipped.close()
         self._file.close()
+
+
+def _is_only_gzipped(data: h5py.Dataset) -> bool:
+    settings = data.id.get_create_plist()
+    filters = [settings.get_filter(number)[0] for number in range(settings.get_nfilters())]
+    return data.chunks is not None and filters == [h5py.h5z.FILTER_DEFLATE]
+
+
+class Gzipped:
+    """Chunks of an HDF5 data set, inflated by several threads and kept. Safe to use from several threads."""
+
+    def __init__(self, data: h5py.Dataset, chunking: Chunking):
+        self._data, self._chunking = data, chunking
+        self._threads = ThreadPoolExecutor(os.cpu_count(), "inflate")
+        self._begun = lru_cache(maxsize=chunking.cached)(lambda chunk: self._threads.submit(self._inflated, chunk))
+
+    def start_read(self, box: Box) -> Callable[[], np.ndarray]:
+        axes = [list(_pieces(side, size)) for side, size in zip(box, self._chunking.shape_zyx, strict=True)]
+        pieces = [tuple(zip(*piece, strict=True)) for piece in product(*axes)]
+        begun = [self._begun(chunk) for chunk, _, _ in pieces]
+
+        def finish() -> np.ndarray:
+            values = np.empty([side.stop - side.start for side in box], self._data.dtype)
+            for (_, there, here), inflated in zip(pieces, begun, strict=True):
+                values[here] = inflated.result()[there]
+            return values
+
+        return finish
+
+    def _inflated(self, chunk: Chunk) -> np.ndarray:
+        shape, dtype = self._chunking.shape_zyx, self._data.dtype
+        first = tuple(number * size for number, size in zip(chunk, shape, strict=True))
+        if self._data.id.get_chunk_info_by_coord(first).byte_offset is None:  # never written
+            return np.full(shape, self._data.fillvalue)
+        unfiltered, content = self._data.id.read_direct_chunk(first)
+        if not unfiltered:
+            content = zlib.decompress(content, bufsize=math.prod(shape) * dtype.itemsize)
+        return np.frombuffer(content, dtype).reshape(shape)
+
+    def close(self) -> None:
+        self._threads.shutdown(cancel_futures=True)
+        self._begun.cache_clear()
+
+
+def _pieces(side: slice, size: int) -> Iterator[tuple[int, slice, slice]]:
+    """Numbers of the chunks of one axis that a box needs, with the voxels, counted in the chunk, and counted in the box."""
+    for number in range(side.start // size, -(-side.stop // size)):
+        low, high = max(number * size, side.start), min((number + 1) * size, side.stop)
+        yield number, slice(low - number * size, high - number * size), slice(low - side.start, high - side.start)
 
 
 def _datasets(file: h5py.File) -> list[str]:
