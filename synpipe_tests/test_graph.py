@@ -44,7 +44,7 @@ GRAPH = {
     "synapses": ({"volume", "annotations"}, "demo", set()),
     "synapse_stacks": ({"volume", "synapses"}, "demo", {"match_synapses"}),
     "rgb_tiles": ({"synapse_stacks"}, "demo", {"are_there"}),
-    "rejects": ({"synapses", "synapse_stacks"}, "demo", set()),
+    "rejects": ({"volume", "synapses", "synapse_stacks"}, "demo", set()),
     **{
         asset: described
         for name in ("tiny", "other")
