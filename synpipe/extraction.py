@@ -25,6 +25,7 @@ from synpipe.tiles import PART_SCHEMA, SECTIONS, TILE_PX, CutOut, TileSpec, shar
 from synpipe.volumes import AccessDenied, Volume
 
 PART_TILES = 1024  # 200 MB at 256 px: the memory that tiles need until they are written, and what a kill can cost
+WRITTEN_AT_ONCE = 32  # tiles; all of a part at once would need its memory twice
 READ_AHEAD_BYTES = 128 * 2**20  # decoded chunks and voxels of the cut-outs that are being read
 # A volume that fails so many shards one after the other, with no tile between them, is not waited for any longer.
 GIVE_UP_AFTER = 8
@@ -183,8 +184,8 @@ def _write_part(folder: Path, shard: int, cut_outs: list[CutOut]) -> None:
     path = folder / f"{shard:05d}-{digest(places)[:12]}.h5"
     with atomic_path(path) as temporary, h5py.File(temporary, "w") as file:
         dataset = file.create_dataset("tiles", (len(stack), SECTIONS, TILE_PX, TILE_PX), np.uint8)
-        for index, tile in enumerate(stack):  # one by one: no copy of them all
-            dataset[index] = tile
+        for first in range(0, len(stack), WRITTEN_AT_ONCE):
+            dataset[first : first + WRITTEN_AT_ONCE] = np.stack(stack[first : first + WRITTEN_AT_ONCE])
         dataset.attrs["axes"] = "tile, section (z-1, z, z+1), y, x"
     # Written last: it is what makes the part count.
     write_table(path.with_suffix(".parquet"), pa.Table.from_pylist(rows, schema=PART_SCHEMA))

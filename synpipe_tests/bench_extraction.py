@@ -30,6 +30,7 @@ from typing import Any
 
 import h5py
 import numpy as np
+import pyarrow as pa
 
 from synpipe.chunk_plan import Chunking
 from synpipe.extraction import extract
@@ -186,6 +187,7 @@ def _one_by_one(cut: Callable[[int, int, int], np.ndarray], starts: list[list[in
 
 
 def by_synpipe(path: str, starts: list[list[int]]) -> dict[str, Any]:
+    pa.Table.from_pylist([{"warm": "up"}])  # at its first table pyarrow imports pandas, where that is installed
     folder = Path(tempfile.mkdtemp(prefix="synpipe-bench-"))
     try:
         with Volume(VolumeSpec(path=path), folder) as volume:
