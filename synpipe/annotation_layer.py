@@ -26,7 +26,7 @@ from synpipe.datasets import Dataset
 from synpipe.errors import SynpipeError
 from synpipe.links import Viewer, find_viewer
 from synpipe.manifests import read_manifest
-from synpipe.shards import atomic_folder, read_json, read_table
+from synpipe.shards import atomic_folder, read_table
 from synpipe.volumes import REMOTE
 
 TYPE = "neuroglancer_annotations_v1"
@@ -121,9 +121,11 @@ void main() {{
 
 def _is_layer(folder: Path) -> bool:
     """Whether a folder is an export of synpipe's."""
-    info = folder / "info"
-    content = read_json(info) if info.is_file() else {}
-    return isinstance(content, dict) and content.get("@type") == TYPE and "synpipe" in content
+    try:
+        info = json.loads((folder / "info").read_text())
+    except (OSError, ValueError):
+        return False
+    return isinstance(info, dict) and info.get("@type") == TYPE and "synpipe" in info
 
 
 @dataclass(frozen=True)
@@ -267,8 +269,11 @@ def _write(folder: Path, name: str, keys: int, values: Iterator[tuple[int, bytes
     }
     base = {"driver": "file", "path": f"{folder / name}/"}
     store = ts.KvStore.open({"driver": "neuroglancer_uint64_sharded", "metadata": sharding, "base": base}).result()
-    with ts.Transaction() as transaction:  # a shard is written once, when all of its keys are known
-        view = store.with_transaction(transaction)
-        for key, value in values:
-            view[key.to_bytes(8, "big")] = value
+    try:
+        with ts.Transaction() as transaction:  # a shard is written once, when all of its keys are known
+            view = store.with_transaction(transaction)
+            for key, value in values:
+                view[key.to_bytes(8, "big")] = value
+    except ValueError as error:  # tensorstore's, of whatever goes wrong
+        raise SynpipeError(f"Cannot write {folder / name} ({' '.join(str(error).split())}): check the space.") from None
     return {"key": name, "sharding": sharding}

@@ -220,7 +220,7 @@ def test_a_stall_is_given_up(source: Path, clean: Callable, tmp_path: Path) -> N
     ) as server:
         made = project(tmp_path, source, "raw", f"{server.url}/raw")
         quickly = environment(made) | {"TENSORSTORE_CURL_LOW_SPEED_TIME_SECONDS": "1"}
-        ended = subprocess.run(program, env=quickly, capture_output=True, text=True, timeout=120, check=False)
+        ended = subprocess.run(program, env=quickly, capture_output=True, text=True, timeout=300, check=False)
         message = ended.stderr.splitlines()[-1]
         assert "SynpipeError" in message and "Timeout" in message and server.url in message, ended.stderr
         dataset = made.dataset("demo")
