@@ -1,9 +1,9 @@
 """Training, validation and test sides, by neuron, hemilineage or region, and at random to show what that leaks.
 
 In: the class and the groups of each synapse, and where its tile begins. Out: a side per synapse and scheme. Guarantees,
-for every scheme but `random`: a group stands on one side, and no tile overlaps one of another side (or less, as the spec
-says); what would break the second is set aside as `guard`. The sides depend on the seed and on which groups there are, not on the order of rows; an
-added synapse of a known group moves no other group, an added group moves few.
+for every scheme but `random`: a group stands on one side, and no tile overlaps one of another side, or less as the spec
+says; what would break the second is set aside as `guard`. The sides depend on the seed and on which groups there are, not
+on the order of rows; an added synapse of a known group moves no other group, an added group moves few.
 
 How: groups are ranked by a hash within their stratum, which is the rarest class that they hold; the first `test_share`
 of the groups are for testing, the next `validation_share` for validation. Scikit-learn's `StratifiedGroupKFold` balances

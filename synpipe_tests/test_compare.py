@@ -15,7 +15,7 @@ from synpipe.errors import SynpipeError
 from synpipe.evaluation import FIGURES, Estimate
 from synpipe.graph import states, steps
 from synpipe.shards import read_table, write_table
-from synpipe_tests.command import answer, refusal
+from synpipe_tests.command import answer, invoke, refusal
 from synpipe_tests.conftest import project_of
 
 
@@ -89,9 +89,9 @@ def test_an_encoder_that_is_better_by_a_little_everywhere_is_seen_to_be(made: Da
 def test_what_cannot_be_compared(made: Dataset, project: Project):
     with pytest.raises(SynpipeError, match="with itself"):
         compare.compare(made, "tiny", "tiny")
-    assert "Name two encoders" in refusal(project_of(made), "compare", "tiny", "--dataset", "demo")
-    assert "'nope'" in refusal(project_of(made), "compare", "tiny", "nope", "--dataset", "demo")
-    assert "materialise" in refusal(project, "compare", "--dataset", "demo")
+    assert "Name two encoders" in refusal(invoke(project_of(made), "compare", "tiny", "--dataset", "demo"))
+    assert "'nope'" in refusal(invoke(project_of(made), "compare", "tiny", "nope", "--dataset", "demo"))
+    assert "materialise" in refusal(invoke(project, "compare", "--dataset", "demo"))
 
 
 def test_one_encoder_alone_can_be_judged_and_the_evaluation_waits_for_the_other(made: Dataset, tmp_path: Path):

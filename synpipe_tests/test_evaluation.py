@@ -208,5 +208,3 @@ def test_the_figures_of_a_data_set(made: Dataset):
         )
         for query, nearest in zip(table["synapse_id"].to_pylist(), table["nearest"].to_pylist(), strict=True):
             assert neuron[query] not in {neuron[one] for one in nearest or []}
-    # An untrained network has no reason to tell transmitters apart, but finds a view of the same place now and then.
-    assert max(row["instance_recall_at_5"] for row in rows.values()) > 0.1
