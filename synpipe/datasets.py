@@ -168,7 +168,7 @@ class Project:
         if not path.exists():
             known = ", ".join(self.dataset_names()) or "none"
             raise SynpipeError(f"There is no data set {name!r} in {path.parent}; there is {known}.")
-        spec = DatasetSpec.parse(_expand(read_yaml(path)), str(path))
+        spec = DatasetSpec.parse(expand(read_yaml(path)), str(path))
         unknown = [encoder for encoder in spec.encoders if encoder not in self.registry]
         if unknown:
             raise SynpipeError(
@@ -186,12 +186,12 @@ class Project:
         )
 
 
-def _expand(value: Any) -> Any:
+def expand(value: Any) -> Any:
     """Replace `${VARIABLE:-default}` in every string of a YAML document by the environment's value, or the default."""
     if isinstance(value, Mapping):
-        return {key: _expand(item) for key, item in value.items()}
+        return {key: expand(item) for key, item in value.items()}
     if isinstance(value, list):
-        return [_expand(item) for item in value]
+        return [expand(item) for item in value]
     if isinstance(value, str):
         return re.sub(r"\$\{(\w+):-([^}]*)\}", lambda match: os.environ.get(match[1]) or match[2], value)
     return value

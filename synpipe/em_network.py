@@ -85,7 +85,7 @@ class GroupConv(nn.Module):
         return F.conv2d(x, kernel, stride=self.stride, padding=self.padding)
 
 
-class GroupNorm(nn.Module):
+class FieldNorm(nn.Module):
     """Batch normalisation whose scale, shift and running statistics are shared by the eight poses of a field."""
 
     running_mean: Tensor
@@ -100,8 +100,7 @@ class GroupNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         mean, var, weight, bias = (
-            values.repeat_interleave(POSES)
-            for values in (self.running_mean, self.running_var, self.weight, self.bias)
+            values.repeat_interleave(POSES) for values in (self.running_mean, self.running_var, self.weight, self.bias)
         )
         out = F.batch_norm(x, mean, var, weight, bias, training=self.training)  # updates `mean` and `var` in place
         if self.training:
@@ -116,11 +115,11 @@ class Block(nn.Module):
 
     def __init__(self, fields_in: int, fields_out: int, stride: int):
         super().__init__()
-        self.conv1, self.norm1 = GroupConv(fields_in, fields_out, 3, stride), GroupNorm(fields_out)
-        self.conv2, self.norm2 = GroupConv(fields_out, fields_out, 3), GroupNorm(fields_out, scale=0.3)
+        self.conv1, self.norm1 = GroupConv(fields_in, fields_out, 3, stride), FieldNorm(fields_out)
+        self.conv2, self.norm2 = GroupConv(fields_out, fields_out, 3), FieldNorm(fields_out, scale=0.3)
         self.shortcut: nn.Module = nn.Identity()
         if stride > 1 or fields_in != fields_out:
-            self.shortcut = nn.Sequential(GroupConv(fields_in, fields_out, 1, stride), GroupNorm(fields_out))
+            self.shortcut = nn.Sequential(GroupConv(fields_in, fields_out, 1, stride), FieldNorm(fields_out))
 
     def forward(self, x: Tensor) -> Tensor:
         inner = F.relu(self.norm1(self.conv1(x)))
@@ -130,18 +129,20 @@ class Block(nn.Module):
 class D4ResNet(nn.Module):
     """See the top of this file. `width` multiplies the fields, `depth` the blocks; 1 and 1 have 0.19 million parameters."""
 
-    def __init__(self, num_classes: int = 0, in_chans: int = 3, width: int = 1, depth: int = 1, shrink: int = 2, **_: Any):
+    def __init__(
+        self, num_classes: int = 0, in_chans: int = 3, width: int = 1, depth: int = 1, shrink: int = 2, **_: Any
+    ):
         super().__init__()
         self.shrink = shrink
         fields = 8 * width
-        self.stem, self.stem_norm = GroupConv(in_chans, fields, 5, stride=2, lift=True), GroupNorm(fields)
+        self.stem, self.stem_norm = GroupConv(in_chans, fields, 5, stride=2, lift=True), FieldNorm(fields)
         blocks = []
         for stage, wider in enumerate((8 * width, 16 * width, 32 * width)):
             for number in range(depth):
                 blocks.append(Block(fields, wider, stride=2 if stage and not number else 1))
                 fields = wider
         self.blocks = nn.Sequential(*blocks)
-        self.last, self.last_norm = GroupConv(fields, 128, 1), GroupNorm(128)
+        self.last, self.last_norm = GroupConv(fields, 128, 1), FieldNorm(128)
         self.num_features = self.head_hidden_size = 4 * 128
         self.reset_classifier(num_classes)
 
@@ -164,7 +165,7 @@ class D4ResNet(nn.Module):
         """What is at the centre and what is all around, (n, 512): a weighted and a plain mean over the map."""
         x = x.float()
         rows, columns = (_bell(size, x.device) for size in x.shape[-2:])
-        centre = torch.einsum("nchw,h,w->nc", x, rows, columns)
+        centre = (x * rows[:, None] * columns).sum((2, 3))
         pooled = torch.cat([centre, x.mean((2, 3))], 1)
         return pooled if pre_logits else self.fc(pooled)
 

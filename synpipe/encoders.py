@@ -39,7 +39,7 @@ TILE_PX = 256
 """Height and width of a tile in pixels."""
 
 _CROP_OF_LARGE_MODELS_PX = 224  # for a network whose own input is larger than a tile; a multiple of 14, 16 and 32
-_METHOD = 1  # raise it when a change in this file changes the vectors
+_METHOD = 1  # raise it when a change in this file, or in em_network.py, changes the vectors
 _HUB_TIMEOUT_S = 5.0
 _WEIGHT_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
 
@@ -166,8 +166,10 @@ def open_encoder(spec: EncoderSpec, base: Path, device: str = "auto") -> Encoder
     import timm
     import torch
 
-    target = _device(device)
-    if spec.precision == "bf16" and target.type == "cpu" and not _cpu_has_bf16():
+    import synpipe.em_network  # noqa: F401  # makes `d4resnet` known to timm
+
+    target = pick_device(device)
+    if spec.precision == "bf16" and target.type == "cpu" and not cpu_has_bf16():
         logger.warning(
             "This CPU emulates bf16, slowly: `precision: fp32` in the registry is faster for %s here", spec.model
         )
@@ -202,7 +204,8 @@ def open_encoder(spec: EncoderSpec, base: Path, device: str = "auto") -> Encoder
     return Encoder(spec, weights, fingerprint, dim, target, preprocessing, forward)
 
 
-def _device(device: str) -> "torch.device":
+def pick_device(device: str) -> "torch.device":
+    """`auto`: the GPU if there is one. Raises `SynpipeError` where the device is not to be had."""
     import torch
 
     if device == "auto":
@@ -217,7 +220,8 @@ def _device(device: str) -> "torch.device":
     return target
 
 
-def _cpu_has_bf16() -> bool:
+def cpu_has_bf16() -> bool:
+    """Whether it computes in bf16; one that has not emulates it slowly."""
     import torch
 
     capabilities = torch.cpu.get_capabilities()

@@ -133,14 +133,14 @@ def cut_out(volume: Volume, start_zyx: np.ndarray, spec: TileSpec) -> tuple[np.n
     except MissingChunk as error:
         return None, row | {"reason": "missing_chunk", "detail": str(error)}
     centre = voxels[middle - low[0]]
-    blank = _blank(centre, spec)
+    blank = is_blank(centre, spec)
     if blank:
         return None, row | {"reason": "blank_section", "detail": f"Section {middle} is blank there: {blank}."}
     sections, missing = [], 0
     for channel in range(SECTIONS):
         z = middle + (channel - 1) * step
         section = voxels[z - low[0]] if low[0] <= z < high[0] else None
-        if z != middle and (section is None or _blank(section, spec) or np.array_equal(section, centre)):
+        if z != middle and (section is None or is_blank(section, spec) or np.array_equal(section, centre)):
             section = None
             missing |= 1 << channel
         sections.append(centre if section is None else section)
@@ -161,7 +161,7 @@ def cut_out(volume: Volume, start_zyx: np.ndarray, spec: TileSpec) -> tuple[np.n
     return tile, row
 
 
-def _blank(section: np.ndarray, spec: TileSpec) -> str | None:
+def is_blank(section: np.ndarray, spec: TileSpec) -> str | None:
     """Why a section counts as missing, or None."""
     zeros = 1 - np.count_nonzero(section) / section.size
     if zeros > spec.blank_zero_fraction:
