@@ -1,6 +1,6 @@
 """`d4resnet`: a small residual network for EM tiles in which turning or mirroring the tile changes nothing.
 
-In: tiles as float (n, 3, h, w), any brightness and contrast. Out: vectors (n, 512). Importing this module makes the network
+In: tiles as float (n, 3, h, w), any brightness and contrast. Out: vectors (n, 256). Importing this module makes the network
 known to timm, so that registries name it like any other. Guarantee: the eight turns and mirrorings of a tile give the same
 vector (to rounding), where `size / shrink` is odd, as with the default crop of 130 px.
 
@@ -21,6 +21,7 @@ from timm.models import build_model_with_cfg, register_model
 from torch import Tensor, nn
 
 POSES = 8
+DIM = 256
 CENTRE_SIGMA = 0.2
 """Width of the centre's weight, in sides of the map: of a crop of 130 px, 26 px (one standard deviation)."""
 MIN_STD = 1 / 255
@@ -143,7 +144,12 @@ class D4ResNet(nn.Module):
                 fields = wider
         self.blocks = nn.Sequential(*blocks)
         self.last, self.last_norm = GroupConv(fields, 128, 1), FieldNorm(128)
-        self.num_features = self.head_hidden_size = 4 * 128
+        self.pooled = 4 * 128
+        # Set once, after the training, see `pretraining.py`; until then it takes vectors as they are.
+        self.whitening = nn.Linear(self.pooled, DIM).requires_grad_(False)
+        nn.init.eye_(self.whitening.weight)
+        nn.init.zeros_(self.whitening.bias)
+        self.num_features = self.head_hidden_size = DIM
         self.reset_classifier(num_classes)
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
@@ -161,13 +167,16 @@ class D4ResNet(nn.Module):
         x = F.relu(self.last_norm(self.last(self.blocks(x)))).unflatten(1, (-1, POSES))
         return torch.cat([x.mean(2), x.amax(2)], 1)
 
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """What is at the centre and what is all around, (n, 512): a weighted and a plain mean over the map."""
+    def pool(self, x: Tensor) -> Tensor:
+        """What is at the centre and what is all around: a weighted and a plain mean over the map, (n, 512)."""
         x = x.float()
         rows, columns = (_bell(size, x.device) for size in x.shape[-2:])
         centre = (x * rows[:, None] * columns).sum((2, 3))
-        pooled = torch.cat([centre, x.mean((2, 3))], 1)
-        return pooled if pre_logits else self.fc(pooled)
+        return torch.cat([centre, x.mean((2, 3))], 1)
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        vectors = self.whitening(self.pool(x))
+        return vectors if pre_logits else self.fc(vectors)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.forward_head(self.forward_features(x))

@@ -42,6 +42,8 @@ WARM_UP = 0.03  # of the steps
 WEIGHT_DECAY = 0.02
 GRADIENT_NORM = 5.0
 HELD_OUT_PLACES = 512
+WHITENING_PLACES = 4096
+WHITENING_FLOOR = 0.1
 FEW = 40  # steps over which the loss is averaged where it is shown
 
 
@@ -72,13 +74,13 @@ class _Learner(nn.Module):
         super().__init__()
         self.network = D4ResNet(width=spec.width, depth=spec.depth, shrink=1)
         self.projection = nn.Sequential(
-            nn.Linear(self.network.num_features, 512), nn.BatchNorm1d(512), nn.ReLU(), nn.Linear(512, 128)
+            nn.Linear(self.network.pooled, 512), nn.BatchNorm1d(512), nn.ReLU(), nn.Linear(512, 128)
         )
 
     def forward(self, views: Tensor, bf16: bool) -> Tensor:
         with torch.autocast(views.device.type, torch.bfloat16, enabled=bf16):
             maps = self.network.forward_features(views)
-        return F.normalize(self.projection(self.network.forward_head(maps)), dim=1)
+        return F.normalize(self.projection(self.network.pool(maps)), dim=1)
 
 
 def pretrain(
@@ -94,22 +96,24 @@ def pretrain(
     cannot be learned from, the device is not there, or the checkpoint is of another recipe.
     """
     target = pick_device(device)
-    recipe = digest(
-        [CHECKPOINT_VERSION, spec.model_dump(mode="json"), [source.volume.fingerprint() for source in sources]]
-    )
+    # Where a volume lies is no matter; what it holds is.
+    stated = spec.model_dump(mode="json", exclude_defaults=True, exclude={"sources": {"__all__": {"volume": {"path"}}}})
+    recipe = digest([CHECKPOINT_VERSION, stated, [source.volume.fingerprint() for source in sources]])
     torch.manual_seed(spec.seed)
     learner = _Learner(spec).to(target)
     held_out = draw_blocks(sources, HELD_OUT_PLACES, spec.seed, held_out=True)
     untrained = _retrieval_by_source(learner.network, held_out, sources, target)
-    learned = _learn(learner, spec, sources, recipe, out.with_suffix(".checkpoint"), target, progress)
+    blocks = draw_blocks(sources, spec.blocks, spec.seed)
+    learned = _learn(learner, spec, blocks, recipe, out.with_suffix(".checkpoint"), target, progress)
 
+    _whiten(learner.network, blocks, spec, target)
     weights = {name: value.cpu().contiguous() for name, value in learner.network.state_dict().items()}
     report = {
         "model": "d4resnet",
         "args": {name: value for name in ("width", "depth") if (value := getattr(spec, name)) != 1},
         "crop_px": CROP_PX * SHRINK,
         "parameters": sum(parameter.numel() for parameter in learner.network.parameters()),
-        "recipe": spec.model_dump(mode="json", exclude_defaults=True),
+        "recipe": stated,
         "recipe_digest": recipe,
         "licences": {source.name: source.licence for source in spec.sources},
         "held_out": _retrieval_by_source(learner.network, held_out, sources, target),
@@ -129,7 +133,7 @@ def pretrain(
 def _learn(
     learner: _Learner,
     spec: PretrainSpec,
-    sources: list[OpenSource],
+    blocks: Blocks,
     recipe: str,
     checkpoint: Path,
     device: torch.device,
@@ -144,7 +148,6 @@ def _learn(
         betas=(0.9, 0.98),
     )
     done, curve, spent_s = _resume(checkpoint, recipe, learner, optimiser)
-    blocks = draw_blocks(sources, spec.blocks, spec.seed)
     pixels, pixel_nm = torch.from_numpy(blocks.pixels).to(device), torch.from_numpy(blocks.pixel_nm).to(device)
     bf16 = device.type == "cuda" or cpu_has_bf16()
     learner.train()
@@ -185,6 +188,34 @@ def _learn(
         "views": 2 * spec.places * spec.steps,
         "seconds": round(spent_s + time.monotonic() - began),
     }
+
+
+@torch.inference_mode()
+def _whiten(network: D4ResNet, blocks: Blocks, spec: PretrainSpec, device: torch.device) -> None:
+    """Set the network's last layer so that what changes between two views of one place weighs little.
+
+    Within-class covariance normalisation (Hatch, Kajarekar & Stolcke, Interspeech 2006) with places as classes: vectors are
+    multiplied by (S + 0.1·mean(diagonal of S)·1)^−½, S being the covariance of pairs; of the result, the first principal
+    components are kept. The places are ones that were learned from.
+    """
+    network.eval()
+    pixels, pixel_nm = torch.from_numpy(blocks.pixels), torch.from_numpy(blocks.pixel_nm)
+    generator = torch.Generator(device).manual_seed(spec.seed)
+    pairs = []
+    for part in torch.arange(len(pixels))[:WHITENING_PLACES].split(spec.places):
+        views = _pairs(pixels[part].to(device), pixel_nm[part].to(device), len(part), generator)
+        pairs.append(network.pool(network.forward_features(views)).unflatten(0, (2, -1)).double().cpu())
+    both = torch.cat(pairs, 1)
+    difference, vectors = both[0] - both[1], both.flatten(0, 1)
+    within = difference.T @ difference / (2 * len(difference))
+    within += WHITENING_FLOOR * within.diagonal().mean() * torch.eye(len(within), dtype=within.dtype)
+    scale, directions = torch.linalg.eigh(within)
+    whitened = (vectors - vectors.mean(0)) @ (directions / scale.sqrt())
+    _, _, components = torch.linalg.svd(whitened, full_matrices=False)
+    kept = components[: network.whitening.out_features]
+    matrix = kept @ (directions / scale.sqrt()).T
+    network.whitening.weight.zero_()[: len(kept)] = matrix.to(device, torch.float32)
+    network.whitening.bias.zero_()[: len(kept)] = -(matrix @ vectors.mean(0)).to(device, torch.float32)
 
 
 def _resume(

@@ -20,8 +20,10 @@ from synpipe.volumes import VolumeSpec
 class Source(Spec):
     """A volume to learn from: a data set of the project, a volume described here, or one that is made up on the spot.
 
-    share: of the places, relative to the other sources'. licence: what it asks of weights trained on it.
+    title: for people. share: of the places, relative to the other sources'. licence: what it asks of weights trained on it.
     """
+
+    title: str = ""
 
     dataset: str | None = None
     volume: VolumeSpec | None = None
@@ -38,8 +40,8 @@ class Source(Spec):
     @property
     def name(self) -> str:
         if self.synthetic is not None:
-            return f"synthetic, seed {self.synthetic.seed}"
-        return self.dataset or (self.volume.path if self.volume else "")
+            return self.title or f"synthetic, seed {self.synthetic.seed}"
+        return self.title or self.dataset or (Path(self.volume.path).name if self.volume else "")
 
 
 class PretrainSpec(Spec):
