@@ -571,6 +571,73 @@ def export_annotations(project: "Project", folder: Path, dataset: str, url: str 
 
 
 @main.command()
+@click.option("--dataset", "-d", "datasets", multiple=True, help="Learn from this data set's volume. Repeat for more.")
+@click.option(
+    "--recipe",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="YAML file with sources and settings, such as data/pretraining/em_d4.yaml. Instead of --dataset.",
+)
+@click.option("--steps", type=click.IntRange(1), help="Of 128 pairs of views each; 1,000 take 20 minutes on one core.")
+@click.option("--seed", type=click.IntRange(0))
+@click.option("--device", default="auto", show_default=True, help="cpu, cuda or auto.")
+@click.option(
+    "--out",
+    "-o",
+    required=True,
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="File for the weights, .safetensors.",
+)
+@click.pass_obj
+def pretrain(
+    project: "Project", datasets: tuple[str, ...], recipe: Path | None, device: str, out: Path, **settings: int | None
+) -> None:
+    """Train a small encoder on unlabelled EM: it learns to recognise a place, turned, shifted or a section off.
+
+    Run the same command again after an interruption, and it carries on. A quarter of each volume is kept aside to measure
+    with; figures, recipe and a model card are written beside the weights.
+
+    \b
+    Examples:
+      synpipe pretrain -d mydata -o data/weights/mine.safetensors
+      synpipe pretrain -d demo -d mydata --steps 20000 --device cuda -o data/weights/mine.safetensors
+      synpipe pretrain --recipe data/pretraining/em_d4.yaml -o em_d4.safetensors
+    """
+    from contextlib import ExitStack
+
+    from synpipe.pretraining_blocks import open_source
+    from synpipe.pretraining_recipe import read_recipe
+
+    if out.suffix != ".safetensors":
+        raise SynpipeError(f"--out {out} must end with .safetensors.")
+    spec, base = read_recipe(recipe, datasets, settings)
+
+    def tell(message: str) -> None:
+        click.echo(message, err=True)
+
+    with ExitStack() as stack:
+        sources = [open_source(source, project, base, tell) for source in spec.sources]
+        for source in sources:
+            stack.callback(source.volume.close)
+        from synpipe.pretraining import Progress, registry_entry  # torch takes seconds to import
+        from synpipe.pretraining import pretrain as learn
+
+        def show(at: Progress) -> None:
+            if at.step % 20 == 0 or at.step in (1, at.steps):
+                tell(
+                    f"step {at.step:,} of {at.steps:,}  loss {at.loss:.3f}  found {at.found:.0%}  "
+                    f"{at.seconds_left / 60:.0f} min left"
+                )
+
+        report = learn(spec, sources, out, device, show)
+    for name, found in report["held_out"].items():
+        before = report["held_out_untrained"][name]["recall_at_1"]
+        click.echo(f"{name}: held-out places found {found['recall_at_1']:.0%}, before training {before:.0%}")
+    weights = os.path.relpath(out.resolve(), project.data)
+    entry = registry_entry(out.stem, weights, report)
+    click.echo(f"\n{_short(out)}, .json and .md are written. To use it, paste into encoders.yaml:\n\n{entry}")
+
+
+@main.command()
 @click.pass_obj
 def demo(project: "Project") -> None:
     """Make the synthetic demo data set and all of its assets, and search in it.

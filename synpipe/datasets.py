@@ -241,7 +241,7 @@ class Project:
     def dataset_at(self, path: Path) -> Dataset:
         """The data set that a YAML file anywhere describes, named after it. Raises `SynpipeError` where it is wrong."""
         name = _checked_name(path.stem)
-        spec = DatasetSpec.parse(_expand(read_yaml(path)), str(path))
+        spec = DatasetSpec.parse(expand(read_yaml(path)), str(path))
         folder = self.store / name
         return Dataset(
             name=name,
@@ -259,12 +259,12 @@ def _checked_name(name: str) -> str:
     return name
 
 
-def _expand(value: Any) -> Any:
+def expand(value: Any) -> Any:
     """Replace `${VARIABLE:-default}` in every string of a YAML document by the environment's value, or the default."""
     if isinstance(value, Mapping):
-        return {key: _expand(item) for key, item in value.items()}
+        return {key: expand(item) for key, item in value.items()}
     if isinstance(value, list):
-        return [_expand(item) for item in value]
+        return [expand(item) for item in value]
     if isinstance(value, str):
         return re.sub(r"\$\{(\w+):-([^}]*)\}", lambda match: os.environ.get(match[1]) or match[2], value)
     return value

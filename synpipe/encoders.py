@@ -42,7 +42,7 @@ TILE_PX = 256
 """Height and width of a tile in pixels."""
 
 _CROP_OF_LARGE_MODELS_PX = 224  # for a network whose own input is larger than a tile; a multiple of 14, 16 and 32
-_METHOD = 1  # raise it when a change in this file changes the vectors
+_METHOD = 1  # raise it when a change in this file, or in em_network.py, changes the vectors
 _HUB_TIMEOUT_S = 5.0
 _WEIGHT_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
 
@@ -177,7 +177,7 @@ def open_encoder(spec: EncoderSpec | DescriptorSpec, base: Path, device: str = "
     if isinstance(spec, DescriptorSpec):
         return _open_descriptor(spec)
     target = find_device(device)
-    if spec.precision == "bf16" and target.type == "cpu" and not _cpu_has_bf16():
+    if spec.precision == "bf16" and target.type == "cpu" and not cpu_has_bf16():
         logger.warning(
             "This CPU emulates bf16, slowly: `precision: fp32` in the registry is faster for %s here", spec.model
         )
@@ -201,6 +201,8 @@ def open_network(spec: EncoderSpec, base: Path) -> tuple["torch.nn.Module", str,
     """
     import timm
     import torch
+
+    import synpipe.em_network  # noqa: F401  # makes `d4resnet` known to timm
 
     config = _pretrained_config(spec.model)
     native_px = config.input_size[-1]
@@ -252,7 +254,8 @@ def find_device(device: str = "auto") -> "torch.device":
     return target
 
 
-def _cpu_has_bf16() -> bool:
+def cpu_has_bf16() -> bool:
+    """Whether it computes in bf16; one that has not emulates it slowly."""
     import torch
 
     capabilities = torch.cpu.get_capabilities()

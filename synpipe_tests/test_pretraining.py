@@ -1,0 +1,148 @@
+"""Training an encoder on unlabelled EM: that it learns, carries on after a kill, and that the shipped weights are good."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from synpipe.datasets import Project
+from synpipe.em_network import POSES, D4ResNet, pose
+from synpipe.encoders import EncoderSpec, open_encoder
+from synpipe.errors import SynpipeError
+from synpipe.pretraining import pretrain
+from synpipe.pretraining_blocks import SIDE_PX, draw_blocks, open_source
+from synpipe.pretraining_recipe import PretrainSpec, Source, read_recipe
+from synpipe_tests.conftest import Command, environment, write_project
+
+SMALL = {"synthetic": {"seed": 3, "shape_zyx": [10, 1024, 1280], "n_synapses": 60, "n_neurons": 15}}
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("store")
+
+
+def learn(store: Path, out: Path, **settings):
+    spec = PretrainSpec.parse({"sources": [SMALL], "blocks": 300, "places": 48, **settings}, "test")
+    sources = [open_source(source, Project(store, store), store, lambda message: None) for source in spec.sources]
+    return pretrain(spec, sources, out, device="cpu")
+
+
+def test_every_pose_of_a_tile_has_the_same_vector():
+    torch.manual_seed(0)
+    network = D4ResNet().eval()
+    tile = torch.rand(1, 3, 130, 130)
+    with torch.inference_mode():
+        vector = network(tile)
+        for number in range(1, POSES):
+            torch.testing.assert_close(network(pose(tile, number)), vector, rtol=1e-4, atol=1e-4)
+        assert not torch.allclose(network(torch.rand(1, 3, 130, 130)), vector, rtol=1e-2)
+
+
+def test_brightness_and_contrast_of_a_section_do_not_change_the_vector():
+    torch.manual_seed(0)
+    network = D4ResNet().eval()
+    tile = torch.rand(1, 3, 130, 130)
+    other = tile * torch.tensor([0.6, 0.8, 0.7]).view(1, 3, 1, 1) + torch.tensor([0.1, 0.0, 0.2]).view(1, 3, 1, 1)
+    with torch.inference_mode():
+        torch.testing.assert_close(network(other), network(tile), rtol=1e-4, atol=1e-4)
+
+
+def test_a_short_training_finds_held_out_places_better(store: Path, tmp_path: Path):
+    report = learn(store, tmp_path / "e.safetensors", steps=40)
+    assert report["loss"][-1] < 0.8 * report["loss"][0]
+    (after,), (before,) = report["held_out"].values(), report["held_out_untrained"].values()
+    assert after["recall_at_5"] > 2 * before["recall_at_5"]
+    assert after["recall_at_1"] > 2 * before["recall_at_1"]
+
+    # What it writes is an encoder.
+    spec = EncoderSpec(model="d4resnet", weights="e.safetensors", precision="fp32")
+    encoder = open_encoder(spec, tmp_path, device="cpu")
+    tiles = np.random.default_rng(0).integers(0, 256, (2, 3, 256, 256), dtype=np.uint8)
+    assert encoder.embed(tiles).shape == (2, encoder.dim)
+    assert json.loads((tmp_path / "e.json").read_text())["held_out"] == report["held_out"]
+    assert "licence: unknown" in (tmp_path / "e.md").read_text()
+
+
+def test_killed_and_run_again_it_ends_with_the_same_weights(tmp_path: Path):
+    project = write_project(tmp_path)
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(json.dumps({"sources": [SMALL], "blocks": 60, "places": 16, "steps": 12}))
+
+    def command(out: str) -> list[str]:
+        program = "import synpipe.pretraining as p; p.CHECKPOINT_S = 0; from synpipe.cli import main; main()"
+        return [sys.executable, "-c", program, "pretrain", "--recipe", str(recipe), "--out", str(tmp_path / out)]
+
+    subprocess.run(command("whole.safetensors"), env=environment(project), check=True, capture_output=True)
+    killed = subprocess.Popen(
+        command("killed.safetensors"), env=environment(project), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+    )
+    checkpoint = tmp_path / "killed.checkpoint"
+    while not checkpoint.exists():
+        assert killed.poll() is None
+        time.sleep(0.01)
+    killed.send_signal(signal.SIGKILL)
+    killed.communicate()
+    assert not (tmp_path / "killed.safetensors").exists()
+
+    again = subprocess.run(
+        command("killed.safetensors"), env=environment(project), check=True, capture_output=True, text=True
+    )
+    assert "step 1 of 12" not in again.stderr  # it carried on
+    whole, carried_on = (load_file(tmp_path / f"{name}.safetensors") for name in ("whole", "killed"))
+    for name, value in whole.items():
+        torch.testing.assert_close(carried_on[name], value, rtol=0, atol=0, msg=name)
+    assert not checkpoint.exists()
+
+
+def test_a_checkpoint_of_another_recipe_is_not_carried_on(store: Path, tmp_path: Path):
+    out = tmp_path / "e.safetensors"
+    torch.save({"recipe": "other"}, out.with_suffix(".checkpoint"))
+    with pytest.raises(SynpipeError, match="another recipe"):
+        learn(store, out, steps=1, blocks=16)
+
+
+def test_blocks_depend_on_the_seed_and_leave_the_held_out_part_alone(store: Path):
+    source = open_source(Source.parse(SMALL, "test"), Project(store, store), store, lambda message: None)
+    one, same, other = (draw_blocks([source], 20, seed) for seed in (1, 1, 2))
+    assert one.pixels.shape == (20, 5, SIDE_PX, SIDE_PX)
+    assert (one.pixels == same.pixels).all() and (one.pixels != other.pixels).any()
+    held_out = draw_blocks([source], 20, 1, held_out=True)
+    reach = source.shrink * np.array([one.pixels.shape[-1], held_out.pixels.shape[-1]]) // 2
+    assert one.centre_zyx[:, 2].max() + reach[0] <= held_out.centre_zyx[:, 2].min() - reach[1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("-d", "demo", "-o", "e.pt"), "must end with .safetensors"),
+        (("-o", "e.safetensors"), "Say what to learn from"),
+        (("-d", "nowhere", "-o", "e.safetensors"), "no data set 'nowhere'"),
+    ],
+)
+def test_a_wrong_call_is_told_in_one_paragraph(synpipe: Command, arguments: tuple[str, ...], message: str):
+    result = synpipe("pretrain", *arguments)
+    assert result.returncode == 1
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_a_volume_that_is_too_small_is_named(tmp_path: Path):
+    import h5py
+
+    with h5py.File(tmp_path / "little.h5", "w") as file:
+        raw = file.create_dataset("volumes/raw", data=np.zeros((9, 300, 300), np.uint8))
+        raw.attrs["resolution"] = (40.0, 4.0, 4.0)
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("sources: [{volume: {path: little.h5}}]")
+    spec, base = read_recipe(recipe, (), {})
+    source = open_source(spec.sources[0], Project(tmp_path, tmp_path), base, lambda message: None)
+    with pytest.raises(SynpipeError, match=r"little.h5 is too small"):
+        draw_blocks([source], 1, 0)
