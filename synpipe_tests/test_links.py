@@ -394,11 +394,12 @@ def test_neuroglancer_shows_the_layer_that_the_command_writes(made, tmp_path):
         held = f"""[...{layer}.annotationStates.states[0].source.spatiallyIndexedSources]
             .flatMap(level => [...level.chunks.values()])
             .flatMap(chunk => chunk.data?.serializedAnnotations.typeToIds.flat() ?? [])"""
-        page.wait_for_function(f"({held}).length > 0", timeout=60_000)
+        page.wait_for_function(f"({held}).length > 0")
         held = page.evaluate(held)
         ids = read_table(made.synapses_path)["synapse_id"].to_pylist()
         assert sorted(map(int, held)) == ids
-        assert page.evaluate(f"{layer}.annotationDisplayState.shaderError.value?.message ?? null") is None
+        # Null once it is compiled; before, undefined; else the compiler's complaint.
+        page.wait_for_function(f"{layer}.annotationDisplayState.shaderError.value === null")
     assert (
         neuroglancer.parse_url(link).layers["synapses"].layer.shader
         == annotation_layer("", made.spec.classes)["shader"]
