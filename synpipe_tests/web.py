@@ -19,7 +19,7 @@ from synpipe_tests.browser import CHROMIUM
 # WebGL without a graphics card.
 SOFTWARE_GL = ("--use-gl=angle", "--use-angle=swiftshader", "--enable-unsafe-swiftshader")
 QUIET = ("--no-first-run", "--disable-background-networking", "--disable-component-update")
-LOADED_S, ATTEMPTS = 30, 3
+LOADED_S, ATTEMPTS = 60, 3
 
 
 @contextlib.contextmanager
@@ -54,7 +54,9 @@ def neuroglancer_page() -> Iterator[Page]:
         browser = playwright.chromium.launch(
             executable_path=CHROMIUM, args=[*QUIET, *SOFTWARE_GL], chromium_sandbox=False
         )
-        yield browser.new_page(viewport={"width": 900, "height": 900})
+        page = browser.new_page(viewport={"width": 900, "height": 900})
+        page.set_default_timeout(2 * LOADED_S * 1000)
+        yield page
         browser.close()
 
 
@@ -80,5 +82,5 @@ def open_link(page: Page, link: str, layers: int) -> None:
 def value_at_middle(page: Page, layer: int) -> str:
     """What a layer shows at the position, once it does."""
     shown = f"viewer.layerManager.managedLayers[{layer}].layer.getValueAt(viewer.navigationState.position.value, {{}})"
-    page.wait_for_function(f"({shown}) != null", timeout=2 * LOADED_S * 1000)
+    page.wait_for_function(f"({shown}) != null")
     return page.evaluate(f"String({shown})")
