@@ -135,7 +135,7 @@ def test_a_second_run_makes_nothing_anew(first: FirstRun):
     "select, expected",
     [
         (["rejects"], {"rejects"}),
-        (["embedding_table_tiny+"], {"embedding_table_tiny", "index_tiny"}),
+        (["embedding_table_tiny+"], {"embedding_table_tiny", "index_tiny", "scores_tiny", "evaluation"}),
         (["+synapses"], {"volume", "annotations", "synapses"}),
         (["rejects", "index_other"], {"rejects", "index_other"}),
     ],
@@ -152,7 +152,7 @@ def test_only_the_branch_of_a_changed_encoder_is_stale_and_made_again(made_here:
     encoders = {name: dict(entry) for name, entry in SMALL_ENCODERS["encoders"].items()}
     encoders["tiny"]["seed"] = 5
     (made_here.data / "encoders.yaml").write_text(yaml.safe_dump({"encoders": encoders}))
-    branch = {"embeddings_tiny", "embedding_table_tiny", "index_tiny"}
+    branch = {"embeddings_tiny", "embedding_table_tiny", "index_tiny", "scores_tiny", "evaluation"}
     assert {asset for asset, said in assets(made_here).items() if said["state"] == "stale"} == branch
     text = answer(made_here, "status")
     assert re.search(r"index_tiny +stale", text)

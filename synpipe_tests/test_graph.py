@@ -46,6 +46,7 @@ GRAPH = {
     "rgb_tiles": ({"synapse_stacks"}, "demo", {"are_there"}),
     "rejects": ({"synapses", "synapse_stacks"}, "demo", set()),
     "split": ({"synapses", "rgb_tiles"}, "demo", {"sides_are_apart"}),
+    "evaluation": ({"scores_tiny", "scores_other"}, "demo", set()),
     **{
         asset: described
         for name in ("tiny", "other")
@@ -57,6 +58,11 @@ GRAPH = {
                 {"match_tiles"},
             ),
             f"index_{name}": ({f"embedding_table_{name}"}, f"demo_{name}", {"recall"}),
+            f"scores_{name}": (
+                {"volume", "rgb_tiles", "split", f"embedding_table_{name}", f"index_{name}"},
+                f"demo_{name}",
+                set(),
+            ),
         }.items()
     },
 }
@@ -128,7 +134,7 @@ def test_an_encoder_entry_decides_the_code_versions_of_its_three_assets(project:
     (project.data / "encoders.yaml").write_text(yaml.safe_dump({"encoders": encoders}))
     after = code_versions(Project(project.data, project.store))
     changed = {asset for asset in before if before[asset] != after[asset]}
-    assert changed == {"embeddings_tiny", "embedding_table_tiny", "index_tiny"}
+    assert changed == {"embeddings_tiny", "embedding_table_tiny", "index_tiny", "scores_tiny", "evaluation"}
 
 
 def test_a_description_decides_nothing(project: Project):

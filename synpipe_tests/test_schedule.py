@@ -185,7 +185,13 @@ def test_a_code_location_older_than_the_registry_asks_to_be_reloaded(fresh: Code
     assert "after this code location was loaded: reload it" in reason
     assert "demo/embedding_table_tiny, demo/embeddings_tiny, demo/index_tiny" in reason
     fresh.reload()
-    assert wanted(fresh.tick()) == {"embeddings_tiny", "embedding_table_tiny", "index_tiny"}
+    assert wanted(fresh.tick()) == {
+        "embeddings_tiny",
+        "embedding_table_tiny",
+        "index_tiny",
+        "scores_tiny",
+        "evaluation",
+    }
 
 
 def test_a_data_set_that_came_or_went_asks_for_a_reload(fresh: CodeLocation):
@@ -290,7 +296,13 @@ def test_a_check_that_failed_keeps_its_asset_out_of_date_and_stops_what_is_downs
 def test_an_asset_whose_process_ended_before_its_checks_is_out_of_date(fresh: CodeLocation):
     (step,) = [step for step in steps(fresh.project.dataset("demo")) if step.asset == "embeddings_tiny"]
     step.run(lambda message: None, checks=["vectors_vary"])
-    assert wanted(fresh.tick()) == {"embeddings_tiny", "embedding_table_tiny", "index_tiny"}
+    assert wanted(fresh.tick()) == {
+        "embeddings_tiny",
+        "embedding_table_tiny",
+        "index_tiny",
+        "scores_tiny",
+        "evaluation",
+    }
     step.passed(["vectors_vary"])
     assert fresh.tick() == UP_TO_DATE
 
@@ -341,7 +353,7 @@ def test_a_run_of_other_assets_is_not_waited_for(fresh: CodeLocation):
     fresh.instance.create_run_for_job(
         job, asset_selection=frozenset({dg.AssetKey(["demo", "index_other"])}), status=dg.DagsterRunStatus.STARTED
     )
-    assert wanted(fresh.tick()) == {"index_tiny"}
+    assert wanted(fresh.tick()) == {"index_tiny", "scores_tiny", "evaluation"}
 
 
 # Through the daemon.
