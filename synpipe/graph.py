@@ -188,7 +188,8 @@ def steps(dataset: Dataset) -> list[Step]:
         ]
     judged = tuple(f"scores_{encoder}" for encoder in dataset.encoders)
     make = learning_steps.make_evaluation
-    return [*found, Step(dataset, "evaluation", None, judged, None, make, dataset.evaluation_path, gathers=True)]
+    everyone = [identity(entry, dataset.weights_base) for entry in dataset.encoders.values()]
+    return [*found, Step(dataset, "evaluation", None, judged, everyone, make, dataset.evaluation_path, gathers=True)]
 
 
 @dataclass(frozen=True)
