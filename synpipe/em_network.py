@@ -2,7 +2,7 @@
 
 In: tiles as float (n, 3, h, w), any brightness and contrast. Out: vectors (n, 256). Importing this module makes the network
 known to timm, so that registries name it like any other. Guarantee: the eight turns and mirrorings of a tile give the same
-vector (to rounding), where `size / shrink` is odd, as with the default crop of 130 px.
+vector (to rounding), where `size / shrink` is odd, as with the default crop of 194 px.
 
 Sections have no upper side, so an encoder that was shown one orientation must learn the others one by one. A group
 convolution (Cohen & Welling, ICML 2016, arXiv:1602.07576) has that built in: each filter is applied in eight poses, those of
@@ -22,8 +22,10 @@ from torch import Tensor, nn
 
 POSES = 8
 DIM = 256
-CENTRE_SIGMA = 0.2
-"""Width of the centre's weight, in sides of the map: of a crop of 130 px, 26 px (one standard deviation)."""
+STRIDE = 16  # pixels, after shrinking, from one point of the final map to the next
+CENTRE_SIGMAS_PX = (9.0, 23.0)
+"""Widths of the centre's weights (standard deviations, in pixels after shrinking): about 80 and 210 nm of 4.6 nm pixels, what
+is at the very centre and a synapse with its surroundings."""
 MIN_STD = 1 / 255
 """A section that varies less than by a grey value is left near zero and not blown up."""
 
@@ -31,7 +33,7 @@ default_cfgs = {
     "d4resnet": {
         "url": "",
         "num_classes": 0,
-        "input_size": (3, 130, 130),
+        "input_size": (3, 194, 194),
         "pool_size": None,
         "crop_pct": 1.0,
         "interpolation": "bicubic",
@@ -144,7 +146,7 @@ class D4ResNet(nn.Module):
                 fields = wider
         self.blocks = nn.Sequential(*blocks)
         self.last, self.last_norm = GroupConv(fields, 128, 1), FieldNorm(128)
-        self.pooled = 4 * 128
+        self.pooled = (len(CENTRE_SIGMAS_PX) + 1) * 2 * 128
         # Set once, after the training, see `pretraining.py`; until then it takes vectors as they are.
         self.whitening = nn.Linear(self.pooled, DIM).requires_grad_(False)
         nn.init.eye_(self.whitening.weight)
@@ -168,11 +170,13 @@ class D4ResNet(nn.Module):
         return torch.cat([x.mean(2), x.amax(2)], 1)
 
     def pool(self, x: Tensor) -> Tensor:
-        """What is at the centre and what is all around: a weighted and a plain mean over the map, (n, 512)."""
+        """What is at the centre, near it, and all around: weighted means and the plain mean over the map, (n, 768)."""
         x = x.float()
-        rows, columns = (_bell(size, x.device) for size in x.shape[-2:])
-        centre = (x * rows[:, None] * columns).sum((2, 3))
-        return torch.cat([centre, x.mean((2, 3))], 1)
+        means = []
+        for sigma in CENTRE_SIGMAS_PX:
+            rows, columns = (_bell(size, sigma / STRIDE, x.device) for size in x.shape[-2:])
+            means.append((x * rows[:, None] * columns).sum((2, 3)))
+        return torch.cat([*means, x.mean((2, 3))], 1)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         vectors = self.whitening(self.pool(x))
@@ -188,9 +192,9 @@ def standardise(x: Tensor) -> Tensor:
     return (x - mean) / std.clamp_min(MIN_STD)
 
 
-def _bell(size: int, device: torch.device) -> Tensor:
-    place = (torch.arange(size, device=device) - (size - 1) / 2) / size
-    weight = torch.exp(-(place**2) / (2 * CENTRE_SIGMA**2))
+def _bell(size: int, sigma: float, device: torch.device) -> Tensor:
+    place = torch.arange(size, device=device) - (size - 1) / 2
+    weight = torch.exp(-(place**2) / (2 * sigma**2))
     return weight / weight.sum()
 
 

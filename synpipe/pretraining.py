@@ -33,9 +33,8 @@ from synpipe.pretraining_views import draw_views
 from synpipe.shards import atomic_path, write_json
 from synpipe.specs import digest
 
-CROP_PX = 65  # of a view; 130 px of a tile of 4–5 nm pixels. Odd, see `em_network`
+CROP_PX = 65  # of a view, 130 px of a tile of 4–5 nm pixels. Odd, see `em_network`
 PIXEL_NM = (8.3, 10.5)  # of a view: mild, and from FAFB's 8 nm (two pixels of 4) to FIB-SEM's 10
-SHRINK = 2  # of the encoder that is registered
 CHECKPOINT_S = 60.0
 CHECKPOINT_VERSION = 1  # raise it when the training in these files changes: an old checkpoint must not carry on
 WARM_UP = 0.03  # of the steps
@@ -111,7 +110,6 @@ def pretrain(
     report = {
         "model": "d4resnet",
         "args": {name: value for name in ("width", "depth") if (value := getattr(spec, name)) != 1},
-        "crop_px": CROP_PX * SHRINK,
         "parameters": sum(parameter.numel() for parameter in learner.network.parameters()),
         "recipe": stated,
         "recipe_digest": recipe,

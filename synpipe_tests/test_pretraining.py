@@ -38,18 +38,18 @@ def learn(store: Path, out: Path, **settings):
 def test_every_pose_of_a_tile_has_the_same_vector():
     torch.manual_seed(0)
     network = D4ResNet().eval()
-    tile = torch.rand(1, 3, 130, 130)
+    tile = torch.rand(1, 3, 194, 194)
     with torch.inference_mode():
         vector = network(tile)
         for number in range(1, POSES):
             torch.testing.assert_close(network(pose(tile, number)), vector, rtol=1e-4, atol=1e-4)
-        assert not torch.allclose(network(torch.rand(1, 3, 130, 130)), vector, rtol=1e-2)
+        assert not torch.allclose(network(torch.rand(1, 3, 194, 194)), vector, rtol=1e-2)
 
 
 def test_brightness_and_contrast_of_a_section_do_not_change_the_vector():
     torch.manual_seed(0)
     network = D4ResNet().eval()
-    tile = torch.rand(1, 3, 130, 130)
+    tile = torch.rand(1, 3, 194, 194)
     other = tile * torch.tensor([0.6, 0.8, 0.7]).view(1, 3, 1, 1) + torch.tensor([0.1, 0.0, 0.2]).view(1, 3, 1, 1)
     with torch.inference_mode():
         torch.testing.assert_close(network(other), network(tile), rtol=1e-4, atol=1e-4)
