@@ -188,7 +188,7 @@ def steps(dataset: Dataset) -> list[Step]:
         ]
     judged = tuple(f"scores_{encoder}" for encoder in dataset.encoders)
     make = learning_steps.make_evaluation
-    everyone = [identity(entry, dataset.weights_base) for entry in dataset.encoders.values()]
+    everyone = [dataset.identity(encoder) for encoder in dataset.encoders]
     return [*found, Step(dataset, "evaluation", None, judged, everyone, make, dataset.evaluation_path, gathers=True)]
 
 

@@ -70,7 +70,6 @@ GRAPH = {
             ),
         }.items()
     },
-    "evaluation": ({"scores_tiny", "scores_other"}, "demo", set()),
 }
 
 
