@@ -11,6 +11,7 @@ A part is `<shard>-<digest>.h5` with `tiles` uint8 (n, 3, 256, 256), contiguous:
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
@@ -97,16 +98,18 @@ def _cut_out_missing(volume: Volume, spec: TileSpec, folder: Path, starts: np.nd
 
     order = np.concatenate(batches).tolist()
     ahead = _read_ahead(volume, spec, starts, order, wanted, needs)
+    # One for all batches: arrays that come and go would leave holes in the memory, more with every batch.
+    stack = np.empty((max(map(len, batches)), SECTIONS, TILE_PX, TILE_PX), dtype=np.uint8)
     for batch in batches:
-        made: dict[int, list[CutOut]] = {}
-        for window in batch.tolist():
+        made: dict[int, list[tuple[int, dict[str, Any]]]] = {}
+        for place, window in enumerate(batch.tolist()):
             finish = next(ahead)
             shard = int(shards[window])
             if finish is None or not wanted(window):
                 lost += 1
                 continue
             try:
-                cut_out = finish()
+                tile, row = finish()
             except AccessDenied:  # to the other shards as well
                 raise
             except SynpipeError as error:
@@ -114,11 +117,13 @@ def _cut_out_missing(volume: Volume, spec: TileSpec, folder: Path, starts: np.nd
                 in_a_row += 1
                 lost += 1
                 continue
-            made.setdefault(shard, []).append(cut_out)
+            if tile is not None:
+                stack[place] = tile
+            made.setdefault(shard, []).append((place, row))
             in_a_row = 0
             progress(1)
-        for shard, cut_outs in sorted(made.items()):
-            _write_part(folder, shard, cut_outs)
+        for shard in sorted(made):
+            _write_part(folder, shard, stack, made[shard])
     if failed:
         raise _failure(failed, lost, len(np.unique(shards)), in_a_row >= GIVE_UP_AFTER)
 
@@ -174,18 +179,17 @@ def _read_parts(folder: Path, shard: int) -> pa.Table:
     return pa.concat_tables(tables) if tables else FOUND_SCHEMA.empty_table()
 
 
-def _write_part(folder: Path, shard: int, cut_outs: list[CutOut]) -> None:
-    stack = [tile for tile, _ in cut_outs if tile is not None]
-    rows, count = [], 0
-    for tile, row in cut_outs:
-        rows.append(row if tile is None else row | {"row": count})
-        count += tile is not None
-    places = [[row["start_z"], row["start_y"], row["start_x"]] for row in rows]
-    path = folder / f"{shard:05d}-{digest(places)[:12]}.h5"
+def _write_part(folder: Path, shard: int, stack: np.ndarray, made: list[tuple[int, dict[str, Any]]]) -> None:
+    """made: for each cut-out the place of its tile in the stack, and its row, which has a reason where there is no tile."""
+    tiles_at = [place for place, row in made if "reason" not in row]
+    number = {place: count for count, place in enumerate(tiles_at)}
+    rows = [row | {"row": number.get(place, -1)} for place, row in made]
+    windows = [[row["start_z"], row["start_y"], row["start_x"]] for row in rows]
+    path = folder / f"{shard:05d}-{digest(windows)[:12]}.h5"
     with atomic_path(path) as temporary, h5py.File(temporary, "w") as file:
-        dataset = file.create_dataset("tiles", (len(stack), SECTIONS, TILE_PX, TILE_PX), np.uint8)
-        for first in range(0, len(stack), WRITTEN_AT_ONCE):
-            dataset[first : first + WRITTEN_AT_ONCE] = np.stack(stack[first : first + WRITTEN_AT_ONCE])
+        dataset = file.create_dataset("tiles", (len(tiles_at), *stack.shape[1:]), np.uint8)
+        for first in range(0, len(tiles_at), WRITTEN_AT_ONCE):
+            dataset[first : first + WRITTEN_AT_ONCE] = stack[tiles_at[first : first + WRITTEN_AT_ONCE]]
         dataset.attrs["axes"] = "tile, section (z-1, z, z+1), y, x"
     # Written last: it is what makes the part count.
     write_table(path.with_suffix(".parquet"), pa.Table.from_pylist(rows, schema=PART_SCHEMA))
