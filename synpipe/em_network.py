@@ -76,14 +76,15 @@ class GroupConv(nn.Module):
         super().__init__()
         poses_in = 1 if lift else POSES
         self.lift, self.stride, self.padding = lift, stride, size // 2
-        self.weight = nn.Parameter(torch.empty(fields_out, fields_in, poses_in, size, size))
+        self.weight = nn.Parameter(torch.empty(fields_out, fields_in * poses_in, size, size))
         nn.init.normal_(self.weight, std=(2 / (fields_in * poses_in * size * size)) ** 0.5)  # He et al., 2015
 
     def forward(self, x: Tensor) -> Tensor:
         if self.lift:
-            filters = [pose(self.weight[:, :, 0], g) for g in range(POSES)]
+            filters = [pose(self.weight, g) for g in range(POSES)]
         else:
-            filters = [pose(self.weight[:, :, RELATIVE_POSES[g]], g).flatten(1, 2) for g in range(POSES)]
+            by_pose = self.weight.unflatten(1, (-1, POSES))
+            filters = [pose(by_pose[:, :, RELATIVE_POSES[g]], g).flatten(1, 2) for g in range(POSES)]
         kernel = torch.stack(filters, 1).flatten(0, 1).contiguous(memory_format=torch.channels_last)
         return F.conv2d(x, kernel, stride=self.stride, padding=self.padding)
 
