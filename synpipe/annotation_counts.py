@@ -50,4 +50,4 @@ class Census:
 
 
 def _of(neurons: int) -> str:
-    return f" of {neurons:,} neurons" if neurons else ""
+    return f" of {neurons:,} neuron{'s' * (neurons != 1)}" if neurons else ""

@@ -38,6 +38,7 @@ SPEC = {
     "tiles": {"shards": 3, "block_voxels_zyx": [32, 128, 128]},
     "encoders": ["tiny", "other"],
     "projection": None,
+    "max_reject_share": 1,  # bad rows are meant
     "classifier": None,  # `test_classifier` has those
 }
 ENCODERS = {

@@ -28,6 +28,7 @@ DATASET = {
     "annotations": [{"format": "table", "path": "synapses.csv", "columns": {"x": "x_nm", "y": "y_nm", "z": "z_nm"}}],
     "tiles": {"shards": 3, "block_voxels_zyx": [2, 128, 128]},
     "projection": None,
+    "max_reject_share": 1,  # bad rows are meant
     "classifier": None,
 }
 # The smallest networks that timm has, for tests; a forward pass takes a millisecond.

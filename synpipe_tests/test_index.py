@@ -93,6 +93,8 @@ def test_every_index_is_there_and_whole(partitioned: tuple[Path, np.ndarray, Ind
         "neurotransmitter": "Bitmap",
         "region": "Bitmap",  # here and below: columns of nothing but nulls
         "hemilineage": "Bitmap",
+        "predicted_neurotransmitter": "Bitmap",
+        "split": "Bitmap",
         "synapse_id": "BTree",
         "neuron_id": "BTree",
     }
@@ -153,7 +155,7 @@ def test_a_new_build_becomes_current_and_the_old_one_stays_readable(tmp_path: Pa
     now = open_current(db, "tiny")
     assert now.count_rows() == 500 and now.schema.field("vector").type.list_size == 48
     now.checkout(first.tag)
-    assert now.count_rows() == 300 and len(now.list_indices()) == 5
+    assert now.count_rows() == 300 and len(now.list_indices()) == 7
     assert len(now.search(np.ones(32, np.float32)).limit(3).to_arrow()) == 3
     # Back to the first data without building anything, and to the second.
     fingerprint = PROVENANCE["encoder_fingerprint"]
@@ -179,7 +181,7 @@ def before(tmp_path: Path) -> Iterator[Path]:
     assert published(folder, "tiny") == report
     table = open_current(folder, "tiny")
     assert table.count_rows() == 300
-    assert len(table.list_indices()) == 5
+    assert len(table.list_indices()) == 7
     assert len(table.search(np.ones(32, np.float32)).limit(3).to_arrow()) == 3
 
 
@@ -284,7 +286,7 @@ def whole_state(folder: Path) -> tuple[str, int]:
     table = open_current(folder, "tiny")
     rows = table.count_rows()
     entries = table.list_indices()
-    assert len(entries) == 6 and {entry.num_indexed_rows for entry in entries} == {rows}
+    assert len(entries) == 8 and {entry.num_indexed_rows for entry in entries} == {rows}
     found = table.search(np.ones(16, np.float32)).distance_type("cosine").nprobes(8).limit(10).to_arrow()
     assert len(found) == 10 and found["_distance"].null_count == 0
     return json.loads(table.schema.metadata[b"synpipe"])["data_version"], rows
