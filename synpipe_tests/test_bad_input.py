@@ -120,7 +120,7 @@ class Wrong:
 
 
 BEFORE_SYNAPSES = frozenset({"volume", "annotations"})
-BEFORE_EMBEDDINGS = BEFORE_SYNAPSES | {"synapses", "synapse_stacks", "rgb_tiles", "rejects"}
+BEFORE_EMBEDDINGS = BEFORE_SYNAPSES | {"synapses", "synapse_stacks", "rgb_tiles", "rejects", "split"}
 # A volume and an annotation file do not depend on each other.
 WRONG_FILES = {
     "a truncated volume": Wrong(truncate, ("volume.h5", "truncated", "copy it again"), frozenset({"annotations"})),

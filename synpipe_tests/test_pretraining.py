@@ -7,10 +7,12 @@ import sys
 import time
 from pathlib import Path
 
+import h5py
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from scipy import ndimage
 
 from synpipe.datasets import Project
 from synpipe.em_network import POSES, D4ResNet, pose
@@ -30,7 +32,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def learn(store: Path, out: Path, **settings):
-    spec = PretrainSpec.parse({"sources": [SMALL], "blocks": 300, "places": 48, **settings}, "test")
+    spec = PretrainSpec.parse({"sources": [SMALL], "blocks": 200, "places": 32, **settings}, "test")
     sources = [open_source(source, Project(store, store), store, lambda message: None) for source in spec.sources]
     return pretrain(spec, sources, out, device="cpu")
 
@@ -135,8 +137,6 @@ def test_a_wrong_call_is_told_in_one_paragraph(synpipe: Command, arguments: tupl
 
 
 def test_a_volume_that_is_too_small_is_named(tmp_path: Path):
-    import h5py
-
     with h5py.File(tmp_path / "little.h5", "w") as file:
         raw = file.create_dataset("volumes/raw", data=np.zeros((9, 300, 300), np.uint8))
         raw.attrs["resolution"] = (40.0, 4.0, 4.0)
@@ -146,3 +146,38 @@ def test_a_volume_that_is_too_small_is_named(tmp_path: Path):
     source = open_source(spec.sources[0], Project(tmp_path, tmp_path), base, lambda message: None)
     with pytest.raises(SynpipeError, match=r"little.h5 is too small"):
         draw_blocks([source], 1, 0)
+
+
+SHIPPED = REPOSITORY / "data" / "weights" / "em_d4.safetensors"
+
+
+def test_shipped_weights_are_the_ones_of_their_card():
+    assert SHIPPED.stat().st_size <= 15e6
+    entry = load_registry(REPOSITORY / "data" / "encoders.yaml")["em_d4"]
+    encoder = open_encoder(entry, REPOSITORY / "data", device="cpu")
+    assert encoder.weights.removeprefix("sha256:") in SHIPPED.with_suffix(".md").read_text()
+    D4ResNet().load_state_dict(load_file(SHIPPED), strict=True)
+
+
+def test_shipped_encoder_finds_places_of_an_unseen_volume_whichever_way_they_are_turned(real_em: Path):
+    """150 places of ssTEM, one section off and turned by 37°, must be found among the 150 as they are."""
+    with h5py.File(real_em / "vnc_stack1.h5") as file:
+        sections = file["volumes/raw"][8:12]
+    rng = np.random.default_rng(0)
+    corners = rng.integers(0, 1024 - 364, (150, 2))
+    windows = np.stack([sections[:, y : y + 364, x : x + 364] for y, x in corners])
+    turned = ndimage.rotate(windows[:, 1:], 37, axes=(2, 3), order=1, reshape=False)
+    middle = np.s_[:, :, 54:310, 54:310]
+    plain, altered = np.ascontiguousarray(windows[:, :3][middle]), np.ascontiguousarray(turned[middle])
+
+    registry = load_registry(REPOSITORY / "data" / "encoders.yaml")
+    found = {}
+    for name in ("em_d4", "resnet10t_random"):
+        encoder = open_encoder(registry[name], REPOSITORY / "data", device="cpu")
+        originals, queries = (
+            vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+            for vectors in (encoder.embed(plain), encoder.embed(altered))
+        )
+        found[name] = ((queries @ originals.T).argmax(1) == np.arange(len(plain))).mean()
+    assert found["em_d4"] > 0.7
+    assert found["em_d4"] > 2 * found["resnet10t_random"]
