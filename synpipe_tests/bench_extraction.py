@@ -58,7 +58,7 @@ DENSE_BAR, SPARSE_BAR, HDF5_BAR, BYTES_BAR, MEMORY_BAR = 20, 5, 5, 1.1, 1.1
 
 def main() -> None:
     if len(sys.argv) > 1:
-        print(json.dumps(METHODS[sys.argv[1]](**json.loads(sys.argv[2]))))
+        print(json.dumps(METHODS[sys.argv[1]](**json.load(sys.stdin))))
         return
     try:
         versions = {name: version(name) for name in ("cloud-volume", "tensorstore", "h5py", "numpy")}
@@ -162,8 +162,8 @@ def show(name: str, found: dict[str, Any], slow: dict[str, Any]) -> None:
 
 
 def child(method: str, **arguments: Any) -> dict[str, Any]:
-    command = [sys.executable, "-m", "synpipe_tests.bench_extraction", method, json.dumps(arguments)]
-    found = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    command = [sys.executable, "-m", "synpipe_tests.bench_extraction", method]
+    found = subprocess.run(command, input=json.dumps(arguments), stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(found.stdout.splitlines()[-1])
 
 
