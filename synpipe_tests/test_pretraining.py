@@ -16,12 +16,12 @@ from scipy import ndimage
 
 from synpipe.datasets import Project
 from synpipe.em_network import POSES, D4ResNet, pose
-from synpipe.encoders import EncoderSpec, open_encoder
+from synpipe.encoders import EncoderSpec, load_registry, open_encoder
 from synpipe.errors import SynpipeError
 from synpipe.pretraining import pretrain
 from synpipe.pretraining_blocks import SIDE_PX, draw_blocks, open_source
 from synpipe.pretraining_recipe import PretrainSpec, Source, read_recipe
-from synpipe_tests.conftest import Command, environment, write_project
+from synpipe_tests.conftest import REPOSITORY, Command, environment, write_project
 
 SMALL = {"synthetic": {"seed": 3, "shape_zyx": [10, 1024, 1280], "n_synapses": 60, "n_neurons": 15}}
 
