@@ -27,7 +27,7 @@ from synpipe.volumes import AccessDenied, Volume
 
 PART_TILES = 512  # 100 MB at 256 px: the memory that tiles need until they are written, and what a kill can cost
 WRITTEN_AT_ONCE = 32  # tiles; all of a part at once would need its memory twice
-READ_AHEAD_BYTES = 128 * 2**20  # decoded chunks and voxels of the cut-outs that are being read
+READ_AHEAD_BYTES = 64 * 2**20  # decoded chunks and voxels of the cut-outs that are being read
 # A volume that fails so many shards one after the other, with no tile between them, is not waited for any longer.
 GIVE_UP_AFTER = 8
 SHARDS_NAMED = 10
