@@ -413,7 +413,7 @@ def compare(project: "Project", a: str | None, b: str | None, dataset: str, as_j
     \b
     Examples:
       synpipe compare
-      synpipe compare resnet10t_random filter_bank -d vnc_stack1
+      synpipe compare em_d4 filter_bank -d vnc_stack1
     """
     from synpipe import compare as comparing
     from synpipe.evaluation import FIGURES, Estimate
