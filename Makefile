@@ -24,8 +24,13 @@ check: $(INSTALLED) ## Lint, formatting and types
 	@$(BIN)/ruff format --check
 	@$(BIN)/mypy
 
-bench: $(INSTALLED) ## Measure size and speed on the demo data set
+bench: $(INSTALLED) ## Measure size, speed and memory, beside other ways (installs CloudVolume for it)
+	@$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint requirements.lock --no-build-isolation --editable '.[bench]'
 	@$(BIN)/python -m synpipe_tests.bench
+	@$(BIN)/python -m synpipe_tests.bench_extraction
+	@$(BIN)/python -m synpipe_tests.bench_annotations --rows 1000000
+	@$(BIN)/python -m synpipe_tests.bench_balance
+	@$(BIN)/python -m synpipe_tests.bench_projection --rows 103511
 
 pictures: $(INSTALLED) ## Make the pictures of the README anew from the demo (needs Chromium)
 	@$(BIN)/python -m synpipe_tests.screenshots

@@ -54,9 +54,12 @@ def _of_dropped_encoders(dataset: Dataset) -> list[Leftover]:
         dataset.former_table_path,
         dataset.predictions_path,
         dataset.neuron_predictions_path,
+        dataset.queries_path,
     )
     folders = [path("any").parent for path in places]
     tables = [path for folder in folders for path in _files(folder, "*.parquet") if path.stem not in dataset.encoders]
+    scores = _files(dataset.scores_path("any").parent, "*.json")
+    manifests += [path for path in scores if path.stem not in dataset.encoders]
     return [_leftover(path, "of an encoder that the data set does not name") for path in manifests + tables]
 
 

@@ -141,7 +141,7 @@ def test_a_compressed_branch_needs_no_tile_and_leaves_its_base_alone(
     own = changes.copy(made, tmp_path / "own", monkeypatch)
     before = own.branch_files("tiny")
     own.edit_dataset(lambda content: content.update(encoders=["tiny", "other", "tiny+pca8"]))
-    expected = {f"{kind}_tiny_pca8" for kind in ("embeddings", "embedding_table", "index")}
+    expected = {f"{kind}_tiny_pca8" for kind in ("embeddings", "embedding_table", "index", "scores")} | {"evaluation"}
     assert own.outdated().keys() == expected
     tiles = own.dataset.cut_outs_folder
     tiles.rename(own.folder / "elsewhere")  # none can be read

@@ -305,7 +305,9 @@ def test_what_no_longer_serves_is_listed_and_nothing_else_is_lost(own: Own, made
 
     # Another encoder is dropped.
     own.edit_dataset(lambda spec: spec["encoders"].remove("other"))
-    of_other = {"tables/other.parquet", *(f"manifests/{asset}.json" for asset in branch("other"))}
+    of_other = {f"manifests/{asset}.json" for asset in branch("other") - {"evaluation"}}
+    of_other |= {"tables/other.parquet", "former_tables/other.parquet"}
+    of_other |= {"evaluation/other.json", "evaluation/other.parquet"}
     others = {name for name in fresh if name.startswith("embeddings/")} - old - vectors
     tiny = read_manifest(own.dataset, "embeddings_tiny").counts["encoder_fingerprint"]
     others = {name for name in others if tiny not in name}

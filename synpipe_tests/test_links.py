@@ -189,6 +189,7 @@ def remote(made: Dataset, tmp_path_factory) -> Any:
         project = write_project(folder, synthetic=None, volume={"path": f"n5://{address}/n5"}, neuroglancer=SITE)
         text = yaml.safe_load((datasets / "demo.yaml").read_text())
         text.pop("synthetic")
+        text["annotations"][0]["min_inside"] = 0  # the volume's offset leaves a third of them outside
         (datasets / "demo.yaml").write_text(yaml.safe_dump(text))
         (datasets / "synapses.csv").write_text("\n".join([*rows, rows[1], "77,-9000,0,0"]) + "\n")
         make(project.dataset("demo"), "volume", "annotations", "synapses", "synapse_stacks", "rejects")

@@ -79,7 +79,13 @@ def test_labels_move_no_point_and_new_synapses_or_another_seed_do(own: Own) -> N
     np.testing.assert_array_equal(places_of(own), before)
 
     own.edit_dataset(lambda content: content["projection"].update(seed=1))
-    assert own.outdated().keys() == {"projection_tiny", "embedding_table_tiny", "index_tiny"}
+    assert own.outdated().keys() == {
+        "projection_tiny",
+        "embedding_table_tiny",
+        "index_tiny",
+        "scores_tiny",
+        "evaluation",
+    }
     make_outdated(own.dataset)
     assert not np.array_equal(places_of(own), before)
 

@@ -169,7 +169,7 @@ CHANGES = {
     "a synapse relabelled": Change(rows(relabel), NOT_THE_VOLUME, {"tiny": 0, "other": 0}, 0, said=SYNAPSES_SAID),
     "grey": Change(
         stacking("grey"),
-        {"rgb_tiles"} | BRANCHES,
+        {"rgb_tiles", "split"} | BRANCHES,
         {"tiny": TILES, "other": TILES},
         said={"rgb_tiles": "its spec or code changed (1-", "embeddings_tiny": "rgb_tiles is out of date"},
         unsynced={"rgb_tiles"},
@@ -228,14 +228,16 @@ def test_a_corner_of_the_volume(own: Own):
 
 def test_an_encoder_that_is_taken_out_and_put_back(own: Own):
     before = own.branch_files("other")
+    # The evaluation is of all encoders, whichever they are.
     own.edit_dataset(lambda spec: spec["encoders"].remove("other"))
-    assert own.outdated() == {} and own.unsynced() == set()
+    assert own.outdated() == {"evaluation": "stale"} and own.unsynced() == {"evaluation"}
     assert {state.asset for state in states(own.dataset)} == TRUNK | TINY
-    assert answer(own.project, "materialize", "--dataset", NAME, "--stale") == "Every asset is up to date.\n"
+    assert own.materialise_stale().assets == {"evaluation"}
     own.is_as_from_scratch()
     own.edit_dataset(lambda spec: spec["encoders"].append("other"))
-    assert own.outdated() == {} and own.unsynced() == set()
-    assert own.branch_files("other") == before
+    assert own.outdated() == {"evaluation": "stale"} and own.unsynced() == {"evaluation"}
+    assert own.materialise_stale().assets == {"evaluation"}
+    assert {**own.branch_files("other"), "evaluation.json": before["evaluation.json"]} == before
 
 
 def test_what_changes_nothing_makes_nothing(own: Own, made: Own):
