@@ -60,6 +60,8 @@ def _of_dropped_encoders(dataset: Dataset) -> list[Leftover]:
     tables = [path for folder in folders for path in _files(folder, "*.parquet") if path.stem not in dataset.encoders]
     scores = _files(dataset.scores_path("any").parent, "*.json")
     manifests += [path for path in scores if path.stem not in dataset.encoders]
+    scores = _files(dataset.scores_path("any").parent, "*.json")
+    manifests += [path for path in scores if path.stem not in dataset.encoders]
     return [_leftover(path, "of an encoder that the data set does not name") for path in manifests + tables]
 
 
