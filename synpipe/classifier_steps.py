@@ -30,9 +30,9 @@ from synpipe.pipeline import (
     Inputs,
     Log,
     Made,
-    _is_of_version,
-    _metadata,
     embed_tiles,
+    is_of_version,
+    metadata_of,
     open_tiles,
     shard_name,
 )
@@ -51,19 +51,19 @@ def make_classifier(dataset: Dataset, name: str, inputs: Inputs, log: Log) -> Ma
     described = [spec.model_dump(mode="json"), dataset.spec.split.by, list(classes)]
     version = digest(["classifier", CODE_VERSIONS["classifier"], dict(inputs), described])
     path = dataset.predictions_path(name)
-    if not _is_of_version(path, version):
+    if not is_of_version(path, version):
         learn = _Learning(dataset, name, log)
         probe, counts, notes = learn.fit_finetuned(spec) if isinstance(spec, FinetuneSpec) else learn.fit(spec)
         probabilities = None if probe is None else learn.predict(probe)
         predictions = predictions_table(learn.synapses, learn.sides, probabilities, classes)
         if probe is not None:
             votes = votes_of_neurons(predictions, classes)
-            write_table(dataset.neuron_predictions_path(name), votes, _metadata(dataset, version, inputs))
+            write_table(dataset.neuron_predictions_path(name), votes, metadata_of(dataset, version, inputs))
         else:
             dataset.neuron_predictions_path(name).unlink(missing_ok=True)
         told = {"classifier": json.dumps({"counts": counts, "notes": notes})}
         # Last: what is of this version is whole.
-        write_table(path, predictions, _metadata(dataset, version, inputs) | told)
+        write_table(path, predictions, metadata_of(dataset, version, inputs) | told)
     predictions = read_table(path)
     told = json.loads(predictions.schema.metadata[b"classifier"])
     counts, notes = told["counts"], told["notes"]

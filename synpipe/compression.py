@@ -116,7 +116,7 @@ class Compressor:
 
     def compress(self, vectors: np.ndarray) -> np.ndarray:
         """Vectors of the base, float32 (n, d) of any length, to float32 (n, k)."""
-        return (_unit(vectors) - self.mean) @ self.components.T
+        return (unit_length(vectors) - self.mean) @ self.components.T
 
     def to_bytes(self) -> bytes:
         """As a safetensors file."""
@@ -154,7 +154,7 @@ def fit(vectors: np.ndarray, spec: CompressedSpec) -> tuple[Compressor, float]:
             f"{count:,} different tiles cannot tell {spec.dimensions} dimensions of {spec.base} apart: at least "
             f"{spec.dimensions + 1:,} are needed. Choose fewer dimensions."
         )
-    unit = _unit(vectors)
+    unit = unit_length(vectors)
     mean = unit.mean(axis=0, dtype=np.float64)
     covariance = np.zeros((dimensions, dimensions))
     for start in range(0, count, _BLOCK_ROWS):
@@ -201,6 +201,7 @@ def _train_autoencoder(centred: np.ndarray, start: np.ndarray) -> np.ndarray:
     return (triangular @ encoder.detach()).numpy()
 
 
-def _unit(vectors: np.ndarray) -> np.ndarray:
+def unit_length(vectors: np.ndarray) -> np.ndarray:
+    """Vectors (n, d) divided by their lengths; one without length stays zero."""
     lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
     return vectors / np.maximum(lengths, np.finfo(np.float32).tiny)

@@ -18,7 +18,7 @@ from synpipe.embedding import EmbeddingCache
 from synpipe.encoders import Encoder, open_encoder
 from synpipe.errors import SynpipeError
 from synpipe.manifests import find_manifest, read_manifest
-from synpipe.pipeline import CODE_VERSIONS, Inputs, Log, Made, _is_of_version, _metadata, shard_name
+from synpipe.pipeline import Inputs, Log, Made, is_of_version, metadata_of, shard_name, version_of
 from synpipe.shards import atomic_path, read_table, write_table
 from synpipe.specs import digest
 
@@ -38,7 +38,7 @@ def make_compressed_embeddings(dataset: Dataset, name: str, inputs: Inputs, log:
         fingerprint = made.counts["encoder_fingerprint"]
         if not _missing(tiles, EmbeddingCache(dataset.embeddings_folder, fingerprint)):
             log(f"0 vectors compressed, {len(tiles):,} were there")
-            return Made(_embeddings_version(inputs, fingerprint), made.counts | {"vectors_compressed": 0})
+            return Made(version_of("embeddings", inputs, [fingerprint]), made.counts | {"vectors_compressed": 0})
 
     source = EmbeddingCache(dataset.embeddings_folder, base["encoder_fingerprint"])
     sample = _smallest_hashes(tiles, compression.SAMPLE_ROWS)
@@ -76,7 +76,7 @@ def make_compressed_embeddings(dataset: Dataset, name: str, inputs: Inputs, log:
             "base": base["encoder"],
         },
     }
-    return Made(_embeddings_version(inputs, fingerprint), counts)
+    return Made(version_of("embeddings", inputs, [fingerprint]), counts)
 
 
 def open_branch(dataset: Dataset, name: str, device: str = "auto") -> Encoder:
@@ -109,11 +109,11 @@ def make_projection(dataset: Dataset, name: str, inputs: Inputs, log: Log) -> Ma
     assert spec is not None
     # Of the vectors alone: a changed label colours the picture anew and moves no point.
     of_vectors = {asset: version for asset, version in inputs.items() if asset != "synapses"}
-    version = digest(["projection", CODE_VERSIONS["projection"], of_vectors, spec.model_dump(mode="json")])
+    version = version_of("projection", of_vectors, spec.model_dump(mode="json"))
     path = dataset.projection_path(name)
     columns = ["synapse_id", "shard", "content_hash"]
     tiles = read_table(dataset.tiles_path, columns).sort_by("synapse_id")
-    if _is_of_version(path, version):
+    if is_of_version(path, version):
         log("the map is of this version already")
     else:
         made = read_manifest(dataset, f"embeddings_{name}").counts
@@ -122,7 +122,7 @@ def make_projection(dataset: Dataset, name: str, inputs: Inputs, log: Log) -> Ma
         # What has no neighbour has no place: UMAP says NaN.
         map_x, map_y = (pa.array(places[:, axis], pa.float32(), from_pandas=True) for axis in (0, 1))
         table = pa.table({"synapse_id": tiles["synapse_id"], "map_x": map_x, "map_y": map_y})
-        write_table(path, table, _metadata(dataset, version, inputs))
+        write_table(path, table, metadata_of(dataset, version, inputs))
     count = len(tiles)
     method = "umap" if projection.enough_for_umap(count, spec) else "pca"
     notes = []
@@ -181,7 +181,3 @@ def _read(cache: EmbeddingCache, tiles: pa.Table) -> np.ndarray:
         vectors[rows] = found
     assert vectors is not None
     return vectors
-
-
-def _embeddings_version(inputs: Inputs, fingerprint: str) -> str:
-    return digest(["embeddings", CODE_VERSIONS["embeddings"], dict(inputs), [fingerprint]])

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from PIL import Image
 
+from synpipe.compression import unit_length
 from synpipe.evaluation import EvaluationSpec, same_place
 from synpipe.tiles import SECTIONS, TILE_PX, TileSpec, is_blank
 from synpipe.volumes import MissingChunk, Volume
@@ -158,7 +159,7 @@ def ranks(
     the distractors are the same `spec.distractors` of them for every encoder.
     """
     drawn = np.random.default_rng([spec.seed, 1]).permutation(len(vectors))[: spec.distractors]
-    unit = found / np.maximum(np.linalg.norm(found, axis=1, keepdims=True), np.finfo(np.float32).tiny)
+    unit = unit_length(found)
     own = (unit * vectors[places]).sum(axis=1)
     others = unit @ vectors[drawn].T
     others[same_place(starts_zyx[places], starts_zyx[drawn], window_zyx)] = -np.inf

@@ -16,7 +16,7 @@ from synpipe.embedding import embed_shard
 from synpipe.errors import SynpipeError
 from synpipe.instance_retrieval import instance_retrieval
 from synpipe.manifests import read_manifest
-from synpipe.pipeline import CODE_VERSIONS, Inputs, Log, Made, _metadata, _version
+from synpipe.pipeline import CODE_VERSIONS, Inputs, Log, Made, metadata_of, version_of
 from synpipe.shards import read_json, read_table, write_json, write_table
 from synpipe.specs import digest
 from synpipe.tiles import SECTIONS, TILE_PX
@@ -39,7 +39,7 @@ def make_split(dataset: Dataset, inputs: Inputs, log: Log) -> Made:
     table = pa.table(columns)
     # Of the content: a changed confidence, or a position moved within its voxel, leads to the same split.
     version = digest(["split", CODE_VERSIONS["split"], spec.by, table.to_pydict()])
-    write_table(dataset.split_path, table, _metadata(dataset, version, inputs))
+    write_table(dataset.split_path, table, metadata_of(dataset, version, inputs))
     chosen = counts[spec.by].values()
     log(f"by {spec.by}: " + ", ".join(f"{sum(c[side] for c in chosen):,} {side}" for side in (*splits.SIDES, "guard")))
     return Made(version, {"rows": len(table), "by": spec.by, "split": counts}, notes)
@@ -126,11 +126,11 @@ def make_scores(dataset: Dataset, name: str, inputs: Inputs, log: Log) -> Made:
         "synapse_id": synapses["synapse_id"],
         **{key: pa.array(value, from_pandas=True) for key, value in rows.items()},
     }
-    version = _version("scores", inputs, [made["encoder_fingerprint"], spec.digest()])
+    version = version_of("scores", inputs, [made["encoder_fingerprint"], spec.digest()])
     write_table(
         dataset.queries_path(name),
         pa.table(columns | {"nearest": pa.array(nearest, pa.list_(pa.int64()))}),
-        _metadata(dataset, version, inputs),
+        metadata_of(dataset, version, inputs),
     )
     write_json(dataset.scores_path(name), report)
     shown = ("instance_recall_at_1", "instance_recall_at_5", "knn_balanced_accuracy")
@@ -153,10 +153,10 @@ def make_evaluation(dataset: Dataset, inputs: Inputs, log: Log) -> Made:
         raise SynpipeError(
             f"No encoder of {dataset.name} has been judged: `synpipe materialize --dataset {dataset.name}`."
         )
-    version = _version("evaluation", inputs, judged)
+    version = version_of("evaluation", inputs, judged)
     numbers = {name: pa.float64() for name in rows[0] if name.startswith(tuple(evaluation.FIGURES))}
     schema = pa.schema([(name, numbers.get(name, pa.scalar(value).type)) for name, value in rows[0].items()])
-    write_table(dataset.evaluation_path, pa.Table.from_pylist(rows, schema), _metadata(dataset, version, inputs))
+    write_table(dataset.evaluation_path, pa.Table.from_pylist(rows, schema), metadata_of(dataset, version, inputs))
     log(f"{len(rows)} encoders")
     return Made(version, {"rows": len(rows)})
 

@@ -142,13 +142,13 @@ def make_synapses(dataset: Dataset, inputs: Inputs, log: Log) -> Made:
     with Volume(dataset.spec.volume, dataset.base) as volume:
         bounds, voxel_size = volume.bounds_nm_zyx, volume.voxel_size_nm_zyx
     # The volume counts with its bounds only: what is inside them is of no concern here.
-    version = _version(
+    version = version_of(
         "synapses",
         {"annotations": inputs["annotations"]},
         [[corner.tolist() for corner in bounds], list(dataset.spec.classes)],
     )
     with (
-        table_writer(dataset.synapses_path, SYNAPSE_SCHEMA, _metadata(dataset, version, inputs)) as synapses,
+        table_writer(dataset.synapses_path, SYNAPSE_SCHEMA, metadata_of(dataset, version, inputs)) as synapses,
         table_writer(dataset.synapse_rejects_path, REJECT_SCHEMA) as rejects,
     ):
         summary = convert_annotations(
@@ -192,8 +192,8 @@ def make_synapse_stacks(dataset: Dataset, inputs: Inputs, log: Log) -> Made:
     }
     stack_table = pa.table(place | {name: cut[name] for name in tiles.PART_SCHEMA.names})
     # Of the content, not of the inputs: a changed label or a file that was only copied leads to the same stacks.
-    version = _version("synapse_stacks", {}, [stack_table[name].to_pylist() for name in STACK_IDENTITY])
-    write_table(dataset.stacks_path, stack_table, _metadata(dataset, version, inputs))
+    version = version_of("synapse_stacks", {}, [stack_table[name].to_pylist() for name in STACK_IDENTITY])
+    write_table(dataset.stacks_path, stack_table, metadata_of(dataset, version, inputs))
     elapsed = time.monotonic() - started
     log(f"{made:,} cut-outs made, {len(stack_table) - made:,} were there")
     counts = {
@@ -216,8 +216,8 @@ def make_rgb_tiles(dataset: Dataset, inputs: Inputs, log: Log) -> Made:
         reader = tiles.TileReader(good, dataset.folder, stacking)
         hashes = tiles.content_hashes(reader, len(good))
         good = good.set_column(good.schema.get_field_index("content_hash"), "content_hash", hashes)
-    version = _version("rgb_tiles", inputs, [stacking])
-    write_table(dataset.tiles_path, good, _metadata(dataset, version, inputs))
+    version = version_of("rgb_tiles", inputs, [stacking])
+    write_table(dataset.tiles_path, good, metadata_of(dataset, version, inputs))
     counts = {
         "rows": len(good),
         "stacking": stacking,
@@ -250,8 +250,8 @@ def make_rejects(dataset: Dataset, inputs: Inputs, log: Log) -> Made:
     viewer = find_viewer(dataset)
     links = pa.nulls(len(rejects), pa.string()) if viewer is None else viewer.links(rejects)
     rejects = rejects.append_column("neuroglancer", links)
-    version = _version("rejects", inputs, None if viewer is None else asdict(viewer))
-    write_table(dataset.rejects_path, rejects, _metadata(dataset, version, inputs))
+    version = version_of("rejects", inputs, None if viewer is None else asdict(viewer))
+    write_table(dataset.rejects_path, rejects, metadata_of(dataset, version, inputs))
     reasons = _counts(rejects, "reason")
     log(f"{len(rejects):,} rejects: " + (", ".join(f"{count} {reason}" for reason, count in reasons.items()) or "none"))
     share = len(rejects) / max(1, len(synapses) + len(unusable))
@@ -270,7 +270,7 @@ def make_embeddings(dataset: Dataset, name: str, inputs: Inputs, log: Log) -> Ma
         if not _missing_from(cache, shards, hashes):
             # Opening the network takes ten seconds, most of it to import torch, and would change nothing.
             log(f"0 tiles embedded, {len(hashes):,} were there")
-            version = _version("embeddings", inputs, [made.counts["encoder_fingerprint"]])
+            version = version_of("embeddings", inputs, [made.counts["encoder_fingerprint"]])
             return Made(version, made.counts | {"tiles_embedded": 0})
 
     encoder = open_encoder(spec, dataset.weights_base)
@@ -285,7 +285,7 @@ def make_embeddings(dataset: Dataset, name: str, inputs: Inputs, log: Log) -> Ma
             "preprocessing": encoder.preprocessing,
         },
     }
-    version = _version("embeddings", inputs, [encoder.fingerprint])
+    version = version_of("embeddings", inputs, [encoder.fingerprint])
     return Made(version, counts)
 
 
@@ -328,9 +328,9 @@ def _missing_from(cache: embedding.EmbeddingCache, shards: np.ndarray, hashes: n
 def make_embedding_table(dataset: Dataset, name: str, inputs: Inputs, log: Log) -> Made:
     """Synapses with their vectors: the Parquet file that other tools read, one row group per shard."""
     made = read_manifest(dataset, f"embeddings_{name}").counts
-    version = _version("embedding_table", inputs, [TABLE_SCHEMA_VERSION])
+    version = version_of("embedding_table", inputs, [TABLE_SCHEMA_VERSION])
     path = dataset.table_path(name)
-    if _is_of_version(path, version):
+    if is_of_version(path, version):
         log("the table is of this version already")
     else:
         provenance = _provenance(dataset, version, inputs) | {
@@ -375,7 +375,7 @@ def make_index(dataset: Dataset, name: str, inputs: Inputs, log: Log) -> Made:
     # LanceDB takes two seconds to import, which `synpipe status` and a reload of the code location need not wait for.
     from synpipe import index
 
-    version = _version("index", inputs)
+    version = version_of("index", inputs)
     fingerprint = read_manifest(dataset, f"embeddings_{name}").counts["encoder_fingerprint"]
     # Going back to what was published before, after a swap there and back or a rollback, builds nothing.
     report = index.republish(dataset.lancedb_folder, name, version, fingerprint)
@@ -413,7 +413,7 @@ def _column_bytes(metadata: pq.FileMetaData, name: str) -> int:
     return sum(column.total_compressed_size for column in columns if column.path_in_schema.split(".")[0] == name)
 
 
-def _is_of_version(path: Path, version: str) -> bool:
+def is_of_version(path: Path, version: str) -> bool:
     """What the file itself says: the manifest may be older where a run was killed between the two."""
     try:
         provenance = json.loads(pq.read_schema(path).metadata[b"synpipe"])
@@ -433,7 +433,8 @@ def _provenance(dataset: Dataset, version: str, inputs: Inputs) -> dict[str, Any
     }
 
 
-def _metadata(dataset: Dataset, version: str, inputs: Inputs) -> dict[str, str]:
+def metadata_of(dataset: Dataset, version: str, inputs: Inputs) -> dict[str, str]:
+    """What a file says of itself: its version and what it was made of."""
     return {"synpipe": json.dumps(_provenance(dataset, version, inputs), sort_keys=True)}
 
 
@@ -443,5 +444,6 @@ def _counts(found: pa.Table, column: str) -> dict[str, int]:
     return {row["values"] or "unlabelled": row["counts"] for row in sorted(counted, key=lambda row: -row["counts"])}
 
 
-def _version(step: str, inputs: Mapping[str, str], description: Any = None) -> str:
+def version_of(step: str, inputs: Mapping[str, str], description: Any = None) -> str:
+    """Data version of what a step makes of inputs of these versions, as `description` has it made."""
     return digest([step, CODE_VERSIONS[step], dict(inputs), description])
