@@ -150,7 +150,10 @@ def _read_ahead(
                 break
             finish, done = begun.popleft()
             yield finish
-            in_flight -= Counter(done)
+            for chunk in done:
+                in_flight[chunk] -= 1
+                if not in_flight[chunk]:
+                    del in_flight[chunk]
         begun.append((tiles.start_cut_out(volume, starts[window], spec) if wanted(window) else None, chunks))
         in_flight.update(chunks)
     while begun:

@@ -149,47 +149,68 @@ def make_tile(
     """voxels: the window's, as far as it is inside the volume, from voxel `low` on."""
     middle = int(start_zyx[0]) + step
     centre = voxels[middle - low[0]]
-    blank = is_blank(centre, spec)
+    centre_greys = _grey_counts(centre)
+    blank = _why_blank(centre_greys, spec)
     if blank:
         return None, row | {"reason": "blank_section", "detail": f"Section {middle} is blank there: {blank}."}
-    sections, missing = [], 0
+    sections, greys, missing = [], np.zeros(256, dtype=np.int64), 0
     for channel in range(SECTIONS):
         z = middle + (channel - 1) * step
-        section = voxels[z - low[0]] if 0 <= z - low[0] < len(voxels) else None
-        if z != middle and (section is None or is_blank(section, spec) or np.array_equal(section, centre)):
-            section = None
-            missing |= 1 << channel
-        sections.append(centre if section is None else section)
+        section, counts = centre, centre_greys
+        if z != middle:
+            found = voxels[z - low[0]] if 0 <= z - low[0] < len(voxels) else centre
+            found_greys = _grey_counts(found)
+            if np.array_equal(found, centre) or _why_blank(found_greys, spec):
+                missing |= 1 << channel
+            else:
+                section, counts = found, found_greys
+        sections.append(section)
+        greys += counts
 
     top, left = (low - start_zyx)[1:]
     tile = np.empty((SECTIONS, TILE_PX, TILE_PX), dtype=np.uint8)
     for channel, section in enumerate(sections):
-        tile[channel] = round(float(section.mean()))
+        if section.shape != (TILE_PX, TILE_PX):
+            mean = round(float(section.mean()))
+            tile[channel] = mean
+            greys[mean] += TILE_PX * TILE_PX - section.size
         tile[channel, top : top + section.shape[0], left : left + section.shape[1]] = section
-    content = tile.tobytes()
-    mean, std = _moments(tile)
+    mean_grey, std = _moments(greys)
     return tile, row | {
         "missing_sections": missing,
-        "mean": mean,
+        "mean": mean_grey,
         "std": std,
-        "crc32": zlib.crc32(content),
-        "content_hash": hashlib.sha256(content).hexdigest()[:32],
+        "crc32": zlib.crc32(tile),
+        "content_hash": hashlib.sha256(tile).hexdigest()[:32],
     }
 
 
-def _moments(values: np.ndarray) -> tuple[float, float]:
-    """Mean and standard deviation of grey values, from their sums, which are exact; three times as fast as numpy's."""
-    doubles = values.ravel().astype(np.float64)  # below 2⁵³ they count exactly, and so do their products here
-    total, squares = float(doubles.sum()), float(doubles @ doubles)
-    return total / values.size, math.sqrt(values.size * squares - total * total) / values.size
+def _grey_counts(values: np.ndarray) -> np.ndarray:
+    """How often each grey value occurs in a section, uint8 (y, x): int64 (256,).
+
+    From it follow mean and deviation exactly, and much cheaper than from numpy's own, which make doubles of the values first
+    and take all cores for them.
+    """
+    return np.array(Image.fromarray(values).histogram(), dtype=np.int64)
+
+
+def _moments(counts: np.ndarray) -> tuple[float, float]:
+    """Mean and standard deviation of grey values."""
+    greys = np.arange(256)
+    size, total, squares = int(counts.sum()), int(counts @ greys), int(counts @ greys**2)
+    return total / size, math.sqrt(size * squares - total * total) / size
 
 
 def is_blank(section: np.ndarray, spec: TileSpec) -> str | None:
-    """Why a section counts as missing, or None."""
-    zeros = 1 - np.count_nonzero(section) / section.size
+    """Why a section, uint8 (y, x), counts as missing, or None."""
+    return _why_blank(_grey_counts(section), spec)
+
+
+def _why_blank(counts: np.ndarray, spec: TileSpec) -> str | None:
+    zeros = counts[0] / counts.sum()
     if zeros > spec.blank_zero_fraction:
         return f"{zeros:.0%} of it is black"
-    _, std = _moments(section)
+    _, std = _moments(counts)
     return f"its grey values vary by {std:.1f} only" if std < spec.blank_std else None
 
 
