@@ -180,8 +180,8 @@ def make_tile(
         "missing_sections": missing,
         "mean": mean_grey,
         "std": std,
-        "crc32": zlib.crc32(tile),
-        "content_hash": hashlib.sha256(tile).hexdigest()[:32],
+        "crc32": zlib.crc32(tile.data),
+        "content_hash": hashlib.sha256(tile.data).hexdigest()[:32],
     }
 
 
@@ -267,7 +267,7 @@ class TileReader:
                 f"Tiles {path}, row {row}, cannot be read ({' '.join(str(error).split())}): delete that file and "
                 "materialise synapse_stacks again."
             ) from None
-        if zlib.crc32(tile) != self._crc32[index]:
+        if zlib.crc32(tile.data) != self._crc32[index]:
             raise SynpipeError(
                 f"Tiles {path}, row {row}, differ from their checksum: the file is damaged. Delete it and materialise "
                 "synapse_stacks again."
