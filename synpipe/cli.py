@@ -703,7 +703,9 @@ def ui(project: "Project", host: str, port: int) -> None:
 
 @main.command()
 @host_option
-@click.option("--port", "-p", default=8000, show_default=True, type=click.IntRange(0, 65535), help="0 takes a free one.")
+@click.option(
+    "--port", "-p", default=8000, show_default=True, type=click.IntRange(0, 65535), help="0 takes a free one."
+)
 @click.pass_obj
 def explore(project: "Project", host: str, port: int) -> None:
     """Open the explorer in the browser: similar synapses and the map, of all indexed data sets.
