@@ -5,7 +5,7 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo ui test check bench pictures format lock clean
+.PHONY: help demo ui explore test check bench pictures format lock clean
 
 help: ## List the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "make %-8s %s\n", $$1, $$2 }'
@@ -15,6 +15,9 @@ demo: $(INSTALLED) ## Make the demo data set, embed it, index it, search in it
 
 ui: $(INSTALLED) ## Open the asset graph in the browser (Dagster, http://127.0.0.1:3000)
 	@$(BIN)/synpipe ui
+
+explore: $(INSTALLED) ## Open the explorer in the browser: similar synapses and the map (http://127.0.0.1:8000)
+	@$(BIN)/synpipe explore
 
 test: $(INSTALLED) check ## Run every check and every test
 	@$(BIN)/python -m pytest -n 2 --dist loadfile

@@ -50,7 +50,8 @@ def main(context: click.Context, store: str | None) -> None:
     Begin with:
       synpipe demo                          make the demo data set and everything from it
       synpipe search ID                     the most similar synapses of each class
-      synpipe ui                            the same graph in the browser (Dagster)
+      synpipe explore                       the same and the map in the browser
+      synpipe ui                            the graph of assets in the browser (Dagster)
 
     \b
     Your own volume: copy data/datasets/demo.yaml, then
@@ -660,8 +661,10 @@ def demo(project: "Project") -> None:
 
     counts = {asset: read_manifest(dataset, asset).counts for asset in ("synapses", "rgb_tiles", "rejects")}
     folder, rows = _short(dataset.folder), {name: count["rows"] for name, count in counts.items()}
-    open_ui = "make ui" if again == os.path.join(".venv", "bin", "synpipe") else f"{again} ui"
+    by_make = again == os.path.join(".venv", "bin", "synpipe")
+    open_ui, open_explorer = ("make ui", "make explore") if by_make else (f"{again} ui", f"{again} explore")
     next_steps = {
+        open_explorer: "similar synapses and the map in the browser: http://127.0.0.1:8000",
         open_ui: "the graph in the browser: Dagster on http://127.0.0.1:3000",
         f"{again} search {queries[0]}": "the most similar synapses of each class",
         f"{again} status": "what is made, and what is out of date",
@@ -681,8 +684,13 @@ Next:""")
         click.echo(f"  {command:<{width}}   {what}")
 
 
+host_option = click.option(
+    "--host", default="127.0.0.1", show_default=True, help="Address to listen on. There is no password."
+)
+
+
 @main.command()
-@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on. There is no password.")
+@host_option
 @click.option("--port", "-p", default=3000, show_default=True, type=click.IntRange(1, 65535))
 @click.pass_obj
 def ui(project: "Project", host: str, port: int) -> None:
@@ -691,6 +699,25 @@ def ui(project: "Project", host: str, port: int) -> None:
 
     click.echo(f"The graph will be on http://{host}:{port}/asset-groups in half a minute. Ctrl-C ends it.")
     serve_ui(project, host, port)
+
+
+@main.command()
+@host_option
+@click.option(
+    "--port", "-p", default=8000, show_default=True, type=click.IntRange(0, 65535), help="0 takes a free one."
+)
+@click.pass_obj
+def explore(project: "Project", host: str, port: int) -> None:
+    """Open the explorer in the browser: similar synapses and the map, of all indexed data sets.
+
+    \b
+    Examples:
+      synpipe explore
+      synpipe explore --port 8080
+    """
+    from synpipe.explorer.app import serve
+
+    serve(project, host, port)
 
 
 def _save(path: Path, image: Any) -> None:

@@ -8,3 +8,7 @@ is a bug in synpipe.
 
 class SynpipeError(Exception):
     """Something in the user's files, configuration or machine stops the work; the message says what and what to do."""
+
+
+class NotFound(SynpipeError):
+    """What was asked for by its name or id is not there."""

@@ -3,14 +3,17 @@
 In: a data set, one of its encoders, the id of a synapse. Out: neighbours per class, nearest first. Guarantees: the answer
 comes from one published version of the table; a filter value is compared, never pasted into a filter string.
 
-Up to `EXACT_ROWS` rows the vectors are held in memory and searched exactly. That was measured to be faster than any
-index for this question (seven milliseconds for the top 4 of six classes of 103,511 × 192), it is right for rare classes
-too, where an index misses up to a fifth, and it allows L1. Beyond that the index answers, class by class.
+The vectors of a class are held in memory and searched exactly where the table has up to `EXACT_ROWS` rows, or the class
+up to `EXACT_CLASS_ROWS`; the index answers for the other classes. An exact scan was measured to be faster than any index
+for this question (seven milliseconds for the top 4 of six classes of 103,511 × 192), it is right for rare classes too,
+where an index misses up to a fifth, and it allows L1.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Literal, get_args
+from itertools import islice
+from typing import Any, Literal, get_args
 
 import numpy as np
 import pyarrow as pa
@@ -18,13 +21,15 @@ import pyarrow.compute as pc
 from lancedb.expr import Expr, col, func, lit
 
 from synpipe.datasets import Dataset
-from synpipe.errors import SynpipeError
+from synpipe.errors import NotFound, SynpipeError
+from synpipe.exact_search import ExactSearch
 from synpipe.index import open_current, read_provenance, read_vectors
 from synpipe.links import Viewer, find_viewer
 
 Metric = Literal["cosine", "l2", "dot", "l1"]
 METRICS: tuple[str, ...] = get_args(Metric)
 EXACT_ROWS = 300_000
+EXACT_CLASS_ROWS = 100_000
 UNLABELLED = "unlabelled"
 FILTER_COLUMNS = (
     "neurotransmitter",
@@ -35,26 +40,48 @@ FILTER_COLUMNS = (
     "predicted_neurotransmitter",
     "split",
 )
+SHOWN_COLUMNS = (
+    *("synapse_id", "neuron_id", "neurotransmitter", "predicted_neurotransmitter", "predicted_probability"),
+    *("hemilineage", "region", "x_nm", "y_nm", "z_nm"),
+)
 # The probes of a plain query are too few for a class: with 16 of 256 the rarest had a recall of .81, with 128 of 1.0.
 CLASS_NPROBES_FACTOR = 8
 
 
-@dataclass(frozen=True)
-class Neighbour:
-    """A synapse of the answer. distance: 1 − cosine, Euclidean, −inner product or Manhattan; smaller is more similar."""
+@dataclass(frozen=True, kw_only=True)
+class Synapse:
+    """neurotransmitter: the known one. predicted_…: what the classifier of the encoder says; None where there is none."""
 
     synapse_id: int
-    distance: float
     neuron_id: int | None
     neurotransmitter: str | None
+    predicted_neurotransmitter: str | None
+    predicted_probability: float | None
     hemilineage: str | None
     region: str | None
     position_nm: tuple[float, float, float]  # x, y, z
     neuroglancer: str | None  # link to its place; None where the volume is in local files
 
 
+@dataclass(frozen=True, kw_only=True)
+class Neighbour(Synapse):
+    """A synapse of the answer. distance: 1 − cosine, Euclidean, −inner product or Manhattan; smaller is more similar."""
+
+    distance: float
+
+
+@dataclass(frozen=True)
+class _Question:
+    query: np.ndarray  # float32 (d,)
+    metric: str
+    per_class: int
+    wanted: Mapping[str, str | int]
+    without_id: int | None = None
+    without_neuron: int | None = None
+
+
 class SynapseIndex:
-    """One published version of the index of an encoder.
+    """One published version of the index of an encoder; safe to use from several threads.
 
     cosine compares directions. l2, dot and l1 compare the vectors as the encoder gave them, with their length.
     """
@@ -62,16 +89,42 @@ class SynapseIndex:
     def __init__(self, dataset: Dataset, encoder: str):
         """Raises `SynpipeError` where the index has not been built."""
         self._table = open_current(dataset.lancedb_folder, encoder)
-        self._classes = dataset.spec.classes
+        self._classes: list[str | None] = [*dataset.spec.classes, None]
         self._viewer = find_viewer(dataset)
         self.provenance = read_provenance(self._table.schema)
         self.fingerprint: str = self.provenance["encoder_fingerprint"]
-        self.version = self._table.version
-        self.exact = self._table.count_rows() <= EXACT_ROWS
+        self.version: int = self._table.version
+        self.rows: int = self._table.count_rows()
+        self.dimensions: int = self._table.schema.field("vector").type.list_size
+        self.exact = self.rows <= EXACT_ROWS
+        self.metrics = METRICS if self.exact else ("cosine",)
+
+        counted = pc.value_counts(self.columns(["neurotransmitter"])["neurotransmitter"]).to_pylist()
+        counts = {each["values"]: each["counts"] for each in counted}
+        limit = EXACT_ROWS if self.exact else EXACT_CLASS_ROWS
+        held = {name: counts.get(name, 0) for name in self._classes if counts.get(name, 0) <= limit}
+        self._held = ExactSearch(self._batches(), held, self.dimensions)
+        self._threads = ThreadPoolExecutor(max(1, len(self._classes) - len(held)), thread_name_prefix="search")
+
+    def _batches(self) -> Iterator[tuple[pa.RecordBatch, np.ndarray]]:
+        columns = dict.fromkeys([*SHOWN_COLUMNS, *FILTER_COLUMNS, "norm", "vector"])
+        for batch in self._table.search().select(list(columns)).to_batches(batch_size=8192):
+            yield batch.drop_columns(["vector"]), read_vectors(batch)
+
+    def columns(self, names: Sequence[str]) -> pa.Table:
+        """These columns of all rows, in the order of the table."""
+        return self._table.search().select(list(names)).to_arrow()
+
+    def synapse(self, synapse_id: int) -> Synapse:
+        """Raises `NotFound` for an unknown one."""
+        return Synapse(**_synapses(self._find(synapse_id)[0], self._viewer)[0])
+
+    def any_id(self, random: np.random.Generator) -> int:
+        """The id of a synapse, each as likely as any other."""
+        row = int(random.integers(self.rows))
         if self.exact:
-            self._rows = self._table.to_arrow().combine_chunks()
-            self._unit = read_vectors(self._rows)
-            self._norms = self._rows["norm"].to_numpy()
+            return int(self._held.ids[row])
+        return self._table.take_offsets([row]).select(["synapse_id"]).to_arrow()["synapse_id"][0].as_py()
 
     def search(
         self,
@@ -79,16 +132,18 @@ class SynapseIndex:
         metric: Metric = "cosine",
         per_class: int = 4,
         where: Mapping[str, str] | None = None,
+        other_neurons: bool = False,
     ) -> dict[str, list[Neighbour]]:
         """The `per_class` most similar synapses of each class, the query itself left out.
 
-        where: wanted values by column (`FILTER_COLUMNS`). Returns the classes of the data set in their order, then
-        `unlabelled`; classes without an answer are left out.
+        where: wanted values by column (`FILTER_COLUMNS`). other_neurons: the query's own neuron is left out, too. Returns
+        the classes of the data set in their order, then `unlabelled`; classes without an answer are left out.
         Raises `SynpipeError` for an unknown synapse, metric or column, `per_class` below 1, or a metric other than cosine
         on a table too large for an exact search.
         """
-        vector = self._query(synapse_id)
-        return self.search_vector(vector, self.fingerprint, metric, per_class, where, leave_out=synapse_id)
+        row, vector = self._find(synapse_id)
+        neuron = row["neuron_id"][0].as_py() if other_neurons else None
+        return self._answer(self._question(vector, metric, per_class, where, synapse_id, neuron))
 
     def search_vector(
         self,
@@ -97,104 +152,88 @@ class SynapseIndex:
         metric: Metric = "cosine",
         per_class: int = 4,
         where: Mapping[str, str] | None = None,
-        leave_out: int | None = None,
     ) -> dict[str, list[Neighbour]]:
         """The synapses whose vectors are most similar to `vector`, (d,), with its length as the encoder gave it.
 
         fingerprint: of the encoder that made the vector, `Encoder.fingerprint`; vectors of two encoders are of two spaces,
-        whatever their number of dimensions. leave_out: id of a synapse that is no answer. The rest as in `search`.
+        whatever their number of dimensions. The rest as in `search`.
         Raises `SynpipeError` also where the fingerprint is not that of the index, or the vector has another number of
         dimensions, is not finite, or has no length.
         """
-        if metric not in METRICS:
-            raise SynpipeError(f"Unknown metric {metric!r}: use one of {', '.join(METRICS)}.")
-        if per_class < 1:
-            raise SynpipeError(f"The number of neighbours of each class must be at least 1, not {per_class}.")
         if fingerprint != self.fingerprint:
             raise SynpipeError(
                 f"The vector was made by the encoder {fingerprint[:12]}, this index of {self.provenance['encoder']} by "
                 f"{self.fingerprint[:12]}: their vectors cannot be compared. Embed the query with the encoder of the index, "
                 "or search in the index of its own."
             )
+        return self._answer(self._question(vector, metric, per_class, where))
+
+    def _question(
+        self, vector: np.ndarray, metric: str, per_class: int, where: Mapping[str, str] | None, *without: int | None
+    ) -> _Question:
+        if metric not in METRICS:
+            raise SynpipeError(f"Unknown metric {metric!r}: use one of {', '.join(METRICS)}.")
+        if metric not in self.metrics:
+            raise SynpipeError(
+                f"The metric {metric} needs an exact search, which is made up to {EXACT_ROWS:,} rows; this index has "
+                f"{self.rows:,}. Use cosine."
+            )
+        if per_class < 1:
+            raise SynpipeError(f"The number of neighbours of each class must be at least 1, not {per_class}.")
         query = np.asarray(vector, np.float32)
-        dimensions = self._table.schema.field("vector").type.list_size
-        if query.shape != (dimensions,):
-            raise SynpipeError(f"The vector has shape {query.shape}; this index needs ({dimensions},).")
+        if query.shape != (self.dimensions,):
+            raise SynpipeError(f"The vector has shape {query.shape}; this index needs ({self.dimensions},).")
         if not (np.isfinite(query).all() and query.any()):
             raise SynpipeError("The vector is zero, or holds values that are not finite: nothing is similar to it.")
         wanted = {column: _filter_value(column, value) for column, value in (where or {}).items()}
-        answer = self._exactly if self.exact else self._through_index
-        return answer(query, leave_out, metric, per_class, wanted)
+        return _Question(query, metric, per_class, wanted, *without)
 
-    def _query(self, synapse_id: int) -> np.ndarray:
-        """The vector of a synapse with its length: float32 (d,)."""
-        if not -(2**63) <= synapse_id < 2**63:
-            found = self._table.schema.empty_table()
-        elif self.exact:
-            found = self._rows.filter(pc.equal(self._rows["synapse_id"], synapse_id))
-        else:
-            found = self._table.search().where(col("synapse_id") == lit(synapse_id)).limit(1).to_arrow()
-        if not len(found):
-            raise SynpipeError(
-                f"Synapse {synapse_id} is not in the index of {self.provenance['encoder']}: it is unknown or was rejected."
-            )
-        return read_vectors(found)[0] * found["norm"][0].as_py()
+    def _find(self, synapse_id: int) -> tuple[pa.Table, np.ndarray]:
+        """The row of a synapse, and its vector with its length."""
+        held = np.flatnonzero(self._held.ids == synapse_id)
+        if len(held):
+            return self._held.rows.slice(held[0], 1), self._held.vector(held[0])
+        if not self.exact and -(2**63) <= synapse_id < 2**63:
+            row = self._table.search().where(col("synapse_id") == lit(synapse_id)).limit(1).to_arrow()
+            if len(row):
+                return row, read_vectors(row)[0] * row["norm"][0].as_py()
+        raise NotFound(
+            f"Synapse {synapse_id} is not in the index of {self.provenance['encoder']}: it is unknown or was rejected."
+        )
 
-    def _exactly(self, query: np.ndarray, leave_out: int | None, metric: str, per_class: int, wanted: Mapping) -> dict:
-        # No id is negative.
-        keep = pc.not_equal(self._rows["synapse_id"], -1 if leave_out is None else leave_out)
-        for column, value in wanted.items():
-            keep = pc.and_kleene(keep, pc.equal(self._rows[column], value))
-        keep = pc.fill_null(keep, False).to_numpy(zero_copy_only=False)
-        labels = self._rows["neurotransmitter"]
-        answers = {}
-        distances = None
-        for name in (*self._classes, None):
-            of_class = pc.is_null(labels) if name is None else pc.fill_null(pc.equal(labels, name), False)
-            rows = np.flatnonzero(keep & of_class.to_numpy(zero_copy_only=False))
-            if not len(rows):
-                continue
-            if distances is None:
-                distances = self._distances(query, metric)
-            nearest = rows[np.argsort(distances[rows], kind="stable")[:per_class]]
-            table = self._rows.take(nearest)
-            answers[name or UNLABELLED] = _neighbours(table, distances[nearest], self._viewer)
-        return answers
+    def _answer(self, question: _Question) -> dict[str, list[Neighbour]]:
+        begun = {
+            name: self._threads.submit(self._through_index, name, question)
+            for name in self._classes
+            if name not in self._held.places
+        }
+        found = self._held.nearest(**vars(question))
+        rows, distances = (np.concatenate([[], *part]) for part in zip(([], []), *found.values(), strict=True))
+        held = iter(_neighbours(self._held.rows.take(rows.astype(np.int64)), distances, self._viewer))
+        answer = {
+            name or UNLABELLED: begun[name].result() if name in begun else list(islice(held, len(found[name][0])))
+            for name in self._classes
+        }
+        return {name: neighbours for name, neighbours in answer.items() if neighbours}
 
-    def _distances(self, query: np.ndarray, metric: str) -> np.ndarray:
-        if metric == "cosine":
-            return 1 - self._unit @ (query / np.linalg.norm(query))
-        if metric == "dot":
-            return -(self._unit @ query) * self._norms
-        difference = self._unit * self._norms[:, None] - query
-        return np.abs(difference).sum(axis=1) if metric == "l1" else np.linalg.norm(difference, axis=1)
-
-    def _through_index(
-        self, query: np.ndarray, leave_out: int | None, metric: str, per_class: int, wanted: Mapping
-    ) -> dict:
-        if metric != "cosine":
-            raise SynpipeError(
-                f"The metric {metric} needs an exact search, which is made up to {EXACT_ROWS:,} rows; this index has "
-                f"{self._table.count_rows():,}. Use cosine."
-            )
+    def _through_index(self, name: str | None, question: _Question) -> list[Neighbour]:
         settings = self._table.schema.field("vector").metadata
         nprobes = CLASS_NPROBES_FACTOR * int(settings[b"synpipe.nprobes"])
-        answers = {}
-        for name in (*self._classes, None):
-            # LanceDB's expressions have no IS NULL; `concat` takes a null for an empty string, which is no class. Conditions
-            # stay expressions: as SQL (`to_sql`), LanceDB 0.40 lets a value that holds \' end its own quotes.
-            label = func("concat", col("neurotransmitter"), lit("")) if name is None else col("neurotransmitter")
-            condition: Expr = label == lit(name or "")
-            if leave_out is not None:
-                condition = condition & (col("synapse_id") != lit(leave_out))
-            for column, value in wanted.items():
-                condition = condition & (col(column) == lit(value))
-            # No upper limit: where a class has no `per_class` members in those partitions, the search goes on.
-            search = self._table.search(query).distance_type("cosine").minimum_nprobes(nprobes).maximum_nprobes(0)
-            table = search.where(condition).limit(per_class).to_arrow()
-            if len(table):
-                answers[name or UNLABELLED] = _neighbours(table, table["_distance"].to_numpy(), self._viewer)
-        return answers
+        # LanceDB's expressions have no IS NULL; `concat` takes a null for an empty string, which is no class. Conditions
+        # stay expressions: as SQL (`to_sql`), LanceDB 0.40 lets a value that holds \' end its own quotes.
+        label = func("concat", col("neurotransmitter"), lit("")) if name is None else col("neurotransmitter")
+        condition: Expr = label == lit(name or "")
+        if question.without_id is not None:
+            condition = condition & (col("synapse_id") != lit(question.without_id))
+        if question.without_neuron is not None:
+            # No neuron has the id −1; without this a synapse of no known neuron would be left out, too.
+            condition = condition & (func("coalesce", col("neuron_id"), lit(-1)) != lit(question.without_neuron))
+        for column, value in question.wanted.items():
+            condition = condition & (col(column) == lit(value))
+        # No upper limit: where a class has no `per_class` members in those partitions, the search goes on.
+        search = self._table.search(question.query).distance_type("cosine").minimum_nprobes(nprobes).maximum_nprobes(0)
+        table = search.where(condition).limit(question.per_class).select([*SHOWN_COLUMNS, "_distance"]).to_arrow()
+        return _neighbours(table, table["_distance"].to_numpy(), self._viewer)
 
 
 def parse_where(conditions: Sequence[str]) -> dict[str, str]:
@@ -220,18 +259,17 @@ def _filter_value(column: str, value: str) -> str | int:
     return int(value)
 
 
-def _neighbours(table: pa.Table, distances: np.ndarray, viewer: Viewer | None) -> list[Neighbour]:
+def _synapses(table: pa.Table, viewer: Viewer | None) -> list[dict[str, Any]]:
+    """Rows as arguments of `Synapse`."""
     links = [None] * len(table) if viewer is None else viewer.links(table).to_pylist()
+    columns = {name: table[name].to_pylist() for name in SHOWN_COLUMNS}
+    positions = zip(*(columns.pop(name) for name in ("x_nm", "y_nm", "z_nm")), strict=True)
+    columns |= {"position_nm": list(positions), "neuroglancer": links}
+    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+
+
+def _neighbours(table: pa.Table, distances: np.ndarray, viewer: Viewer | None) -> list[Neighbour]:
     return [
-        Neighbour(
-            synapse_id=row["synapse_id"],
-            distance=float(distance),
-            neuron_id=row["neuron_id"],
-            neurotransmitter=row["neurotransmitter"],
-            hemilineage=row["hemilineage"],
-            region=row["region"],
-            position_nm=(row["x_nm"], row["y_nm"], row["z_nm"]),
-            neuroglancer=link,
-        )
-        for row, distance, link in zip(table.drop_columns(["vector"]).to_pylist(), distances, links, strict=True)
+        Neighbour(**row, distance=distance)
+        for row, distance in zip(_synapses(table, viewer), distances.tolist(), strict=True)
     ]

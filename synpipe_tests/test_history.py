@@ -380,7 +380,8 @@ def test_a_vector_finds_what_its_synapse_finds(index: SynapseIndex, made: Own):
     for synapse_id in ids(made)[:5]:
         vector = encoder.embed(tiles.by_id(synapse_id)[None])[0]
         for metric in METRICS if index.exact else ("cosine",):
-            found = index.search_vector(vector, encoder.fingerprint, metric, per_class=3, leave_out=synapse_id)
+            found = index.search_vector(vector, encoder.fingerprint, metric, per_class=4)
+            found = {name: [one for one in each if one.synapse_id != synapse_id][:3] for name, each in found.items()}
             expected = index.search(synapse_id, metric, per_class=3)
             assert [*found] == [*expected]
             for name, neighbours in expected.items():

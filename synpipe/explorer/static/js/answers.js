@@ -15,7 +15,10 @@ export function columns(answer, show) {
       list(neighbours, show),
     ),
   );
-  return el("div", { class: `columns ${show.way}` }, found);
+  const element = el("div", { class: `columns ${show.way}` }, found);
+  // The neighbours of a rank stand in a row, however long the facts of one of them are.
+  element.style.setProperty("--ranks", Math.max(1, ...answer.groups.map(({ neighbours }) => neighbours.length)));
+  return element;
 }
 
 /** first, second: answers of two encoders to the same question. */
@@ -36,7 +39,7 @@ export function sideBySide(first, second, show) {
   });
   const share = agreement.of ? ` (${percent(agreement.shared / agreement.of)})` : "";
   const summary = `Both encoders name ${agreement.shared} of ${plural(agreement.of, "neighbour")}${share}`;
-  const heads = el("div", { class: "pair heads" }, el("p", {}, summary), el("h2", {}, first.encoder), el("h2", {}, second.encoder));
+  const heads = el("div", { class: "pair heads" }, el("span"), el("h2", {}, first.encoder), el("h2", {}, second.encoder));
   return { element: el("div", { class: `pairs ${show.way}` }, heads, rows), summary };
 }
 

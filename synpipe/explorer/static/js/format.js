@@ -9,7 +9,7 @@ export const nanometres = (position) => position.map((each) => WHOLE.format(each
 export const percent = (share) => `${Math.round(100 * share)} %`;
 
 /** Four significant digits: distances of different metrics differ by powers of ten. */
-export const distance = (number) => (Math.abs(number) < 1 ? number.toFixed(4) : number.toPrecision(4));
+export const distance = (number) => (Math.abs(number) < 1e-4 ? number.toExponential(1) : number.toPrecision(4));
 
 /** A number of a column, short. */
 export const value = (number) => (Number.isFinite(number) ? String(Number(number.toPrecision(4))) : "none");

@@ -112,8 +112,8 @@ export function mapPage({ source, navigate }) {
     const { points, dataset } = shown;
     const id = String(points.ids[row]);
     const facts = points.columns.map((column) => {
-      const held = column.kind === "category" ? (column.names[column.codes[row]] ?? "–") : value(column.values[row]);
-      return [el("dt", {}, columnTitle(column.name)), el("dd", {}, held)];
+      const held = column.kind === "category" ? column.names[column.codes[row]] : value(column.values[row]);
+      return held === undefined ? null : [el("dt", {}, columnTitle(column.name)), el("dd", {}, held)];
     });
     const tile = el("div", { class: "place" });
     tip.replaceChildren(tile, el("strong", {}, id), el("dl", {}, facts));

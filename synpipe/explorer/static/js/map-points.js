@@ -187,7 +187,7 @@ export class PointsView {
 
   /** Diameter of a point in CSS pixels: by how many there are, growing slowly as one comes nearer. */
   get pointPx() {
-    const alone = Math.min(Math.max(130 / Math.sqrt(this.x.length), 1), 6);
+    const alone = Math.min(Math.max(40 / this.x.length ** 0.26, 1), 8);
     return Math.min(Math.max(alone * Math.sqrt(Math.max(this.view.scale / this.fitted, 1)), 1), 14);
   }
 

@@ -48,7 +48,7 @@ export function picture(address, way) {
 export function transmitter(synapse, classes) {
   const { neurotransmitter: known, predicted, probability } = synapse;
   const lines = [];
-  if (known) lines.push(el("span", { class: "known" }, mark(known, classes), known, el("small", {}, " known")));
+  if (known) lines.push(el("span", { class: "known" }, mark(known, classes), known));
   if (predicted) {
     const sure = probability === null || probability === undefined ? "" : ` ${probability.toFixed(2)}`;
     lines.push(
