@@ -2,9 +2,9 @@
 
 import { markOf, noneColour, rampColour, rgb } from "./colours.js";
 import { NONE } from "./map-points.js";
+import { UNLABELLED } from "./synapse.js";
 
 const STEPS = 256; // of the ramp, for columns of numbers
-const SHOWN_LAST = "none";
 
 /**
  * column: of a map. classes: of the data set; they keep their colours in every column that holds them.
@@ -24,7 +24,7 @@ function byCategory({ name, names, codes }, classes) {
   if (areClasses) used.sort((a, b) => classes.indexOf(a.name) - classes.indexOf(b.name));
   else used.sort((a, b) => b.count - a.count);
   const entries = used.map((entry, place) => ({ ...entry, ...markOf(areClasses ? classes.indexOf(entry.name) : place) }));
-  if (counts[NONE]) entries.push(none(counts[NONE], name === "neurotransmitter" ? "unlabelled" : SHOWN_LAST));
+  if (counts[NONE]) entries.push(none(counts[NONE], name === "neurotransmitter" ? UNLABELLED : "none"));
   return { codes, entries };
 }
 
@@ -43,7 +43,7 @@ function byNumber({ values }) {
   for (let row = 0; row < values.length; row++) {
     codes[row] = Number.isFinite(values[row]) ? Math.round((values[row] - low) * step) : NONE;
   }
-  return { codes, entries: missing ? [none(missing, SHOWN_LAST)] : [], range: missing < values.length ? [low, high] : null };
+  return { codes, entries: missing ? [none(missing, "none")] : [], range: missing < values.length ? [low, high] : null };
 }
 
 /** For `PointsView.setLooks`: the codes that there are, and how each looks. off: names that are hidden. */

@@ -21,6 +21,12 @@ const HIDDEN = 0;
 const SHAPE_CODES = { circle: 1, triangle: 2, square: 3 };
 const FADED = 0.12; // opacity of what is not selected
 
+// While the view moves, as many points are drawn as the machine draws in time, a random part of all; at rest, all of them.
+const SLOW_MS = 40;
+const FAST_MS = 24;
+const FEWEST = 20_000;
+const REST_MS = 160;
+
 const VERTEX = `
 precision highp float;
 in float x; in float y; in float code; in float chosen;
@@ -88,6 +94,7 @@ export class PointsView {
     this.camera = new OrthographicCamera(); // three.js wants one; the shader has its own
     this.view = { x: 0, y: 0, scale: 1 };
     this.frame = 0;
+    this.moving = { part: Infinity, last: 0, timer: 0 };
     this.onview = () => {};
   }
 
@@ -102,7 +109,7 @@ export class PointsView {
     this.geometry.setAttribute("y", new BufferAttribute(y, 1));
     this.geometry.setAttribute("code", new BufferAttribute(new Uint16Array(x.length), 1));
     this.geometry.setAttribute("chosen", new BufferAttribute(new Uint8Array(x.length).fill(1), 1));
-    this.geometry.setDrawRange(0, x.length);
+    this.geometry.setIndex(new BufferAttribute(shuffled(x.length), 1));
     const points = new Points(this.geometry, this.material);
     points.frustumCulled = false;
     this.scene.add(points);
@@ -160,7 +167,24 @@ export class PointsView {
 
   look(view) {
     this.view = view;
+    clearTimeout(this.moving.timer);
+    this.moving.timer = setTimeout(() => {
+      this.moving.timer = this.moving.last = 0;
+      this.draw();
+    }, REST_MS);
     this.draw();
+  }
+
+  /** How many points the next frame draws. now: its time in milliseconds. */
+  budget(now) {
+    const { moving } = this;
+    const all = this.x.length;
+    if (!moving.timer) return all;
+    const took = moving.last ? now - moving.last : 0;
+    moving.last = now;
+    if (took > SLOW_MS) moving.part = Math.max(Math.min(moving.part, all) / 2, FEWEST);
+    else if (took && took < FAST_MS) moving.part = Math.min(moving.part * 1.25, all);
+    return Math.min(Math.round(moving.part), all);
   }
 
   /** Zoom by a factor about a place of the canvas (CSS pixels). */
@@ -196,12 +220,13 @@ export class PointsView {
     if (!this.geometry || !this.width) return;
     if (now) {
       cancelAnimationFrame(this.frame);
-      this.render();
-    } else this.frame ||= requestAnimationFrame(() => this.render());
+      this.render(performance.now());
+    } else this.frame ||= requestAnimationFrame((now) => this.render(now));
   }
 
-  render() {
+  render(now) {
     this.frame = 0;
+    this.geometry.setDrawRange(0, this.budget(now));
     const { x, y, scale } = this.view;
     this.uniforms.centre.value = [x, y];
     this.uniforms.scale.value = [(2 * scale) / this.width, (2 * scale) / this.height];
@@ -210,6 +235,16 @@ export class PointsView {
     this.renderer.render(this.scene, this.camera);
     this.onview(this.view);
   }
+}
+
+/** Rows 0 … n−1 in a random order (Fisher and Yates), so that no class lies over another because of its place in the table. */
+function shuffled(n) {
+  const order = Uint32Array.from({ length: n }, (_, row) => row);
+  for (let last = n - 1; last > 0; last--) {
+    const other = Math.floor(Math.random() * (last + 1));
+    [order[last], order[other]] = [order[other], order[last]];
+  }
+  return order;
 }
 
 function boundsOf(x, y) {

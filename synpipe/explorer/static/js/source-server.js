@@ -15,11 +15,12 @@ export async function open(base) {
 
   return {
     onprogress: null,
-    datasets: () => remembered("datasets"),
+    datasets: async () => (await remembered("datasets")).datasets,
     about: (dataset, encoder) => remembered(`${place(dataset, encoder)}/about`),
     search: (asked, signal) => json(searchPath(asked), { signal }),
     upload: (asked, signal) =>
-      json(searchPath(asked), { signal, method: "POST", body: asked.file, headers: { "Content-Type": "image/png" } }),
+      // An image is of no neuron.
+      json(searchPath({ ...asked, id: "", excludeNeuron: false }), { signal, method: "POST", body: asked.file, headers: { "Content-Type": "image/png" } }),
     random: async (dataset, encoder) => (await json(`${place(dataset, encoder)}/random`, { cache: "no-store" })).id,
     synapse: (dataset, encoder, id) => json(`${place(dataset, encoder)}/synapses/${encodeURIComponent(id)}`),
     tile: async (dataset, id) => new URL(`api/${encodeURIComponent(dataset)}/tiles/${encodeURIComponent(id)}.png`, base).href,

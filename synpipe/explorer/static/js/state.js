@@ -25,7 +25,7 @@ const OF_PAGE = {
 };
 export const TILES = { colour: "Colour", grey: "Grey", strip: "Strip" };
 export const METRICS = { cosine: "cosine", l2: "Euclidean (L2)", dot: "inner product", l1: "Manhattan (L1)" };
-export const MAX_PER_CLASS = 50;
+export const MAX_PER_CLASS = 100;
 
 export function readState(query) {
   const given = new URLSearchParams(query);

@@ -4,11 +4,12 @@ import { markOf } from "./colours.js";
 import { el } from "./dom.js";
 import { distance, nanometres } from "./format.js";
 
-export const TILE_PX = 256;
+export const UNLABELLED = "unlabelled"; // the last of the classes: what has none
+const TILE_PX = 256;
 
 /** A coloured mark of a class; hollow where the class is predicted. It only repeats what text says. */
 export function mark(name, classes, hollow = false) {
-  const place = classes.indexOf(name);
+  const place = name === UNLABELLED ? -1 : classes.indexOf(name);
   const element = el("span", { class: `mark ${hollow ? "hollow" : ""} ${place < 0 ? "none" : ""}`, "aria-hidden": "true" });
   if (place >= 0) {
     const { colour, shape } = markOf(place);
@@ -55,7 +56,7 @@ export function transmitter(synapse, classes) {
       el("span", { class: "predicted" }, mark(predicted, classes, true), `${predicted}?${sure}`, el("small", {}, " predicted")),
     );
   }
-  return lines.length ? lines : [el("span", { class: "unknown" }, mark(null, classes), "unlabelled")];
+  return lines.length ? lines : [el("span", { class: "unknown" }, mark(null, classes), UNLABELLED)];
 }
 
 /** Place in nm, and the way there. */
@@ -86,7 +87,7 @@ const safeLink = (address) => (/^https?:\/\//.test(address) ? address : null);
  * shared: whether the other encoder names it, too; null where there is no other.
  */
 export function neighbour(synapse, { address, way, classes, shared = null, ask }) {
-  const known = synapse.neurotransmitter ?? (synapse.predicted ? `predicted ${synapse.predicted}` : "unlabelled");
+  const known = synapse.neurotransmitter ?? (synapse.predicted ? `predicted ${synapse.predicted}` : UNLABELLED);
   const label = `Search from synapse ${synapse.id}, ${known}, distance ${distance(synapse.distance)}`;
   return el(
     "li",
