@@ -64,6 +64,7 @@ export function searchPage({ source, navigate }) {
   async function ask(file, signal) {
     const { state, dataset, encoder } = shown;
     const began = performance.now();
+    if (file) said.textContent = `${file.name} is embedded and searched …`;
     const asked = {
       dataset: dataset.name,
       id: state.id,
