@@ -104,7 +104,6 @@ def test_a_click_asks_again_and_every_setting_is_in_the_address(browser: Browser
         expect(page.locator(".answer .picture.grey").first).to_be_visible()
         wanted = truth.nearest(second, "l1", 2, region=row["region"], other_neurons=True)
         assert ids(page) == wanted
-        assert wanted != truth.nearest(second, "l1", 2, region=row["region"])
 
         # Sent to a colleague: the same.
         with watched(browser, page.url) as theirs:
@@ -129,6 +128,16 @@ def test_a_click_asks_again_and_every_setting_is_in_the_address(browser: Browser
         page.get_by_label("Go to synapse").fill(first)
         page.get_by_label("Go to synapse").press("Enter")
         assert ids(page) == truth.nearest(first)
+
+
+def test_filters_leave_out_what_is_of_the_same_neuron_or_elsewhere(browser: Browser, url: str, truth: Truth):
+    synapse_id = next(one for one in truth.ids if truth.nearest(one) != truth.nearest(one, other_neurons=True))
+    hemilineage = truth.rows[truth.place[synapse_id]]["hemilineage"]
+    with watched(browser, f"{url}?id={synapse_id}&exclude_neuron=1") as seen:
+        assert ids(seen.page) == truth.nearest(synapse_id, other_neurons=True)
+        seen.page.get_by_label("Hemilineage").select_option(hemilineage)
+        assert ids(seen.page) == truth.nearest(synapse_id, other_neurons=True, hemilineage=hemilineage)
+        expect(seen.page.get_by_text("No match").first).to_be_visible()
 
 
 def test_facts_tell_known_from_predicted_and_say_where_it_is(browser: Browser, url: str, truth: Truth):
