@@ -29,6 +29,7 @@ from synpipe.manifests import read_manifest
 from synpipe.pipeline import shard_name
 from synpipe.shards import read_table
 from synpipe.synthetic import SyntheticSpec, make_demo
+from synpipe_tests.conftest import QUICK_EVALUATION
 
 NAME = "mine"
 SPEC = {
@@ -40,6 +41,7 @@ SPEC = {
     "projection": None,
     "max_reject_share": 1,  # bad rows are meant
     "classifier": None,  # `test_classifier` has those
+    "evaluation": QUICK_EVALUATION,
 }
 ENCODERS = {
     "tiny": {"model": "resnet10t", "weights": "random", "seed": 0, "crop_px": 64, "precision": "fp32"},
@@ -224,9 +226,10 @@ def make(folder: Path) -> Own:
     return own
 
 
-def copy(made: Own, folder: Path, patch: pytest.MonkeyPatch) -> Own:
-    """A copy with its own Dagster history, for a test to change."""
-    at_home(patch)
+def copy(made: Own, folder: Path, patch: pytest.MonkeyPatch | None = None) -> Own:
+    """A copy with its own Dagster history, for a test to change. patch: of a test that goes through Dagster."""
+    if patch is not None:
+        at_home(patch)
     shutil.copytree(made.folder, folder, dirs_exist_ok=True)
     return Own(folder)
 

@@ -19,11 +19,10 @@ ENCODERS = ["tiny", "tiny+pca8"]
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Own:
+def made(template: Own, tmp_path_factory: pytest.TempPathFactory) -> Own:
     """A network and what is fitted on it, materialised once. Shared: copy it, do not change it."""
-    folder = tmp_path_factory.mktemp("made")
-    own = changes.make(folder)
-    own.edit_dataset(lambda content: content.update(encoders=ENCODERS))
+    own = changes.copy(template, tmp_path_factory.mktemp("made"))
+    own.edit_dataset(lambda content: content.update(encoders=ENCODERS, evaluation=None))
     make_outdated(own.dataset)
     return own
 

@@ -19,9 +19,9 @@ MAP = ["map_x", "map_y"]
 
 
 @pytest.fixture(scope="module")
-def mapped(tmp_path_factory: pytest.TempPathFactory) -> Own:
+def mapped(template: Own, tmp_path_factory: pytest.TempPathFactory) -> Own:
     """One network with its map, materialised through Dagster. Shared: copy it, do not change it."""
-    own = changes.make(tmp_path_factory.mktemp("mapped"))
+    own = changes.copy(template, tmp_path_factory.mktemp("mapped"))
     own.edit_dataset(lambda content: content.update(encoders=["tiny"], projection={"n_neighbours": 8}))
     with pytest.MonkeyPatch.context() as patch:
         changes.at_home(patch)
