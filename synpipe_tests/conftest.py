@@ -17,9 +17,6 @@ if TYPE_CHECKING:
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
-# Two test workers share two cores; torch would otherwise start two threads in each of them.
-os.environ.setdefault("OMP_NUM_THREADS", "1")
-
 # An evaluation of a small data set takes two seconds an encoder, ten times what all of the other steps take.
 QUICK_EVALUATION = {"queries": 10, "places": 10, "singles": 1}
 SMALL_DEMO = {
