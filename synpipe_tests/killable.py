@@ -1,6 +1,6 @@
 """A process that materialises in forks of itself, each of which can be killed with SIGKILL at any of its writes.
 
-Run as `python -m synpipe_tests.killable`, it imports torch, timm and LanceDB once, ten seconds that each fork saves. In: one
+Run as `python -m synpipe_tests.killable`, it imports torch, timm, LanceDB and scikit-learn once, ten seconds that each fork saves. In: one
 JSON line per materialisation, see `Killable.materialise`. Out: one line each, a `Materialised`. A fork makes, without
 Dagster, exactly what is out of date. Parts are of `PART` tiles, so that a small data set has several in each shard.
 """
@@ -79,6 +79,9 @@ def killable() -> Iterator[Killable]:
 
 def main() -> None:
     import lancedb  # noqa: F401
+    import sklearn.linear_model
+    import sklearn.pipeline
+    import sklearn.preprocessing  # noqa: F401
     import timm  # noqa: F401
     import torch
 

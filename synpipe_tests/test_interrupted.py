@@ -17,7 +17,7 @@ from synpipe_tests.command import files
 from synpipe_tests.conftest import QUICK_EVALUATION
 from synpipe_tests.inputs import SHAPE, Inputs, Store, published
 from synpipe_tests.killable import PART, Killable, killable
-from synpipe_tests.textures import change_spec, write_textures
+from synpipe_tests.textures import change_spec, make_outdated, write_textures
 
 KILLS = int(os.environ.get("SYNPIPE_TEST_KILLS") or 40)  # more for a night
 ENCODERS = {"tiny": ("test_resnet", 0), "other": ("test_vit", 0)}
@@ -150,7 +150,7 @@ def test_a_build_killed_over_and_over_gets_done(story: Story):
 def test_what_learns_and_judges_killed_at_any_moment(process: Killable, tmp_path: Path):
     """Classifier, map and evaluation are switched on in a store that has the rest."""
     before = write_textures(tmp_path, classifier=None)
-    process.materialise(before)
+    make_outdated(before)
     # More neighbours than synapses: the map is of principal components, and no fork has to compile umap.
     change_spec(before, classifier={"method": "linear"}, projection={"n_neighbours": 150}, evaluation=QUICK_EVALUATION)
 
@@ -163,7 +163,7 @@ def test_what_learns_and_judges_killed_at_any_moment(process: Killable, tmp_path
     expected = learnt(undisturbed)
     assert {path.split("/")[0] for path in expected} >= {"predictions", "projections", "evaluation", "tables"}
     numbers = [number for number, moment in enumerate(moments, 1) if moment == "l"]
-    places = np.linspace(0, len(numbers) - 1, max(KILLS // 4, 2)).round().astype(int)
+    places = np.linspace(0, len(numbers) - 1, KILLS // 8).round().astype(int)
     for at in sorted({numbers[place] for place in places}):
         project = copied(f"learnt-{at}")
         assert process.materialise(project, kill_at=at).killed
