@@ -116,7 +116,7 @@ def test_another_network_under_the_same_name_is_told_as_such(own: Own) -> None:
         found = finding(own, encoder)
         assert (found.passed, found.severity) == (False, "warning")
         assert "The encoder changed" in found.description
-    own.edit_encoders(lambda entries: entries["tiny"].update(model="regnety_002"))  # of other dimensions
+    own.edit_encoders(lambda entries: entries["tiny"].update(model="test_vit"))  # of other dimensions
     make_outdated(own.dataset)
     assert "The encoder changed" in finding(own).description
 
