@@ -1,6 +1,6 @@
 """A process that materialises in forks of itself, each of which can be killed with SIGKILL at any of its writes.
 
-Run as `python -m synpipe_tests.killable`, it imports torch, timm, LanceDB and scikit-learn once, ten seconds that each fork saves. In: one
+Run as `python -m synpipe_tests.killable`, it imports what is slow to import once, ten seconds that each fork saves. In: one
 JSON line per materialisation, see `Killable.materialise`. Out: one line each, a `Materialised`. A fork makes, without
 Dagster, exactly what is out of date. Parts are of `PART` tiles, so that a small data set has several in each shard.
 """
