@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow.compute as pc
 import pytest
 
+from synpipe import index as index_module
 from synpipe import search
 from synpipe.annotations import SYNAPSE_SCHEMA
 from synpipe.encoders import open_encoder
@@ -411,8 +412,9 @@ def test_a_vector_of_another_encoder_is_refused(index: SynapseIndex, template: O
 # Readers while versions are published.
 
 
-def test_a_hundred_versions_under_a_reader_that_never_stops(tmp_path: Path):
+def test_a_hundred_versions_under_a_reader_that_never_stops(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Every row says which version it is of; no answer holds two, and none is of a version that was not current."""
+    monkeypatch.setattr(index_module, "RECALL_QUERIES", 5)  # most of the time that publishing takes
     dataset = index_of(tmp_path, clustered(50, 8))
     # By version of the index.
     dataset_versions = {f"{number:012x}{0:020x}": f"{number:032x}" for number in range(1, 101)}
