@@ -221,8 +221,8 @@ def test_added_synapses_and_another_base_lead_to_the_store_that_is_made_from_scr
 
 
 def test_too_many_dimensions_stop_the_branch_with_a_sentence(own: Own) -> None:
-    own.edit_dataset(lambda content: content.update(encoders=["tiny", "tiny+pca128", "tiny+pca256"]))
+    own.edit_dataset(lambda content: content.update(encoders=["tiny", "tiny+pca128", "tiny+pca512"]))
     said = refusal(run(own.project, "materialize", "-d", changes.NAME, "-s", "embeddings_tiny_pca128"))
     assert "at least 129 are needed" in said
-    said = refusal(run(own.project, "materialize", "-d", changes.NAME, "-s", "embeddings_tiny_pca256"))
-    assert "tiny has 256 dimensions" in said
+    said = refusal(run(own.project, "materialize", "-d", changes.NAME, "-s", "embeddings_tiny_pca512"))
+    assert "tiny has 512 dimensions" in said

@@ -388,18 +388,18 @@ def test_a_vector_finds_what_its_synapse_finds(index: SynapseIndex, template: Ow
 
 
 def test_a_vector_of_another_encoder_is_refused(index: SynapseIndex, template: Own):
-    vector, own = np.ones(256, np.float32), index.fingerprint
+    vector, own = np.ones(512, np.float32), index.fingerprint
     other = SynapseIndex(template.dataset, "other").fingerprint
     for wrong in (other, own[:12], "", own.upper()):
         with pytest.raises(SynpipeError, match="cannot be compared") as caught:
             index.search_vector(vector, wrong)
         assert wrong[:12] in str(caught.value) and "\n" not in str(caught.value)
-    for shape in ((64,), (257,), (1, 256), (256, 1), (), (0,)):
-        with pytest.raises(SynpipeError, match=r"has shape .* needs \(256,\)"):
+    for shape in ((64,), (513,), (1, 512), (512, 1), (), (0,)):
+        with pytest.raises(SynpipeError, match=r"has shape .* needs \(512,\)"):
             index.search_vector(np.ones(shape, np.float32), own)
     for value in (0.0, np.nan, np.inf):
         with pytest.raises(SynpipeError, match="zero, or holds values that are not finite"):
-            index.search_vector(np.full(256, value), own)
+            index.search_vector(np.full(512, value), own)
     for options, words in (
         ({"metric": "euclid"}, "Unknown metric"),
         ({"per_class": 0}, "at least 1"),
