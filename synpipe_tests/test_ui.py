@@ -29,7 +29,9 @@ ASSETS = """{
 def test_from_an_empty_store_to_green_assets_with_one_click(project: Project, tmp_path: Path) -> None:
     with serve(project, tmp_path) as ui:
         with chromium() as browser:
-            page = browser.new_page()
+            page = browser.new_page(
+                viewport={"width": 1280, "height": 1600}
+            )  # the page lists no asset that is out of sight
             asked: list[str] = []
             page.on("request", lambda request: asked.append(request.url))
 
