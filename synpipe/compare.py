@@ -72,6 +72,7 @@ class Comparison:
 
 def encoders_table(dataset: Dataset) -> list[dict[str, Any]]:
     """A row per encoder that was judged, in the order of the data set. Raises `SynpipeError` where none was."""
+    _spec(dataset)
     return read_table(dataset.evaluation_path).to_pylist()
 
 
@@ -80,7 +81,7 @@ def compare(dataset: Dataset, a: str, b: str) -> Comparison:
     same."""
     if a == b:
         raise SynpipeError(f"{a} cannot be compared with itself: name two of {', '.join(dataset.encoders)}.")
-    seed = dataset.spec.evaluation.seed
+    seed = _spec(dataset).seed
     told_a, told_b = (read_json(dataset.scores_path(name)) for name in (a, b))
     table_a, table_b = (read_table(dataset.queries_path(name)).sort_by("synapse_id") for name in (a, b))
     table_a = table_a.filter(pc.is_in(table_a["synapse_id"], table_b["synapse_id"]))
@@ -141,6 +142,14 @@ def _queries(table_a: pa.Table, table_b: pa.Table) -> list[Query]:
     ]
 
 
+def _spec(dataset: Dataset) -> evaluation.EvaluationSpec:
+    if dataset.spec.evaluation is None:
+        raise SynpipeError(
+            f"{dataset.name}.yaml says `evaluation: null`, so that no encoder is judged: take that line out and materialise."
+        )
+    return dataset.spec.evaluation
+
+
 def _rows(table: pa.Table) -> evaluation.Rows:
     found = {}
     for name in table.column_names:
@@ -197,14 +206,16 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
     """The figures that any encoder has, as a table: value and interval."""
     shown = [name for name in FIGURES if any(row[name] is not None for row in rows)]
     lines = [
-        f"| encoder | dimensions | {' | '.join(FIGURES[name].title for name in shown)} | index recall |",
-        "|---" * (len(shown) + 3) + "|",
+        f"| encoder | dimensions | {' | '.join(FIGURES[name].title for name in shown)} | index recall "
+        "| bytes a vector | ms a query |",
+        "|---" * (len(shown) + 5) + "|",
     ]
     for row in rows:
         cells = " | ".join(
             format_figure(Estimate(row[name], row[f"{name}_low"], row[f"{name}_high"])) for name in shown
         )
-        lines.append(f"| {row['encoder']} | {row['dimensions']} | {cells} | {row['index_recall']:.4f} |")
+        costs = f"{row['index_recall']:.4f} | {row['bytes_per_vector']:,.0f} | {row['query_ms']:.1f}"
+        lines.append(f"| {row['encoder']} | {row['dimensions']} | {cells} | {costs} |")
     return "\n".join(lines)
 
 

@@ -49,9 +49,9 @@ def main() -> None:
 
 
 def _search(page: Page, url: str, truth: Truth) -> Image.Image:
-    """The synapses most like the first one that has a label."""
+    """The synapses most like the first one that has a label, in grey, which leaves the colours of the picture to the classes."""
     labelled = next(row["synapse_id"] for row in truth.rows if row["neurotransmitter"])
-    page.goto(f"{url}?id={labelled}")
+    page.goto(f"{url}?id={labelled}&tiles=grey")
     shown(page)
     page.wait_for_load_state("networkidle")
     return _shot(page)

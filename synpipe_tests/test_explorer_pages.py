@@ -297,12 +297,26 @@ def test_the_map_shows_what_is_under_the_mouse_and_a_click_searches(browser: Bro
         np.testing.assert_allclose(places.places()[row], zoomed[row] + [80, 40], atol=2)
         expect(page).to_have_url(f"{url}?page=map")  # a drag is no click
 
+        page.locator("canvas").press("0")
+        page.wait_for_timeout(100)
+        np.testing.assert_allclose(places.places()[row], before, atol=2)
+
         right, down = places.places()[row]
         page.mouse.click(right, down)
         expect(page.get_by_role("heading", name=truth.ids[row])).to_be_visible()
         assert ids(page) == truth.nearest(truth.ids[row])
         page.go_back()
         expect(page.locator("canvas")).to_be_visible()
+
+
+def test_a_finger_sees_first_and_searches_then(browser: Browser, url: str, truth: Truth):
+    with watched(browser, f"{url}?page=map", **PHONE) as seen:
+        places = MapOnPage(seen.page, truth)
+        row = places.lonely()
+        seen.page.touchscreen.tap(*places.places()[row])
+        expect(seen.page.locator(".tip strong")).to_have_text(truth.ids[row])
+        seen.page.touchscreen.tap(*places.places()[row])
+        assert ids(seen.page) == truth.nearest(truth.ids[row])
 
 
 def test_the_legend_hides_classes_and_the_lasso_exports_what_lies_inside(browser: Browser, url: str, truth: Truth):
