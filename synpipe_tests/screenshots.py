@@ -24,7 +24,7 @@ MARGIN_PX = 16
 PANES_PX, TOOLBAR_PX, BUTTONS_PX = 545, 115, 460
 WINDOW: Any = {"width": PANES_PX + WIDTH_PX, "height": 1500}
 EXPLORER_WINDOW: Any = {"width": WIDTH_PX, "height": 800}
-# The colours of the classes are on few pixels, and must stay what they are.
+# Beside tiles, the colours of the classes are on few pixels, and must stay what they are.
 RARE_COLOURS = Image.Quantize.MAXCOVERAGE
 # The dots of the page's background are lighter than this, and nothing else is.
 BACKGROUND_GREY = 232
@@ -47,7 +47,7 @@ def main() -> None:
             page = browser.new_page(viewport=EXPLORER_WINDOW)
             truth = Truth(dataset, dataset.encoder(None))
             _save(_search(page, url, truth), folder / "explorer_search.png", RARE_COLOURS)
-            _save(_map(page, url, truth), folder / "explorer_map.png", RARE_COLOURS)
+            _save(_map(page, url, truth), folder / "explorer_map.png")
 
 
 def _search(page: Page, url: str, truth: Truth) -> Image.Image:
