@@ -151,7 +151,7 @@ class Explorer:
         return self._found(dataset, encoder, index, metric, None, found)
 
     def map(self, dataset: str, encoder: str) -> bytes:
-        """All places of the map with what they can be coloured by, see `_map`."""
+        """All places of the map with what they can be coloured by, see `pack_map`."""
         found = self._indexed(dataset, encoder).map
         if found is None:
             raise NotFound(
@@ -230,7 +230,9 @@ def _open_index(dataset: Dataset, encoder: str) -> _Indexed:
     index = SynapseIndex(dataset, encoder)
     shown = index.columns(["region", "hemilineage"])
     values = {name: sorted(shown[name].unique().drop_null().to_pylist()) for name in shown.column_names}
-    return _Indexed(index, values, _map(index.columns(["synapse_id", "map_x", "map_y", *MAP_CATEGORIES, *MAP_NUMBERS])))
+    return _Indexed(
+        index, values, pack_map(index.columns(["synapse_id", "map_x", "map_y", *MAP_CATEGORIES, *MAP_NUMBERS]))
+    )
 
 
 def _open_tiles(dataset: Dataset) -> _Tiles:
@@ -238,7 +240,7 @@ def _open_tiles(dataset: Dataset) -> _Tiles:
     return _Tiles(open_tiles(dataset), table["synapse_id"].to_numpy(), table["content_hash"])
 
 
-def _map(table: pa.Table) -> bytes | None:
+def pack_map(table: pa.Table) -> bytes | None:
     """A map as typed arrays that a browser uses as they are: None where no synapse has a place.
 
     uint32 little-endian, the length of a JSON header; the header, padded so that what follows begins at a multiple of 8 bytes:

@@ -24,6 +24,7 @@ export function listen(canvas, view, on) {
     if (event.button) return;
     canvas.setPointerCapture(event.pointerId);
     pointers.set(event.pointerId, place(event));
+    view.hold(true);
     if (pointers.size > 1) {
       path = null;
       moved = true;
@@ -62,6 +63,7 @@ export function listen(canvas, view, on) {
 
   function end(event) {
     if (!pointers.delete(event.pointerId) || pointers.size) return;
+    view.hold(false);
     if (path && moved) on.lasso(path, true);
     else if (!moved && event.type === "pointerup") on.pick(place(event), event.pointerType !== "mouse");
     path = null;

@@ -25,7 +25,7 @@ const FADED = 0.12; // opacity of what is not selected
 const SLOW_MS = 40;
 const FAST_MS = 24;
 const FEWEST = 20_000;
-const REST_MS = 160;
+const REST_MS = 250;
 
 const VERTEX = `
 precision highp float;
@@ -94,7 +94,7 @@ export class PointsView {
     this.camera = new OrthographicCamera(); // three.js wants one; the shader has its own
     this.view = { x: 0, y: 0, scale: 1 };
     this.frame = 0;
-    this.moving = { part: Infinity, last: 0, timer: 0 };
+    this.moving = { now: false, held: false, part: Infinity, most: Infinity, last: 0, timer: 0 };
     this.onview = () => {};
   }
 
@@ -167,23 +167,42 @@ export class PointsView {
 
   look(view) {
     this.view = view;
-    clearTimeout(this.moving.timer);
-    this.moving.timer = setTimeout(() => {
-      this.moving.timer = this.moving.last = 0;
-      this.draw();
-    }, REST_MS);
+    this.moving.now = true;
+    this.settle();
     this.draw();
   }
 
-  /** How many points the next frame draws. now: its time in milliseconds. */
-  budget(now) {
+  /** Whether a hand is on the map: then it counts as moving, though it may lie still. */
+  hold(held) {
+    this.moving.held = held;
+    this.settle();
+  }
+
+  /** All points again, once the view has been at rest for a while. */
+  settle() {
+    clearTimeout(this.moving.timer);
+    if (this.moving.held || !this.moving.now) return;
+    this.moving.timer = setTimeout(() => {
+      Object.assign(this.moving, { now: false, last: 0 });
+      this.draw();
+    }, REST_MS);
+  }
+
+  /** How many points the next frame draws. time: its own, in milliseconds. */
+  budget(time) {
     const { moving } = this;
     const all = this.x.length;
-    if (!moving.timer) return all;
-    const took = moving.last ? now - moving.last : 0;
-    moving.last = now;
-    if (took > SLOW_MS) moving.part = Math.max(Math.min(moving.part, all) / 2, FEWEST);
-    else if (took && took < FAST_MS) moving.part = Math.min(moving.part * 1.25, all);
+    if (!moving.now) return all;
+    const took = moving.last ? time - moving.last : 0;
+    moving.last = time;
+    if (took > SLOW_MS) {
+      // What was too many is not tried again at once.
+      moving.most = Math.min(moving.part, all);
+      moving.part = Math.max(moving.most / 2, FEWEST);
+    } else if (took && took < FAST_MS) {
+      moving.most *= 1.01;
+      moving.part = Math.min(moving.part * 1.1, 0.8 * moving.most);
+    }
     return Math.min(Math.round(moving.part), all);
   }
 
