@@ -16,6 +16,8 @@ from typing import Any
 
 import numpy as np
 
+from synpipe.search import UNLABELLED
+
 LEVELS = 127
 BLOCK_ROWS = 8192
 RECALL_QUERIES, RECALL_PER_CLASS, QUERIES_AT_ONCE = 100, 4, 10
@@ -82,8 +84,8 @@ def measure_recall(
                     nearest = np.argpartition(got[start:stop], k - 1)[:k]
                     hits[number] += (exact[nearest] <= last + TOLERANCE * (1 + abs(last))).sum()
                     wanted[number] += k if metric == "cosine" else 0
-    asked = np.flatnonzero(wanted).tolist()
-    rarest = min(asked, key=lambda number: starts[number + 1] - starts[number], default=None)
+    labelled = [number for number in np.flatnonzero(wanted).tolist() if classes[number] != UNLABELLED]
+    rarest = min(labelled, key=lambda number: starts[number + 1] - starts[number], default=None)
     shares = {metric: _share(hits.sum(), wanted.sum()) for metric, hits in found.items()}
     return {
         "queries": len(queries),

@@ -103,8 +103,13 @@ function about(site, dataset, encoder) {
     regions: names("region"),
     hemilineages: names("hemilineage"),
     upload: false,
-    recall,
+    recall: shownRecall(recall),
   };
+}
+
+/** How many of the true neighbours the search finds, by what to call it: overall, and of the class that has the fewest rows. */
+function shownRecall({ per_class: count, overall, rarest, rarest_class: name }) {
+  return { [`recall@${count}`]: overall, ...(name && { [`recall@${count} of ${name}`]: rarest }) };
 }
 
 /** The worker goes on, but nobody waits for it. */

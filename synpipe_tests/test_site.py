@@ -1,0 +1,518 @@
+"""The static site in a browser: what it answers, held against numpy; what it asks of its host; that it needs none twice."""
+
+import gzip
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+import h5py
+import numpy as np
+import pyarrow as pa
+import pytest
+from playwright.sync_api import Browser, Page, expect
+
+from synpipe.datasets import Dataset, DatasetSpec
+from synpipe.errors import SynpipeError
+from synpipe.explorer import tile_packs
+from synpipe.explorer.quantised import quantise
+from synpipe.explorer.site import Report, export_site
+from synpipe.index import publish
+from synpipe.links import find_viewer
+from synpipe.manifests import Manifest, write_manifest
+from synpipe.search import METRICS, UNLABELLED
+from synpipe.shards import write_table
+from synpipe_tests.browser import CHROMIUM, chromium
+from synpipe_tests.static_host import Host, host
+from synpipe_tests.tables import clustered, embedding_table, unit
+
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="neither chromium nor google-chrome is on the PATH")
+
+CLASSES = ("acetylcholine", "gaba", "serotonin", "octopamine")  # nobody is octopaminergic here
+GROUPS = [*CLASSES, UNLABELLED]
+COUNT = 1_500
+DIMENSIONS = {"tiny": 33, "other": 64}  # 33: no whole number of four
+FIRST_ID = 2**63 - 1 - COUNT  # the largest ids there are: no float64 tells two of them apart
+REGIONS = ("AL", "O'Brien", "<b>MB</b>", "' OR '1'='1", None)
+TILES = 40
+PACK_BYTES = 200_000  # many packs
+VOXEL_NM_ZYX = (40.0, 4.0, 4.6)
+NO_ONE = {"neuron": None, "region": None}
+
+
+@dataclass
+class Made:
+    """A data set and its site, and what the site must know. vectors: by encoder, as the encoder gave them."""
+
+    dataset: Dataset
+    folder: Path
+    report: Report
+    ids: np.ndarray
+    columns: dict[str, list[Any]]
+    vectors: dict[str, np.ndarray]
+    tiles: np.ndarray
+    log: list[str]
+
+    @property
+    def site(self) -> dict[str, Any]:
+        return json.loads((self.folder / "site.json").read_text())
+
+    def row(self, synapse_id: str) -> int:
+        return int(np.flatnonzero(self.ids == int(synapse_id))[0])
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
+    folder = tmp_path_factory.mktemp("site")
+    spec = DatasetSpec.parse(
+        {
+            "title": "made up",
+            "volume": {"path": "none.h5"},
+            "annotations": [{"format": "cremi", "path": "none.h5"}],
+            "classes": CLASSES,
+            "encoders": ["tiny", "other"],
+        },
+        "test",
+    )
+    dataset = Dataset("made_up", spec, folder / "store", folder, {}, folder)
+    random = np.random.default_rng(0)
+    ids = FIRST_ID + 1 + random.permutation(COUNT)
+    kinds = random.choice(4, COUNT, p=[0.5, 0.3, 0.18, 0.02])
+    columns: dict[str, list[Any]] = {
+        "neurotransmitter": [(*CLASSES[:2], None, "serotonin")[kind] for kind in kinds],  # serotonin is rare
+        "region": [REGIONS[place] for place in random.integers(0, len(REGIONS), COUNT)],
+        "hemilineage": [("07B", None)[place] for place in random.integers(0, 2, COUNT)],
+        "neuron_id": [None if place == 0 else 2**63 - int(place) for place in random.integers(0, 40, COUNT)],
+        "x_nm": (np.arange(COUNT) + 1e6 / 3).tolist(),  # no float32
+        "y_nm": (np.arange(COUNT) * 2.0).tolist(),
+        "z_nm": (np.arange(COUNT) * 3.0).tolist(),
+    }
+    vectors = {}
+    for seed, (encoder, dimensions) in enumerate(DIMENSIONS.items()):
+        vectors[encoder] = clustered(COUNT, dimensions, seed)
+        places = pa.table(
+            {
+                "synapse_id": ids,
+                "map_x": pa.array(np.arange(COUNT), pa.float32()),
+                "map_y": pa.array(-np.arange(COUNT), pa.float32()),
+                "predicted_neurotransmitter": ["gaba"] * COUNT,
+                "predicted_probability": pa.array(np.linspace(0, 1, COUNT), pa.float32()),
+            }
+        )
+        path = embedding_table(
+            folder / f"{encoder}.parquet", vectors[encoder], 3, derived=[places], synapse_id=ids, **columns
+        )
+        publish(path, dataset.lancedb_folder, encoder, "a" * 32, lambda line: None)
+    tiles = write_tiles(dataset, ids)
+    image = {"type": "image", "name": "em", "source": "precomputed://https://example.org/em"}
+    write_manifest(
+        dataset,
+        Manifest("volume", "v", "c", {}, {"neuroglancer": image, "voxel_size_nm_zyx": list(VOXEL_NM_ZYX)}),
+    )
+    log: list[str] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tile_packs, "PACK_BYTES", PACK_BYTES)
+        report = export_site(dataset, list(DIMENSIONS), folder / "site", log.append)
+    return Made(dataset, folder / "site", report, ids, columns, vectors, tiles, log)
+
+
+def write_tiles(dataset: Dataset, ids: np.ndarray) -> np.ndarray:
+    """A few tiles of squares, of which every synapse has one: uint8 (40, 3, 256, 256), that of row i at i % 40."""
+    squares = np.random.default_rng(1).integers(0, 256, (TILES, 3, 16, 16), dtype=np.uint8)
+    tiles = squares.repeat(16, axis=2).repeat(16, axis=3)
+    dataset.folder.mkdir(exist_ok=True)
+    with h5py.File(dataset.folder / "part.h5", "w") as file:
+        file.create_dataset("tiles", data=tiles)
+    import zlib
+
+    rows = np.arange(len(ids)) % TILES
+    index = pa.table(
+        {
+            "synapse_id": ids,
+            "file": ["part.h5"] * len(ids),
+            "row": pa.array(rows, pa.int32()),
+            "crc32": pa.array([zlib.crc32(tiles[row].data) for row in rows], pa.uint32()),
+            "content_hash": [f"{place:032x}" for place in range(len(ids))],
+        }
+    )
+    write_table(dataset.tiles_path, index)
+    write_manifest(dataset, Manifest("rgb_tiles", "v", "c", {}, {"stacking": "colour"}))
+    return tiles
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with chromium() as opened:
+        yield opened
+
+
+@pytest.fixture(scope="module")
+def served(made: Made) -> Iterator[Host]:
+    with host(made.folder, ranges=True) as found:
+        yield found
+
+
+@pytest.fixture
+def page(browser: Browser) -> Iterator[Page]:
+    """A page of a browser that has kept nothing yet; what it says on the console is an error."""
+    context = browser.new_context()
+    page = context.new_page()
+    said: list[str] = []
+    page.on("console", lambda message: said.append(message.text) if message.type == "error" else None)
+    page.on("pageerror", lambda error: said.append(str(error)))
+    yield page
+    context.close()
+    assert said == []
+
+
+@pytest.fixture
+def source(page: Page, served: Host) -> Page:
+    """A page in which the source is opened, without the pages."""
+    return open_source(page, served)
+
+
+def open_source(page: Page, served: Host) -> Page:
+    page.goto(f"{served.url}site.json")
+    page.evaluate(
+        """async () => {
+            window.source = await (await import(new URL("js/source-static.js", location.href))).open(location.href);
+            window.progress = [];
+            window.source.onprogress = (at) => window.progress.push(at);
+        }"""
+    )
+    return page
+
+
+def search(source: Page, synapse_id: int, **options: Any) -> dict[str, Any]:
+    asked = {"dataset": "made_up", "encoder": "tiny", "id": str(synapse_id), "metric": "cosine", "perClass": 4}
+    return source.evaluate("asked => source.search(asked)", asked | options)
+
+
+def failure(source: Page, call: str) -> dict[str, Any]:
+    return source.evaluate(
+        f"async () => {{ try {{ await {call} }} catch ({{name, message, status}}) {{ return {{name, message, status}} }} }}"
+    )
+
+
+def distances(vectors: np.ndarray, query: int, metric: str) -> np.ndarray:
+    """By the definitions in a textbook."""
+    all_, here = vectors.astype(np.float64), vectors[query].astype(np.float64)
+    return {
+        "cosine": lambda: 1 - all_ @ here / np.linalg.norm(all_, axis=1) / np.linalg.norm(here),
+        "l2": lambda: np.sqrt(((all_ - here) ** 2).sum(axis=1)),
+        "dot": lambda: -(all_ @ here),
+        "l1": lambda: np.abs(all_ - here).sum(axis=1),
+    }[metric]()
+
+
+def nearest(
+    made: Made, vectors: np.ndarray, query: int, metric: str, count: int, keep: np.ndarray
+) -> dict[str, list[int]]:
+    """Rows by class, those of `keep` alone; the query itself left out."""
+    labels = np.array([label or UNLABELLED for label in made.columns["neurotransmitter"]])
+    order = np.argsort(distances(vectors, query, metric), kind="stable")
+    order = order[(order != query) & keep[order]]
+    return {name: order[labels[order] == name][:count].tolist() for name in GROUPS}
+
+
+def stored_vectors(made: Made, encoder: str) -> np.ndarray:
+    """The vectors with their lengths as the files of the site have them, read by their description, in the order of `ids`."""
+    (entry,) = made.site["datasets"]
+    ids = read_columns(made.folder, entry["synapses"])["synapse_id"]
+    found = read_columns(made.folder, entry["encoders"][encoder]["columns"])
+    codes = read_columns(made.folder, entry["encoders"][encoder]["vectors"])["codes"].reshape(len(ids), -1)
+    vectors = found["centre"][:, None] * found["mean"].astype(np.float64) + found["scale"][:, None] * codes
+    vectors *= found["norm"][:, None]
+    return vectors[np.argsort(ids)][np.argsort(np.argsort(made.ids))]
+
+
+def read_columns(folder: Path, file: dict[str, Any]) -> dict[str, np.ndarray]:
+    content = (folder / file["path"]).read_bytes()
+    assert len(content) == file["bytes"]
+    content = gzip.decompress(content)
+    return {
+        column["name"]: np.frombuffer(
+            content, f"<{np.dtype(column['dtype']).str[1:]}", column["length"], column["offset"]
+        )
+        for column in file["columns"]
+    }
+
+
+@pytest.mark.parametrize("encoder", DIMENSIONS)
+def test_each_metric_finds_the_nearest_of_every_class(made: Made, source: Page, encoder: str) -> None:
+    stored, everyone, same = stored_vectors(made, encoder), np.full(COUNT, True), []
+    for query in (0, 17, 321):
+        for metric in METRICS:
+            found = search(source, made.ids[query], encoder=encoder, metric=metric, perClass=5)
+            assert [group["name"] for group in found["groups"]] == GROUPS
+            as_stored = nearest(made, stored, query, metric, 5, everyone)
+            true = nearest(made, made.vectors[encoder], query, metric, 5, everyone)
+            for group in found["groups"]:
+                rows = [made.row(neighbour["id"]) for neighbour in group["neighbours"]]
+                shown = np.array([neighbour["distance"] for neighbour in group["neighbours"]])
+                assert (np.diff(shown) >= 0).all()
+                here = distances(stored, query, metric)
+                np.testing.assert_allclose(shown, here[rows], rtol=1e-5, atol=1e-5)
+                np.testing.assert_allclose(shown, here[as_stored[group["name"]]], rtol=1e-5, atol=1e-5)
+                same += [row in true[group["name"]] for row in rows]
+    assert np.mean(same) >= 0.97
+
+
+def test_the_recall_that_the_site_states_is_the_one_it_has(made: Made, source: Page) -> None:
+    stated = made.site["datasets"][0]["encoders"]["other"]["recall"]
+    hits: dict[str, list[bool]] = {name: [] for name in GROUPS}
+    for query in range(0, COUNT, 30):
+        true = nearest(made, made.vectors["other"], query, "cosine", 4, np.full(COUNT, True))
+        for group in search(source, made.ids[query], encoder="other")["groups"]:
+            hits[group["name"]] += [made.row(each["id"]) in true[group["name"]] for each in group["neighbours"]]
+    assert stated["overall"] == pytest.approx(np.mean(sum(hits.values(), [])), abs=0.02)
+    assert (stated["rarest_class"], stated["per_class"]) == ("serotonin", 4)
+    assert stated["rarest"] == pytest.approx(np.mean(hits["serotonin"]), abs=0.03)
+    assert min(stated["metrics"].values()) > 0.95
+    about = source.evaluate("source.about('made_up', 'other')")
+    assert about["recall"] == {"recall@4": stated["overall"], "recall@4 of serotonin": stated["rarest"]}
+    assert made.report.recall["other"] == stated
+
+
+def test_vectors_that_share_a_large_component_keep_their_neighbours() -> None:
+    vectors = unit(clustered(2_000, 64) + 200).astype(np.float32)
+    small = quantise(vectors)
+    seen = small.rows(slice(None))
+    np.testing.assert_allclose(np.linalg.norm(seen, axis=1), 1, atol=1e-6)
+    true, found = (np.argsort(-(each[:100] @ each.T), axis=1)[:, 1:5] for each in (vectors.astype(np.float64), seen))
+    assert np.mean([len(set(a) & set(b)) / 4 for a, b in zip(true, found, strict=True)]) > 0.95
+    (one,) = quantise(vectors[:1]).rows(slice(None))  # is its own mean
+    np.testing.assert_allclose(one, vectors[0], atol=1e-6)
+
+
+def test_neighbours_say_who_they_are(made: Made, source: Page) -> None:
+    found = search(source, made.ids[7])
+    assert found["query"]["id"] == str(made.ids[7])
+    viewer = find_viewer(made.dataset)
+    for group in found["groups"]:
+        for neighbour in group["neighbours"]:
+            row = made.row(neighbour["id"])  # an id that a float64 has touched is not among them
+            neuron = made.columns["neuron_id"][row]
+            assert neighbour["neuron"] == (None if neuron is None else str(neuron))
+            for column in ("neurotransmitter", "region", "hemilineage"):
+                assert neighbour[column] == made.columns[column][row]
+            assert (neighbour["neurotransmitter"] or UNLABELLED) == group["name"]
+            assert neighbour["predicted"] == "gaba"
+            assert neighbour["probability"] == pytest.approx(row / (COUNT - 1), abs=1e-6)
+            x, y, z = (made.columns[f"{axis}_nm"][row] for axis in "xyz")
+            assert neighbour["position_nm"] == [x, y, z]
+            assert viewer_state(neighbour["neuroglancer"]) == viewer_state(viewer.link((z, y, x), neighbour["id"]))
+    assert source.evaluate("id => source.synapse('made_up', 'other', id)", str(made.ids[7])) == found["query"]
+
+
+def viewer_state(link: str) -> tuple[str, Any]:
+    parts = urlsplit(link)
+    return parts.netloc, json.loads(unquote(parts.fragment.removeprefix("!")))
+
+
+def test_filters(made: Made, source: Page) -> None:
+    query = next(row for row in range(COUNT) if made.columns["neuron_id"][row] is not None)
+    own = np.array([neuron == made.columns["neuron_id"][query] for neuron in made.columns["neuron_id"]])
+    lineage = np.array([name == "07B" for name in made.columns["hemilineage"]])
+    for region in REGIONS[:-1]:
+        in_region = np.array([name == region for name in made.columns["region"]])
+        for options, keep in (
+            ({"region": region}, in_region),
+            ({"region": region, "excludeNeuron": True}, in_region & ~own),
+            ({"region": region, "hemilineage": "07B"}, in_region & lineage),
+        ):
+            found = search(source, made.ids[query], perClass=100, **options)
+            expected = nearest(made, made.vectors["tiny"], query, "cosine", COUNT, keep)
+            for group in found["groups"]:
+                rows = {made.row(neighbour["id"]) for neighbour in group["neighbours"]}
+                assert rows <= set(expected[group["name"]])
+                assert len(rows) == min(100, len(expected[group["name"]]))
+    nowhere = search(source, made.ids[query], region="no such region")
+    assert [group["neighbours"] for group in nowhere["groups"]] == [[]] * len(GROUPS)
+
+
+def test_what_makes_no_sense_is_said(made: Made, source: Page) -> None:
+    place = "dataset: 'made_up', encoder: 'tiny'"
+    known = f"id: '{made.ids[0]}'"
+    for call, words, status in (
+        (f"source.search({{{place}, id: '17', metric: 'l2', perClass: 4}})", "Synapse 17 is not on this site", 404),
+        (f"source.search({{{place}, id: '{2**63}', metric: 'l2', perClass: 4}})", "is not on this site", 404),
+        (f"source.search({{{place}, id: '1 OR 1', metric: 'l2', perClass: 4}})", "no id of a synapse", 400),
+        (f"source.search({{{place}, {known}, metric: 'euclid', perClass: 4}})", "metric “euclid” is unknown", 400),
+        (f"source.search({{{place}, {known}, metric: 'l2', perClass: 0}})", "from 1 to 100, not “0”", 400),
+        ("source.random('made_up', 'toString')", "no encoder “toString” here; it has tiny, other", 404),
+        ("source.about('elsewhere', 'tiny')", "no data set “elsewhere”", 404),
+        ("source.tile('made_up', '../../x')", "no id of a synapse", 400),
+    ):
+        said = failure(source, call)
+        assert said["name"] == "SourceError" and words in said["message"] and said["status"] == status
+    aborted = f"source.search({{{place}, {known}, metric: 'l2', perClass: 4}}, AbortSignal.abort())"
+    assert failure(source, aborted)["name"] == "AbortError"
+
+
+def test_what_there_is(made: Made, source: Page) -> None:
+    (dataset,) = source.evaluate("source.datasets()")
+    assert dataset["name"] == "made_up" and dataset["encoders"] == ["tiny", "other"]
+    assert dataset["classes"] == GROUPS and dataset["neuroglancer"] is True
+    about = source.evaluate("source.about('made_up', 'tiny')")
+    assert about["rows"] == COUNT and about["dimensions"] == 33 and about["has_map"] and not about["upload"]
+    assert about["metrics"] == list(METRICS) and about["regions"] == sorted(REGIONS[:-1])
+    assert source.evaluate("source.random('made_up', 'tiny')") in set(map(str, made.ids))
+
+
+def test_the_map_has_every_synapse_at_its_place(made: Made, source: Page) -> None:
+    found = source.evaluate(
+        """async () => {
+            const map = await source.map("made_up", "tiny", (at) => window.last = at);
+            const columns = map.columns.map(({name, kind, names, codes, values}) =>
+                ({name, kind, labels: codes ? Array.from(codes, (code) => names[code] ?? null) : Array.from(values)}));
+            return {rows: map.rows, ids: Array.from(map.ids, String), x: [...map.x], y: [...map.y], columns, last: window.last};
+        }"""
+    )
+    assert found["rows"] == COUNT and sorted(found["ids"]) == sorted(map(str, made.ids))
+    rows = [made.row(synapse_id) for synapse_id in found["ids"]]
+    assert found["x"] == rows and found["y"] == [-row for row in rows]
+    columns = {column["name"]: column["labels"] for column in found["columns"]}
+    for name in ("neurotransmitter", "region", "hemilineage"):
+        assert columns[name] == [made.columns[name][row] for row in rows]
+    assert columns["predicted_neurotransmitter"] == ["gaba"] * COUNT
+    np.testing.assert_allclose(columns["predicted_probability"], np.array(rows) / (COUNT - 1), atol=1e-6)
+    assert found["last"]["loaded"] == found["last"]["total"]
+
+
+@pytest.mark.parametrize("ranges", [True, False])
+def test_tiles_come_out_of_packs(made: Made, page: Page, ranges: bool) -> None:
+    with host(made.folder, ranges) as served:
+        open_source(page, served)
+        rows = [0, 1, 2, 700, 701, COUNT - 1]
+        pixels = page.evaluate(
+            """ids => Promise.all(ids.map(async (id) => {
+                const image = new Image();
+                image.src = await source.tile("made_up", id);
+                await image.decode();
+                const context = new OffscreenCanvas(256, 256).getContext("2d");
+                context.drawImage(image, 0, 0);
+                return Array.from(context.getImageData(0, 0, 256, 256).data);
+            }))""",
+            [str(made.ids[row]) for row in rows],
+        )
+        packs = [answer for answer in served.asked if "/tiles-" in answer[0]]
+    for row, values in zip(rows, pixels, strict=True):
+        tile = np.array(values).reshape(256, 256, 4)[:, :, :3].transpose(2, 0, 1)
+        assert np.abs(tile - made.tiles[row % TILES]).mean() < 4
+    assert len(list((made.folder / made.site["datasets"][0]["tiles"]["folder"]).iterdir())) > 20
+    if ranges:
+        assert {status for _, status, _ in packs} == {206} and sum(size for _, _, size in packs) < len(rows) * 40_000
+    else:
+        assert {status for _, status, _ in packs} == {200}
+        assert len(packs) <= len({path for path, _, _ in packs}) + 1  # each once, and the question for Range
+
+
+def test_progress_is_told_in_bytes(made: Made, source: Page) -> None:
+    search(source, made.ids[0])
+    told = source.evaluate("progress")
+    (entry,) = made.site["datasets"]
+    parts = (entry["synapses"], entry["encoders"]["tiny"]["columns"], entry["encoders"]["tiny"]["vectors"])
+    assert told[-1]["loaded"] == told[-1]["total"] == sum(part["bytes"] for part in parts)
+    assert all(before["loaded"] <= after["loaded"] for before, after in zip(told, told[1:], strict=False))
+
+
+def test_a_reload_downloads_nothing_and_needs_no_network(made: Made, page: Page) -> None:
+    hosts: set[str | None] = set()
+    page.on("request", lambda request: hosts.add(urlsplit(request.url).netloc))
+    query = str(made.ids[5])
+    with host(made.folder, ranges=True) as served:
+        page.goto(f"{served.url}?id={query}&per_class=2")
+        wait_for_answer(page)
+        page.wait_for_function("navigator.serviceWorker.controller !== null")
+        first = served.bytes
+        served.asked.clear()
+        page.reload()
+        wait_for_answer(page)
+        page.wait_for_timeout(300)
+        assert [(path, size) for path, _, size in served.asked if path != "/sw.js" or size] == []
+        assert first > made.report.first_bytes["tiny"] - 2_000_000
+        address = urlsplit(served.url).netloc
+    page.reload()
+    wait_for_answer(page)
+    page.goto(f"{page.url.split('?')[0]}?id={made.ids[6]}&metric=l1")  # not asked before
+    expect(page.locator(f"text={made.ids[6]}").first).to_be_visible()
+    assert hosts - {""} == {address}
+
+
+def wait_for_answer(page: Page) -> None:
+    """Neighbours of every class that has some, with their tiles."""
+    page.wait_for_function(
+        """() => {
+            const tiles = [...document.querySelectorAll(".neighbour img")];
+            return tiles.length === 8 && tiles.every((tile) => tile.complete && tile.naturalWidth === 256);
+        }""",
+        timeout=20_000,
+    )
+
+
+def test_a_new_export_replaces_the_old_one(made: Made, browser: Browser, tmp_path: Path) -> None:
+    folder = tmp_path / "site"
+    export_site(made.dataset, ["tiny"], folder, lambda line: None)
+    packs = {file.name: file.stat().st_ino for file in folder.glob("data/tiles-*/*")}
+    log: list[str] = []
+    with host(folder, ranges=True) as served:
+        page = browser.new_context().new_page()
+        page.goto(f"{served.url}?id={made.ids[5]}&per_class=2")
+        wait_for_answer(page)
+        page.wait_for_function("navigator.serviceWorker.controller !== null")
+        export_site(made.dataset, ["other"], folder, log.append)
+        assert {file.name: file.stat().st_ino for file in folder.glob("data/tiles-*/*")} == packs  # not made again
+        assert any("those of the earlier site" in line for line in log)
+        page.wait_for_function(
+            """async () => {
+                await (await navigator.serviceWorker.getRegistration()).update();
+                const site = await (await fetch("site.json")).json();
+                return Object.keys(site.datasets[0].encoders)[0] === "other";
+            }"""
+        )
+        page.reload()
+        wait_for_answer(page)
+        kept = page.evaluate(
+            """async () => (await Promise.all((await caches.keys()).map(async (name) =>
+                (await (await caches.open(name)).keys()).map((request) => new URL(request.url).pathname)))).flat()"""
+        )
+        page.context.close()
+    there = {f"/{file.relative_to(folder).as_posix()}" for file in folder.rglob("*") if file.is_file()} | {"/"}
+    assert set(kept) <= there  # nothing of the former site
+
+
+def test_the_same_export_has_the_same_files(made: Made, tmp_path: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tile_packs, "PACK_BYTES", PACK_BYTES)
+        export_site(made.dataset, list(DIMENSIONS), tmp_path / "again", lambda line: None)
+    first, second = (
+        {file.relative_to(folder): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+        for folder in (made.folder, tmp_path / "again")
+    )
+    assert first == second
+
+
+def test_what_is_no_site_is_not_overwritten(made: Made, tmp_path: Path) -> None:
+    for name, content in (("letter.txt", "dear"), ("site.json", "[]"), ("site.json", '{"mine": 1}')):
+        (tmp_path / name).write_text(content)
+        with pytest.raises(SynpipeError, match="holds something that is no earlier export: name another folder"):
+            export_site(made.dataset, ["tiny"], tmp_path, lambda line: None)
+        assert (tmp_path / name).read_text() == content and len(list(tmp_path.iterdir())) == 1
+        (tmp_path / name).unlink()
+    with pytest.raises(SynpipeError, match="no index absent"):
+        export_site(made.dataset, ["absent"], tmp_path, lambda line: None)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_tiles_of_another_version_stop_the_export(made: Made, tmp_path: Path) -> None:
+    stale = Dataset("made_up", made.dataset.spec, tmp_path / "store", tmp_path, {}, tmp_path)
+    write_tiles(stale, made.ids[::-1])
+    publish(made.dataset.base / "tiny.parquet", stale.lancedb_folder, "tiny", "a" * 32, lambda line: None)
+    with pytest.raises(
+        SynpipeError, match="of other tiles than there are now: `synpipe materialize --dataset made_up --stale`"
+    ):
+        export_site(stale, ["tiny"], tmp_path / "site", lambda line: None)
+    assert not (tmp_path / "site").exists()
