@@ -29,7 +29,7 @@ from synpipe.links import Viewer, find_viewer
 Metric = Literal["cosine", "l2", "dot", "l1"]
 METRICS: tuple[str, ...] = get_args(Metric)
 EXACT_ROWS = 300_000
-EXACT_CLASS_ROWS = 60_000
+EXACT_CLASS_ROWS = 100_000
 UNLABELLED = "unlabelled"
 FILTER_COLUMNS = (
     "neurotransmitter",

@@ -12,7 +12,7 @@ import json
 import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any, Generic, TypeVar
 
 import numpy as np
@@ -277,7 +277,7 @@ def _map(table: pa.Table) -> bytes | None:
 
 
 def _shown(synapse: Synapse) -> dict[str, Any]:
-    told = asdict(synapse)
+    told = dict(vars(synapse))
     neuron = told.pop("neuron_id")
     return {
         "id": str(told.pop("synapse_id")),

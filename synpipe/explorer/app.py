@@ -6,6 +6,7 @@ elsewhere cannot reach it under a name of its own (DNS rebinding).
 """
 
 import socket
+from contextlib import suppress
 from pathlib import Path
 
 import click
@@ -116,7 +117,8 @@ def serve(project: Project, host: str, port: int) -> None:
         ) from None
     shown = f"[{host}]" if ":" in host else host
     click.echo(f"The explorer is on http://{shown}:{listening.getsockname()[1]}/ – Ctrl-C ends it.")
-    uvicorn.Server(uvicorn.Config(make_app(project, host), log_level="warning")).run(sockets=[listening])
+    with suppress(KeyboardInterrupt):  # uvicorn has shut down by then
+        uvicorn.Server(uvicorn.Config(make_app(project, host), log_level="warning")).run(sockets=[listening])
 
 
 class _Headers:

@@ -1,0 +1,115 @@
+// A synapse as it is shown: its tile and its facts.
+
+import { markOf } from "./colours.js";
+import { el } from "./dom.js";
+import { distance, nanometres } from "./format.js";
+
+export const UNLABELLED = "unlabelled"; // the last of the classes: what has none
+const TILE_PX = 256;
+
+/** A coloured mark of a class; hollow where the class is predicted. It only repeats what text says. */
+export function mark(name, classes, hollow = false) {
+  const place = name === UNLABELLED ? -1 : classes.indexOf(name);
+  const element = el("span", { class: `mark ${hollow ? "hollow" : ""} ${place < 0 ? "none" : ""}`, "aria-hidden": "true" });
+  if (place >= 0) {
+    const { colour, shape } = markOf(place);
+    element.classList.add(shape);
+    element.style.setProperty("--mark", colour);
+  }
+  return element;
+}
+
+/**
+ * The image of a tile, in the way asked for: `colour`, `grey` (the middle section), or `strip` (all three, z−1 z z+1).
+ * address: a promise. The place is reserved from the start, so that nothing moves when the image comes.
+ */
+export function picture(address, way) {
+  const sections = { colour: [null], grey: [1], strip: [0, 1, 2] }[way];
+  const images = sections.map((section) =>
+    el("img", {
+      class: section === null ? "" : `section-${section}`,
+      width: TILE_PX,
+      height: TILE_PX,
+      alt: "",
+      loading: "lazy",
+      decoding: "async",
+      draggable: "false",
+    }),
+  );
+  const frame = el("span", { class: `picture ${way}` }, images);
+  const missing = () => {
+    if (!frame.querySelector(".gone")) frame.append(el("span", { class: "gone" }, "no tile"));
+  };
+  for (const image of images) image.addEventListener("error", missing);
+  address.then((source) => images.forEach((image) => (image.src = source)), missing);
+  return frame;
+}
+
+/** Known and predicted transmitter, told apart by words and by the mark. */
+export function transmitter(synapse, classes) {
+  const { neurotransmitter: known, predicted, probability } = synapse;
+  const lines = [];
+  if (known) lines.push(el("span", { class: "known" }, mark(known, classes), known));
+  if (predicted) {
+    const sure = probability === null || probability === undefined ? "" : ` ${probability.toFixed(2)}`;
+    lines.push(
+      el("span", { class: "predicted" }, mark(predicted, classes, true), `${predicted}?${sure}`, el("small", {}, " predicted")),
+    );
+  }
+  return lines.length ? lines : [el("span", { class: "unknown" }, mark(null, classes), UNLABELLED)];
+}
+
+/** Place in nm, and the way there. */
+export function place(synapse) {
+  const [x, y, z] = nanometres(synapse.position_nm);
+  return [
+    el("span", { class: "position" }, `x ${x} `, `y ${y} `, `z ${z} nm`),
+    synapse.neuroglancer &&
+      el(
+        "a",
+        {
+          class: "neuroglancer",
+          href: safeLink(synapse.neuroglancer),
+          target: "_blank",
+          rel: "noopener",
+          "aria-label": `Synapse ${synapse.id} in Neuroglancer (opens a new tab)`,
+        },
+        "Neuroglancer ↗",
+      ),
+  ];
+}
+
+// The site is named by a data set's file; anything but the web is not followed.
+const safeLink = (address) => (/^https?:\/\//.test(address) ? address : null);
+
+/**
+ * A neighbour: its tile is a button that asks again from it.
+ * shared: whether the other encoder names it, too; null where there is no other.
+ */
+export function neighbour(synapse, { address, way, classes, shared = null, ask }) {
+  const known = synapse.neurotransmitter ?? (synapse.predicted ? `predicted ${synapse.predicted}` : UNLABELLED);
+  const label = `Search from synapse ${synapse.id}, ${known}, distance ${distance(synapse.distance)}`;
+  return el(
+    "li",
+    { class: `neighbour ${shared ? "shared" : ""}`, "data-id": synapse.id },
+    el(
+      "button",
+      { type: "button", class: "tile", tabindex: "-1", "aria-label": shared ? `${label}, named by both encoders` : label, onclick: ask },
+      picture(address, way),
+    ),
+    el(
+      "div",
+      { class: "facts" },
+      el(
+        "span",
+        { class: "first" },
+        el("b", { class: "distance", title: `distance ${synapse.distance}` }, distance(synapse.distance)),
+        shared && el("span", { class: "both" }, "both"),
+      ),
+      el("span", { class: "id" }, synapse.id),
+      transmitter(synapse, classes),
+      el("span", { class: "neuron" }, synapse.neuron === null ? "neuron unknown" : `neuron ${synapse.neuron}`),
+      place(synapse),
+    ),
+  );
+}
