@@ -27,6 +27,7 @@ from synpipe.manifests import Manifest, write_manifest
 from synpipe.search import METRICS, UNLABELLED
 from synpipe.shards import write_table
 from synpipe_tests.browser import CHROMIUM, chromium
+from synpipe_tests.conftest import project_of, run_synpipe
 from synpipe_tests.static_host import Host, host
 from synpipe_tests.tables import clustered, embedding_table, unit
 
@@ -44,7 +45,7 @@ VOXEL_NM_ZYX = (40.0, 4.0, 4.6)
 
 
 @dataclass
-class Made:
+class Exported:
     """A data set and its site, and what the site must know. vectors: by encoder, as the encoder gave them."""
 
     dataset: Dataset
@@ -65,7 +66,7 @@ class Made:
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Exported:
     folder = tmp_path_factory.mktemp("site")
     spec = DatasetSpec.parse(
         {
@@ -116,7 +117,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tile_packs, "PACK_BYTES", PACK_BYTES)
         report = export_site(dataset, list(DIMENSIONS), folder / "site", log.append)
-    return Made(dataset, folder / "site", report, ids, columns, vectors, tiles, log)
+    return Exported(dataset, folder / "site", report, ids, columns, vectors, tiles, log)
 
 
 def write_tiles(dataset: Dataset, ids: np.ndarray) -> np.ndarray:
@@ -148,8 +149,8 @@ def browser() -> Iterator[Browser]:
 
 
 @pytest.fixture(scope="module")
-def served(made: Made) -> Iterator[Host]:
-    with host(made.folder, ranges=True) as found:
+def served(exported: Exported) -> Iterator[Host]:
+    with host(exported.folder, ranges=True) as found:
         yield found
 
 
@@ -212,24 +213,24 @@ def distances(vectors: np.ndarray, query: int, metric: str) -> np.ndarray:
 
 
 def nearest(
-    made: Made, vectors: np.ndarray, query: int, metric: str, count: int, keep: np.ndarray
+    exported: Exported, vectors: np.ndarray, query: int, metric: str, count: int, keep: np.ndarray
 ) -> dict[str, list[int]]:
     """Rows by class, those of `keep` alone; the query itself left out."""
-    labels = np.array([label or UNLABELLED for label in made.columns["neurotransmitter"]])
+    labels = np.array([label or UNLABELLED for label in exported.columns["neurotransmitter"]])
     order = np.argsort(distances(vectors, query, metric), kind="stable")
     order = order[(order != query) & keep[order]]
     return {name: order[labels[order] == name][:count].tolist() for name in GROUPS}
 
 
-def stored_vectors(made: Made, encoder: str) -> np.ndarray:
+def stored_vectors(exported: Exported, encoder: str) -> np.ndarray:
     """The vectors with their lengths as the files of the site have them, read by their description, in the order of `ids`."""
-    (entry,) = made.site["datasets"]
-    ids = read_columns(made.folder, entry["synapses"])["synapse_id"]
-    found = read_columns(made.folder, entry["encoders"][encoder]["columns"])
-    codes = read_columns(made.folder, entry["encoders"][encoder]["vectors"])["codes"].reshape(len(ids), -1)
+    (entry,) = exported.site["datasets"]
+    ids = read_columns(exported.folder, entry["synapses"])["synapse_id"]
+    found = read_columns(exported.folder, entry["encoders"][encoder]["columns"])
+    codes = read_columns(exported.folder, entry["encoders"][encoder]["vectors"])["codes"].reshape(len(ids), -1)
     vectors = found["centre"][:, None] * found["mean"].astype(np.float64) + found["scale"][:, None] * codes
     vectors *= found["norm"][:, None]
-    return vectors[np.argsort(ids)][np.argsort(np.argsort(made.ids))]
+    return vectors[np.argsort(ids)][np.argsort(np.argsort(exported.ids))]
 
 
 def read_columns(folder: Path, file: dict[str, Any]) -> dict[str, np.ndarray]:
@@ -245,16 +246,16 @@ def read_columns(folder: Path, file: dict[str, Any]) -> dict[str, np.ndarray]:
 
 
 @pytest.mark.parametrize("encoder", DIMENSIONS)
-def test_each_metric_finds_the_nearest_of_every_class(made: Made, source: Page, encoder: str) -> None:
-    stored, everyone, same = stored_vectors(made, encoder), np.full(COUNT, True), []
+def test_each_metric_finds_the_nearest_of_every_class(exported: Exported, source: Page, encoder: str) -> None:
+    stored, everyone, same = stored_vectors(exported, encoder), np.full(COUNT, True), []
     for query in (0, 17, 321):
         for metric in METRICS:
-            found = search(source, made.ids[query], encoder=encoder, metric=metric, perClass=5)
+            found = search(source, exported.ids[query], encoder=encoder, metric=metric, perClass=5)
             assert [group["name"] for group in found["groups"]] == GROUPS
-            as_stored = nearest(made, stored, query, metric, 5, everyone)
-            true = nearest(made, made.vectors[encoder], query, metric, 5, everyone)
+            as_stored = nearest(exported, stored, query, metric, 5, everyone)
+            true = nearest(exported, exported.vectors[encoder], query, metric, 5, everyone)
             for group in found["groups"]:
-                rows = [made.row(neighbour["id"]) for neighbour in group["neighbours"]]
+                rows = [exported.row(neighbour["id"]) for neighbour in group["neighbours"]]
                 shown = np.array([neighbour["distance"] for neighbour in group["neighbours"]])
                 assert (np.diff(shown) >= 0).all()
                 here = distances(stored, query, metric)
@@ -264,13 +265,13 @@ def test_each_metric_finds_the_nearest_of_every_class(made: Made, source: Page, 
     assert np.mean(same) >= 0.97
 
 
-def test_the_recall_that_the_site_states_is_the_one_it_has(made: Made, source: Page) -> None:
-    stated = made.site["datasets"][0]["encoders"]["other"]["recall"]
+def test_the_recall_that_the_site_states_is_the_one_it_has(exported: Exported, source: Page) -> None:
+    stated = exported.site["datasets"][0]["encoders"]["other"]["recall"]
     hits: dict[str, list[bool]] = {name: [] for name in GROUPS}
     for query in range(0, COUNT, 30):
-        true = nearest(made, made.vectors["other"], query, "cosine", 4, np.full(COUNT, True))
-        for group in search(source, made.ids[query], encoder="other")["groups"]:
-            hits[group["name"]] += [made.row(each["id"]) in true[group["name"]] for each in group["neighbours"]]
+        true = nearest(exported, exported.vectors["other"], query, "cosine", 4, np.full(COUNT, True))
+        for group in search(source, exported.ids[query], encoder="other")["groups"]:
+            hits[group["name"]] += [exported.row(each["id"]) in true[group["name"]] for each in group["neighbours"]]
     assert stated["overall"] == pytest.approx(
         np.mean([hit for of_class in hits.values() for hit in of_class]), abs=0.02
     )
@@ -279,7 +280,7 @@ def test_the_recall_that_the_site_states_is_the_one_it_has(made: Made, source: P
     assert min(stated["metrics"].values()) > 0.95
     about = source.evaluate("source.about('made_up', 'other')")
     assert about["recall"] == {"recall@4": stated["overall"], "recall@4 of serotonin": stated["rarest"]}
-    assert made.report.recall["other"] == stated
+    assert exported.report.recall["other"] == stated
 
 
 def test_vectors_that_share_a_large_component_keep_their_neighbours() -> None:
@@ -293,24 +294,24 @@ def test_vectors_that_share_a_large_component_keep_their_neighbours() -> None:
     np.testing.assert_allclose(one, vectors[0], atol=1e-6)
 
 
-def test_neighbours_say_who_they_are(made: Made, source: Page) -> None:
-    found = search(source, made.ids[7])
-    assert found["query"]["id"] == str(made.ids[7])
-    viewer = find_viewer(made.dataset)
+def test_neighbours_say_who_they_are(exported: Exported, source: Page) -> None:
+    found = search(source, exported.ids[7])
+    assert found["query"]["id"] == str(exported.ids[7])
+    viewer = find_viewer(exported.dataset)
     for group in found["groups"]:
         for neighbour in group["neighbours"]:
-            row = made.row(neighbour["id"])  # an id that a float64 has touched is not among them
-            neuron = made.columns["neuron_id"][row]
+            row = exported.row(neighbour["id"])  # an id that a float64 has touched is not among them
+            neuron = exported.columns["neuron_id"][row]
             assert neighbour["neuron"] == (None if neuron is None else str(neuron))
             for column in ("neurotransmitter", "region", "hemilineage"):
-                assert neighbour[column] == made.columns[column][row]
+                assert neighbour[column] == exported.columns[column][row]
             assert (neighbour["neurotransmitter"] or UNLABELLED) == group["name"]
             assert neighbour["predicted"] == "gaba"
             assert neighbour["probability"] == pytest.approx(row / (COUNT - 1), abs=1e-6)
-            x, y, z = (made.columns[f"{axis}_nm"][row] for axis in "xyz")
+            x, y, z = (exported.columns[f"{axis}_nm"][row] for axis in "xyz")
             assert neighbour["position_nm"] == [x, y, z]
             assert viewer_state(neighbour["neuroglancer"]) == viewer_state(viewer.link((z, y, x), neighbour["id"]))
-    assert source.evaluate("id => source.synapse('made_up', 'other', id)", str(made.ids[7])) == found["query"]
+    assert source.evaluate("id => source.synapse('made_up', 'other', id)", str(exported.ids[7])) == found["query"]
 
 
 def viewer_state(link: str) -> tuple[str, Any]:
@@ -318,30 +319,30 @@ def viewer_state(link: str) -> tuple[str, Any]:
     return parts.netloc, json.loads(unquote(parts.fragment.removeprefix("!")))
 
 
-def test_filters(made: Made, source: Page) -> None:
-    query = next(row for row in range(COUNT) if made.columns["neuron_id"][row] is not None)
-    own = np.array([neuron == made.columns["neuron_id"][query] for neuron in made.columns["neuron_id"]])
-    lineage = np.array([name == "07B" for name in made.columns["hemilineage"]])
+def test_filters(exported: Exported, source: Page) -> None:
+    query = next(row for row in range(COUNT) if exported.columns["neuron_id"][row] is not None)
+    own = np.array([neuron == exported.columns["neuron_id"][query] for neuron in exported.columns["neuron_id"]])
+    lineage = np.array([name == "07B" for name in exported.columns["hemilineage"]])
     for region in REGIONS[:-1]:
-        in_region = np.array([name == region for name in made.columns["region"]])
+        in_region = np.array([name == region for name in exported.columns["region"]])
         for options, keep in (
             ({"region": region}, in_region),
             ({"region": region, "excludeNeuron": True}, in_region & ~own),
             ({"region": region, "hemilineage": "07B"}, in_region & lineage),
         ):
-            found = search(source, made.ids[query], perClass=100, **options)
-            expected = nearest(made, made.vectors["tiny"], query, "cosine", COUNT, keep)
+            found = search(source, exported.ids[query], perClass=100, **options)
+            expected = nearest(exported, exported.vectors["tiny"], query, "cosine", COUNT, keep)
             for group in found["groups"]:
-                rows = {made.row(neighbour["id"]) for neighbour in group["neighbours"]}
+                rows = {exported.row(neighbour["id"]) for neighbour in group["neighbours"]}
                 assert rows <= set(expected[group["name"]])
                 assert len(rows) == min(100, len(expected[group["name"]]))
-    nowhere = search(source, made.ids[query], region="no such region")
+    nowhere = search(source, exported.ids[query], region="no such region")
     assert [group["neighbours"] for group in nowhere["groups"]] == [[]] * len(GROUPS)
 
 
-def test_what_makes_no_sense_is_said(made: Made, source: Page) -> None:
+def test_what_makes_no_sense_is_said(exported: Exported, source: Page) -> None:
     place = "dataset: 'made_up', encoder: 'tiny'"
-    known = f"id: '{made.ids[0]}'"
+    known = f"id: '{exported.ids[0]}'"
     for call, words, status in (
         (f"source.search({{{place}, id: '17', metric: 'l2', perClass: 4}})", "Synapse 17 is not on this site", 404),
         (f"source.search({{{place}, id: '{2**63}', metric: 'l2', perClass: 4}})", "is not on this site", 404),
@@ -358,17 +359,17 @@ def test_what_makes_no_sense_is_said(made: Made, source: Page) -> None:
     assert failure(source, aborted)["name"] == "AbortError"
 
 
-def test_what_there_is(made: Made, source: Page) -> None:
+def test_what_there_is(exported: Exported, source: Page) -> None:
     (dataset,) = source.evaluate("source.datasets()")
     assert dataset["name"] == "made_up" and dataset["encoders"] == ["tiny", "other"]
     assert dataset["classes"] == GROUPS and dataset["neuroglancer"] is True
     about = source.evaluate("source.about('made_up', 'tiny')")
     assert about["rows"] == COUNT and about["dimensions"] == 33 and about["has_map"] and not about["upload"]
     assert about["metrics"] == list(METRICS) and about["regions"] == sorted(REGIONS[:-1])
-    assert source.evaluate("source.random('made_up', 'tiny')") in set(map(str, made.ids))
+    assert source.evaluate("source.random('made_up', 'tiny')") in set(map(str, exported.ids))
 
 
-def test_the_map_has_every_synapse_at_its_place(made: Made, source: Page) -> None:
+def test_the_map_has_every_synapse_at_its_place(exported: Exported, source: Page) -> None:
     found = source.evaluate(
         """async () => {
             const map = await source.map("made_up", "tiny", (at) => window.last = at);
@@ -377,20 +378,20 @@ def test_the_map_has_every_synapse_at_its_place(made: Made, source: Page) -> Non
             return {rows: map.rows, ids: Array.from(map.ids, String), x: [...map.x], y: [...map.y], columns, last: window.last};
         }"""
     )
-    assert found["rows"] == COUNT and sorted(found["ids"]) == sorted(map(str, made.ids))
-    rows = [made.row(synapse_id) for synapse_id in found["ids"]]
+    assert found["rows"] == COUNT and sorted(found["ids"]) == sorted(map(str, exported.ids))
+    rows = [exported.row(synapse_id) for synapse_id in found["ids"]]
     assert found["x"] == rows and found["y"] == [-row for row in rows]
     columns = {column["name"]: column["labels"] for column in found["columns"]}
     for name in ("neurotransmitter", "region", "hemilineage"):
-        assert columns[name] == [made.columns[name][row] for row in rows]
+        assert columns[name] == [exported.columns[name][row] for row in rows]
     assert columns["predicted_neurotransmitter"] == ["gaba"] * COUNT
     np.testing.assert_allclose(columns["predicted_probability"], np.array(rows) / (COUNT - 1), atol=1e-6)
     assert found["last"]["loaded"] == found["last"]["total"]
 
 
 @pytest.mark.parametrize("ranges", [True, False])
-def test_tiles_come_out_of_packs(made: Made, page: Page, ranges: bool) -> None:
-    with host(made.folder, ranges) as served:
+def test_tiles_come_out_of_packs(exported: Exported, page: Page, ranges: bool) -> None:
+    with host(exported.folder, ranges) as served:
         open_source(page, served)
         rows = [0, 1, 2, 700, 701, COUNT - 1]
         pixels = page.evaluate(
@@ -404,13 +405,13 @@ def test_tiles_come_out_of_packs(made: Made, page: Page, ranges: bool) -> None:
                 const middles = Array.from({ length: 256 }, (_, square) => 256 * (16 * (square >> 4) + 8) + 16 * (square & 15) + 8);
                 return middles.flatMap((at) => [...data.slice(4 * at, 4 * at + 3)]);
             }))""",
-            [str(made.ids[row]) for row in rows],
+            [str(exported.ids[row]) for row in rows],
         )
         packs = [answer for answer in served.asked if "/tiles-" in answer[0]]
     for row, values in zip(rows, pixels, strict=True):
         squares = np.array(values).reshape(16, 16, 3).transpose(2, 0, 1)
-        assert np.abs(squares - made.tiles[row % TILES, :, 8::16, 8::16]).mean() < 4
-    assert len(list((made.folder / made.site["datasets"][0]["tiles"]["folder"]).iterdir())) > 20
+        assert np.abs(squares - exported.tiles[row % TILES, :, 8::16, 8::16]).mean() < 4
+    assert len(list((exported.folder / exported.site["datasets"][0]["tiles"]["folder"]).iterdir())) > 20
     if ranges:
         assert {status for _, status, _ in packs} == {206} and sum(size for _, _, size in packs) < len(rows) * 40_000
     else:
@@ -418,20 +419,20 @@ def test_tiles_come_out_of_packs(made: Made, page: Page, ranges: bool) -> None:
         assert len(packs) <= len({path for path, _, _ in packs}) + 1  # each once, and the question for Range
 
 
-def test_progress_is_told_in_bytes(made: Made, source: Page) -> None:
-    search(source, made.ids[0])
+def test_progress_is_told_in_bytes(exported: Exported, source: Page) -> None:
+    search(source, exported.ids[0])
     told = source.evaluate("progress")
-    (entry,) = made.site["datasets"]
+    (entry,) = exported.site["datasets"]
     parts = (entry["synapses"], entry["encoders"]["tiny"]["columns"], entry["encoders"]["tiny"]["vectors"])
     assert told[-1]["loaded"] == told[-1]["total"] == sum(part["bytes"] for part in parts)
     assert all(before["loaded"] <= after["loaded"] for before, after in pairwise(told))
 
 
-def test_a_reload_downloads_nothing_and_needs_no_network(made: Made, page: Page) -> None:
+def test_a_reload_downloads_nothing_and_needs_no_network(exported: Exported, page: Page) -> None:
     hosts: set[str | None] = set()
     page.on("request", lambda request: hosts.add(urlsplit(request.url).netloc))
-    query = str(made.ids[5])
-    with host(made.folder, ranges=True) as served:
+    query = str(exported.ids[5])
+    with host(exported.folder, ranges=True) as served:
         page.goto(f"{served.url}?id={query}&per_class=2")
         wait_for_answer(page)
         page.wait_for_function("() => navigator.serviceWorker.controller !== null")
@@ -444,8 +445,8 @@ def test_a_reload_downloads_nothing_and_needs_no_network(made: Made, page: Page)
         address = urlsplit(served.url).netloc
     page.reload()
     wait_for_answer(page)
-    page.goto(f"{page.url.split('?')[0]}?id={made.ids[6]}&metric=l1")  # not asked before
-    expect(page.locator(f"text={made.ids[6]}").first).to_be_visible()
+    page.goto(f"{page.url.split('?')[0]}?id={exported.ids[6]}&metric=l1")  # not asked before
+    expect(page.locator(f"text={exported.ids[6]}").first).to_be_visible()
     assert hosts - {""} == {address}
 
 
@@ -460,17 +461,17 @@ def wait_for_answer(page: Page) -> None:
     )
 
 
-def test_a_new_export_replaces_the_old_one(made: Made, browser: Browser, tmp_path: Path) -> None:
+def test_a_new_export_replaces_the_old_one(exported: Exported, browser: Browser, tmp_path: Path) -> None:
     folder = tmp_path / "site"
-    export_site(made.dataset, ["tiny"], folder, lambda line: None)
+    export_site(exported.dataset, ["tiny"], folder, lambda line: None)
     packs = {file.name: file.stat().st_ino for file in folder.glob("data/tiles-*/*")}
     log: list[str] = []
     with host(folder, ranges=True) as served:
         page = browser.new_context().new_page()
-        page.goto(f"{served.url}?id={made.ids[5]}&per_class=2")
+        page.goto(f"{served.url}?id={exported.ids[5]}&per_class=2")
         wait_for_answer(page)
         page.wait_for_function("() => navigator.serviceWorker.controller !== null")
-        export_site(made.dataset, ["other"], folder, log.append)
+        export_site(exported.dataset, ["other"], folder, log.append)
         assert {file.name: file.stat().st_ino for file in folder.glob("data/tiles-*/*")} == packs  # not made again
         assert any("those of the earlier site" in line for line in log)
         page.wait_for_function(
@@ -482,44 +483,68 @@ def test_a_new_export_replaces_the_old_one(made: Made, browser: Browser, tmp_pat
         )
         page.reload()
         wait_for_answer(page)
-        kept = page.evaluate(
-            """async () => (await Promise.all((await caches.keys()).map(async (name) =>
-                (await (await caches.open(name)).keys()).map((request) => new URL(request.url).pathname)))).flat()"""
+        there = [f"/{file.relative_to(folder).as_posix()}" for file in folder.rglob("*") if file.is_file()]
+        page.wait_for_function(  # until nothing of the former site is kept
+            """async (there) => {
+                const caches_ = await Promise.all((await caches.keys()).map((name) => caches.open(name)));
+                const kept = (await Promise.all(caches_.map((cache) => cache.keys()))).flat();
+                return kept.length > 20 && kept.every(({ url }) => there.includes(new URL(url).pathname));
+            }""",
+            arg=["/", *there],
         )
         page.context.close()
-    there = {f"/{file.relative_to(folder).as_posix()}" for file in folder.rglob("*") if file.is_file()} | {"/"}
-    assert set(kept) <= there  # nothing of the former site
 
 
-def test_the_same_export_has_the_same_files(made: Made, tmp_path: Path) -> None:
+def test_the_same_export_has_the_same_files(exported: Exported, tmp_path: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tile_packs, "PACK_BYTES", PACK_BYTES)
-        export_site(made.dataset, list(DIMENSIONS), tmp_path / "again", lambda line: None)
+        export_site(exported.dataset, list(DIMENSIONS), tmp_path / "again", lambda line: None)
     first, second = (
         {file.relative_to(folder): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
-        for folder in (made.folder, tmp_path / "again")
+        for folder in (exported.folder, tmp_path / "again")
     )
     assert first == second
 
 
-def test_what_is_no_site_is_not_overwritten(made: Made, tmp_path: Path) -> None:
+def test_what_is_no_site_is_not_overwritten(exported: Exported, tmp_path: Path) -> None:
     for name, content in (("letter.txt", "dear"), ("site.json", "[]"), ("site.json", '{"mine": 1}')):
         (tmp_path / name).write_text(content)
         with pytest.raises(SynpipeError, match="holds something that is no earlier export: name another folder"):
-            export_site(made.dataset, ["tiny"], tmp_path, lambda line: None)
+            export_site(exported.dataset, ["tiny"], tmp_path, lambda line: None)
         assert (tmp_path / name).read_text() == content and len(list(tmp_path.iterdir())) == 1
         (tmp_path / name).unlink()
     with pytest.raises(SynpipeError, match="no index absent"):
-        export_site(made.dataset, ["absent"], tmp_path, lambda line: None)
+        export_site(exported.dataset, ["absent"], tmp_path, lambda line: None)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_tiles_of_another_version_stop_the_export(made: Made, tmp_path: Path) -> None:
-    stale = Dataset("made_up", made.dataset.spec, tmp_path / "store", tmp_path, {}, tmp_path)
-    write_tiles(stale, made.ids[::-1])
-    publish(made.dataset.base / "tiny.parquet", stale.lancedb_folder, "tiny", "a" * 32, lambda line: None)
+def test_tiles_of_another_version_stop_the_export(exported: Exported, tmp_path: Path) -> None:
+    stale = Dataset("made_up", exported.dataset.spec, tmp_path / "store", tmp_path, {}, tmp_path)
+    write_tiles(stale, exported.ids[::-1])
+    publish(exported.dataset.base / "tiny.parquet", stale.lancedb_folder, "tiny", "a" * 32, lambda line: None)
     with pytest.raises(
         SynpipeError, match="of other tiles than there are now: `synpipe materialize --dataset made_up --stale`"
     ):
         export_site(stale, ["tiny"], tmp_path / "site", lambda line: None)
     assert not (tmp_path / "site").exists()
+
+
+def test_the_command(made: Dataset, tmp_path: Path, page: Page) -> None:
+    """A data set as the pipeline makes it: nothing public, no map."""
+    run = run_synpipe(project_of(made), "export-site", str(tmp_path / "site"), "-e", "tiny", "-e", "other")
+    assert run.returncode == 0, run.stderr
+    assert "96 synapses in" in run.stdout and "MB before the first answer" in run.stdout
+    assert "tiny: 96 × " in run.stderr
+    (entry,) = json.loads((tmp_path / "site" / "site.json").read_text())["datasets"]
+    assert list(entry["encoders"]) == ["tiny", "other"] and entry["neuroglancer"] is None
+    with host(tmp_path / "site", ranges=True) as served:
+        page.goto(served.url)  # any synapse
+        page.locator(".neighbour button").first.click()
+        expect(page.locator(".neighbour img").first).to_be_visible()
+        expect(page.get_by_text("recall@4").first).to_be_visible()
+        page.goto(f"{served.url}?page=map")
+        expect(page.get_by_text("has no map")).to_be_visible()
+        page.goto(f"{served.url}?id=1")
+        expect(page.get_by_text("Synapse 1 is not on this site: it is unknown or was rejected.")).to_be_visible()
+    again = run_synpipe(project_of(made), "export-site", str(tmp_path), "-e", "tiny")
+    assert again.returncode == 1 and "no earlier export" in again.stderr
