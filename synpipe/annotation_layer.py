@@ -26,6 +26,7 @@ from synpipe.datasets import Dataset
 from synpipe.errors import SynpipeError
 from synpipe.links import Viewer, find_viewer
 from synpipe.manifests import read_manifest
+from synpipe.projection import PALETTE
 from synpipe.shards import atomic_folder, read_table
 from synpipe.volumes import REMOTE
 
@@ -40,7 +41,7 @@ SEED = 0  # the format wants the order within a cell to be random; ours is the s
 
 UNLABELLED, UNKNOWN = "unlabelled", "unknown"
 # Okabe and Ito's colours for all kinds of sight (https://jfly.uni-koeln.de/color/), without black; grey is for unlabelled.
-COLOURS = ("#e69f00", "#56b4e9", "#009e73", "#f0e442", "#0072b2", "#d55e00", "#cc79a7")
+COLOURS = (*PALETTE[:-1], "#f0e442")  # as on the map; black, the last there, is not seen on EM
 GREY = "#999999"
 
 

@@ -19,6 +19,7 @@ from typing import Annotated, Literal
 import numpy as np
 from pydantic import Field
 
+from synpipe.compression import unit_length
 from synpipe.specs import Spec
 
 Balance = Literal["balanced", "log", "none"]
@@ -88,7 +89,7 @@ class Probe:
         return log_softmax(self._logits(vectors) / self.temperature, axis=1)
 
     def _logits(self, vectors: np.ndarray) -> np.ndarray:
-        return (unit(vectors) @ self.weights.T).astype(np.float64) + self.bias
+        return (unit_length(vectors) @ self.weights.T).astype(np.float64) + self.bias
 
     def calibrated(self, vectors: np.ndarray, codes: np.ndarray) -> "Probe":
         """The probe with the temperature that fits these rows best (Guo et al., ICML 2017).
@@ -122,7 +123,7 @@ def fit_linear(
     usable = np.isin(validation_codes, known)
     validation_vectors, validation_codes = validation_vectors[usable], validation_codes[usable]
     weights_of_rows = class_weights(codes, classes, balance)[codes]
-    features = unit(vectors)
+    features = unit_length(vectors)
     mean = features.mean(axis=0)
     scale = np.maximum(features.std(axis=0), 1e-6)
     features = (features - mean) / scale
@@ -214,7 +215,3 @@ def balanced_log_loss(log_probabilities: np.ndarray, codes: np.ndarray) -> float
         doubt = 1 / (len(rows) + 2)
         losses.append(-(1 - doubt) * rows[:, code].mean() - doubt * rows[:, others].mean())
     return float(np.mean(losses))
-
-
-def unit(vectors: np.ndarray) -> np.ndarray:
-    return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)

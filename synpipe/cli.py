@@ -433,9 +433,12 @@ def compare(project: "Project", a: str | None, b: str | None, dataset: str, as_j
                 click.echo(
                     f"  {row['encoder']:<24} {row['dimensions']:>5} dimensions  {comparing.format_figure(figure)}"
                 )
-        click.echo("\nindex recall@10 against exact search")
+        click.echo(
+            "\nindex: recall@10 against exact search, median time of a query; size of a vector in the Parquet file"
+        )
         for row in rows:
-            click.echo(f"  {row['encoder']:<24} {row['index_recall']:.4f}")
+            costs = f"{row['index_recall']:.4f} {row['query_ms']:>8.1f} ms {row['bytes_per_vector']:>8,.0f} bytes"
+            click.echo(f"  {row['encoder']:<24} {costs}")
         return
     if b is None:
         raise SynpipeError(

@@ -197,14 +197,16 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
     """The figures that any encoder has, as a table: value and interval."""
     shown = [name for name in FIGURES if any(row[name] is not None for row in rows)]
     lines = [
-        f"| encoder | dimensions | {' | '.join(FIGURES[name].title for name in shown)} | index recall |",
-        "|---" * (len(shown) + 3) + "|",
+        f"| encoder | dimensions | {' | '.join(FIGURES[name].title for name in shown)} | index recall "
+        "| bytes a vector | ms a query |",
+        "|---" * (len(shown) + 5) + "|",
     ]
     for row in rows:
         cells = " | ".join(
             format_figure(Estimate(row[name], row[f"{name}_low"], row[f"{name}_high"])) for name in shown
         )
-        lines.append(f"| {row['encoder']} | {row['dimensions']} | {cells} | {row['index_recall']:.4f} |")
+        costs = f"{row['index_recall']:.4f} | {row['bytes_per_vector']:,.0f} | {row['query_ms']:.1f}"
+        lines.append(f"| {row['encoder']} | {row['dimensions']} | {cells} | {costs} |")
     return "\n".join(lines)
 
 

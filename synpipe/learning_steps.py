@@ -92,6 +92,7 @@ def make_scores(dataset: Dataset, name: str, inputs: Inputs, log: Log) -> Made:
     log(f"{len(again.places):,} places have been looked for")
 
     figures = evaluation.measure(rows, spec.seed)
+    index = read_manifest(dataset, f"index_{name}").counts
     groups = rows["group"][again.places]
     report = {
         "encoder": name,
@@ -100,7 +101,9 @@ def make_scores(dataset: Dataset, name: str, inputs: Inputs, log: Log) -> Made:
         "queries": len(queries),
         "places": len(again.places),
         "groups": len(np.unique(rows["group"])),
-        "index_recall": read_manifest(dataset, f"index_{name}").counts["recall"],
+        "index_recall": index["recall"],
+        "bytes_per_vector": read_manifest(dataset, f"embedding_table_{name}").counts["bytes_per_vector"],
+        "query_ms": index["query_ms"],
         "figures": {figure: asdict(value) for figure, value in figures.items()},
         "classes": {
             label: {figure: asdict(value) for figure, value in each.items()}
@@ -145,7 +148,7 @@ def make_evaluation(dataset: Dataset, inputs: Inputs, log: Log) -> Made:
     rows = []
     for name in judged:
         report = read_json(dataset.scores_path(name))
-        row = {key: report[key] for key in ("encoder", "dimensions", "queries", "places", "groups", "index_recall")}
+        row = {key: report[key] for key in ("encoder", "dimensions", "queries", "places", "groups", *evaluation.COSTS)}
         for figure, value in report["figures"].items():
             row |= {figure: value["value"], f"{figure}_low": value["low"], f"{figure}_high": value["high"]}
         rows.append(row | {"encoder_fingerprint": report["encoder_fingerprint"]})

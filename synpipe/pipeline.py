@@ -52,8 +52,8 @@ CODE_VERSIONS = {
     "projection": "1",
     "embedding_table": "1",
     "index": "1",
-    "scores": "1",
-    "evaluation": "1",
+    "scores": "2",
+    "evaluation": "2",
 }
 
 # The schema of the embedding table, Parquet and LanceDB, for other tools: a change of it raises the number.

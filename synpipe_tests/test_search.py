@@ -182,7 +182,7 @@ def test_the_index_agrees_with_the_exact_search(exact: SynapseIndex, large: Syna
 
 
 def test_a_rare_class_is_given_in_full_where_more_is_asked_for(either: SynapseIndex, truth: Truth, monkeypatch) -> None:
-    monkeypatch.setattr(search, "CLASS_NPROBES_FACTOR", 1)  # 16 of 64 partitions, which do not hold all of them
+    monkeypatch.setattr(search, "RARE_NPROBES_FACTOR", 1)  # 16 of 64 partitions, which do not hold all of them
     members = truth.columns["neurotransmitter"].count("serotonin")
     assert 10 < members < 60
     query = truth.columns["neurotransmitter"].index("gaba")
