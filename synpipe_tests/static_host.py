@@ -54,6 +54,10 @@ class _Handler(SimpleHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(part)
 
+    def handle(self) -> None:
+        with contextlib.suppress(ConnectionError):  # a browser that has left the page
+            super().handle()
+
     def send_header(self, keyword: str, value: str) -> None:
         if keyword == "Content-Length":
             self._length = int(value)

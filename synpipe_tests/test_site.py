@@ -18,7 +18,7 @@ from playwright.sync_api import Browser, ConsoleMessage, Page, expect
 
 from synpipe.datasets import Dataset, DatasetSpec
 from synpipe.errors import SynpipeError
-from synpipe.explorer import tile_packs
+from synpipe.explorer import column_files, tile_packs
 from synpipe.explorer.quantised import quantise
 from synpipe.explorer.site import Report, export_site
 from synpipe.index import publish
@@ -26,7 +26,8 @@ from synpipe.links import find_viewer
 from synpipe.manifests import Manifest, write_manifest
 from synpipe.search import METRICS, UNLABELLED
 from synpipe.shards import write_table
-from synpipe_tests.browser import CHROMIUM, chromium
+from synpipe_tests import tables
+from synpipe_tests.browser import CHROMIUM, QUIET, chromium
 from synpipe_tests.conftest import project_of, run_synpipe
 from synpipe_tests.static_host import Host, host
 from synpipe_tests.tables import clustered, embedding_table, unit
@@ -40,7 +41,7 @@ DIMENSIONS = {"tiny": 33, "other": 64}  # 33: no whole number of four
 FIRST_ID = 2**63 - 1 - COUNT  # the largest ids there are: no float64 tells two of them apart
 REGIONS = ("AL", "O'Brien", "<b>MB</b>", "' OR '1'='1", None)
 TILES = 40
-PACK_BYTES = 200_000  # many packs
+PACK_BYTES, PIECE_BYTES = 200_000, 20_000  # many packs, and more than one file of vectors
 VOXEL_NM_ZYX = (40.0, 4.0, 4.6)
 
 
@@ -116,6 +117,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Exported:
     log: list[str] = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tile_packs, "PACK_BYTES", PACK_BYTES)
+        patch.setattr(column_files, "PIECE_BYTES", PIECE_BYTES)
         report = export_site(dataset, list(DIMENSIONS), folder / "site", log.append)
     return Exported(dataset, folder / "site", report, ids, columns, vectors, tiles, log)
 
@@ -234,7 +236,7 @@ def stored_vectors(exported: Exported, encoder: str) -> np.ndarray:
 
 
 def read_columns(folder: Path, file: dict[str, Any]) -> dict[str, np.ndarray]:
-    content = (folder / file["path"]).read_bytes()
+    content = b"".join((folder / path).read_bytes() for path in file["paths"])
     assert len(content) == file["bytes"]
     content = gzip.decompress(content)
     return {
@@ -461,6 +463,18 @@ def wait_for_answer(page: Page) -> None:
     )
 
 
+def test_plain_http_has_neither_cache_nor_service_worker(exported: Exported, browser: Browser) -> None:
+    rules = "--host-resolver-rules=MAP lab.example 127.0.0.1"
+    with (
+        host(exported.folder, ranges=True) as served,
+        browser.browser_type.launch(executable_path=CHROMIUM, args=[*QUIET, rules], chromium_sandbox=False) as other,
+    ):
+        page = other.new_page()
+        page.goto(f"{served.url.replace('127.0.0.1', 'lab.example')}?id={exported.ids[5]}&per_class=2")
+        wait_for_answer(page)
+        assert page.evaluate("() => !isSecureContext && !('caches' in window)")
+
+
 def test_a_new_export_replaces_the_old_one(exported: Exported, browser: Browser, tmp_path: Path) -> None:
     folder = tmp_path / "site"
     export_site(exported.dataset, ["tiny"], folder, lambda line: None)
@@ -498,6 +512,7 @@ def test_a_new_export_replaces_the_old_one(exported: Exported, browser: Browser,
 def test_the_same_export_has_the_same_files(exported: Exported, tmp_path: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tile_packs, "PACK_BYTES", PACK_BYTES)
+        patch.setattr(column_files, "PIECE_BYTES", PIECE_BYTES)
         export_site(exported.dataset, list(DIMENSIONS), tmp_path / "again", lambda line: None)
     first, second = (
         {file.relative_to(folder): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
@@ -526,6 +541,14 @@ def test_tiles_of_another_version_stop_the_export(exported: Exported, tmp_path: 
         SynpipeError, match="of other tiles than there are now: `synpipe materialize --dataset made_up --stale`"
     ):
         export_site(stale, ["tiny"], tmp_path / "site", lambda line: None)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(tables.PROVENANCE, "dataset_version", "e" * 32)
+        path = embedding_table(tmp_path / "other.parquet", exported.vectors["other"], synapse_id=exported.ids)
+        publish(path, stale.lancedb_folder, "other", "a" * 32, lambda line: None)
+    with pytest.raises(
+        SynpipeError, match="tiny, other are of different versions of the synapses and cannot share a site"
+    ):
+        export_site(stale, ["tiny", "other"], tmp_path / "site", lambda line: None)
     assert not (tmp_path / "site").exists()
 
 
@@ -543,7 +566,7 @@ def test_the_command(made: Dataset, tmp_path: Path, page: Page) -> None:
         expect(page.locator(".neighbour img").first).to_be_visible()
         expect(page.get_by_text("recall@4").first).to_be_visible()
         page.goto(f"{served.url}?page=map")
-        expect(page.get_by_text("has no map")).to_be_visible()
+        expect(page.get_by_text("There is no map of tiny")).to_be_visible()
         page.goto(f"{served.url}?id=1")
         expect(page.get_by_text("Synapse 1 is not on this site: it is unknown or was rejected.")).to_be_visible()
     again = run_synpipe(project_of(made), "export-site", str(tmp_path), "-e", "tiny")

@@ -23,6 +23,7 @@ import pyarrow.compute as pc
 from synpipe.explorer.answers import ALIGNMENT
 
 NONE16 = 2**16 - 1
+PIECE_BYTES = 20_000_000  # hosts have limits: 25 MiB a file at Cloudflare Pages, 100 at GitHub
 
 Column = tuple[np.ndarray, dict[str, Any]]
 """An array, and what is said of it in `site.json` beside its place and type."""
@@ -62,7 +63,7 @@ class Files:
     folder: Path
 
     def write(self, kind: str, columns: Mapping[str, Column]) -> dict[str, Any]:
-        """Write a file of columns and describe it. offset: in bytes, of the unpacked file; length: in values."""
+        """Write columns into one or more files and describe them. offset: in bytes, unpacked; length: in values."""
         described, arrays, offset = [], [], 0
         for name, (values, more) in columns.items():
             content = values.astype(values.dtype.newbyteorder("<")).tobytes()
@@ -71,10 +72,12 @@ class Files:
             arrays.append(content + bytes(-len(content) % ALIGNMENT))
             offset += len(arrays[-1])
         packed = gzip.compress(b"".join(arrays), mtime=0)
-        path = f"data/{kind}-{hashlib.sha256(packed).hexdigest()[:16]}.bin"
+        pieces = [packed[start : start + PIECE_BYTES] for start in range(0, len(packed), PIECE_BYTES)]
+        paths = [f"data/{kind}-{hashlib.sha256(piece).hexdigest()[:16]}.bin" for piece in pieces]
         (self.folder / "data").mkdir(exist_ok=True)
-        (self.folder / path).write_bytes(packed)
-        return {"path": path, "bytes": len(packed), "columns": described}
+        for path, piece in zip(paths, pieces, strict=True):
+            (self.folder / path).write_bytes(piece)
+        return {"paths": paths, "bytes": len(packed), "columns": described}
 
     def keep(self, former: Path, path: str) -> None:
         """Take over a file or a folder of an earlier site."""

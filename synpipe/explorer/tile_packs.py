@@ -54,8 +54,8 @@ def write_tiles(
         (before,) = said["datasets"]
         if before["tiles"]["folder"] == folder:
             log(f"{len(rows):,} tiles are those of the earlier site")
-            files.keep(site, folder)
-            files.keep(site, before["tiles"]["places"]["path"])
+            for path in (folder, *before["tiles"]["places"]["paths"]):
+                files.keep(site, path)
             return before["tiles"]
     lengths, starts = _write_packs(files.folder / folder, open_tiles(dataset), rows, log)
     places = files.write("places", {"length": as_column(lengths), "pack": as_column(starts)})

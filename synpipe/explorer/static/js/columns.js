@@ -34,16 +34,14 @@ export async function ask(address, options = {}) {
 }
 
 /**
- * The columns of a file: {name: {array, kind, names}}.
+ * The columns of a file, which may be in several pieces: {name: {array, kind, names}}.
  * onBytes: called with the number of bytes that have come, each time some have.
  */
 export async function loadColumns(root, file, onBytes) {
-  const cache = await openCache(root);
-  const address = new URL(file.path, root);
-  const kept = await cache?.match(address);
-  const packed = kept ? await kept.blob() : await download(address, file.bytes, onBytes);
-  if (kept) onBytes(file.bytes);
-  else keep(cache, address, packed);
+  const packed = new Blob(await Promise.all(file.paths.map((path) => loadPiece(root, path, onBytes))));
+  if (packed.size !== file.bytes) {
+    throw new SourceError(`${file.paths[0]} came with ${packed.size} of ${file.bytes} bytes: reload the page.`);
+  }
   const unpacked = packed.stream().pipeThrough(new DecompressionStream("gzip"));
   const buffer = await new Response(unpacked).arrayBuffer();
   return Object.fromEntries(
@@ -54,7 +52,14 @@ export async function loadColumns(root, file, onBytes) {
   );
 }
 
-async function download(address, bytes, onBytes) {
+async function loadPiece(root, path, onBytes) {
+  const cache = await openCache(root);
+  const address = new URL(path, root);
+  const kept = await (await cache?.match(address))?.blob();
+  if (kept) {
+    onBytes(kept.size);
+    return kept;
+  }
   const response = await ask(address);
   const parts = [];
   for (const reader = response.body.getReader(); ; ) {
@@ -63,11 +68,9 @@ async function download(address, bytes, onBytes) {
     parts.push(value);
     onBytes(value.length);
   }
-  const packed = new Blob(parts);
-  if (packed.size !== bytes) {
-    throw new SourceError(`${address.pathname.split("/").pop()} came with ${packed.size} of ${bytes} bytes: reload the page.`);
-  }
-  return packed;
+  const piece = new Blob(parts);
+  keep(cache, address, piece);
+  return piece;
 }
 
 /** A full disk is no reason not to answer. */

@@ -123,8 +123,9 @@ async function open(dataset, encoder) {
 
 /** The columns of a file. What has failed to come is asked for again the next time. */
 function load(file, what) {
-  if (!held.has(file.path)) held.set(file.path, fetchFile(file, what).catch((error) => (held.delete(file.path), Promise.reject(error))));
-  return held.get(file.path);
+  const [path] = file.paths;
+  if (!held.has(path)) held.set(path, fetchFile(file, what).catch((error) => (held.delete(path), Promise.reject(error))));
+  return held.get(path);
 }
 
 async function fetchFile(file, what) {
