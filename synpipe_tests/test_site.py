@@ -430,6 +430,17 @@ def test_progress_is_told_in_bytes(exported: Exported, source: Page) -> None:
     assert all(before["loaded"] <= after["loaded"] for before, after in pairwise(told))
 
 
+def test_what_came_in_part_is_asked_for_again(exported: Exported, source: Page) -> None:
+    asked = (
+        f"source.search({{dataset: 'made_up', encoder: 'tiny', id: '{exported.ids[0]}', metric: 'l2', perClass: 4}})"
+    )
+    files = "**/data/vectors-*"
+    source.context.route(files, lambda route: route.fulfill(body=b"half"))
+    assert "bytes: try again" in failure(source, asked)["message"]
+    source.context.unroute(files)
+    assert len(source.evaluate(asked)["groups"]) == len(GROUPS)
+
+
 def test_a_reload_downloads_nothing_and_needs_no_network(exported: Exported, page: Page) -> None:
     hosts: set[str | None] = set()
     page.on("request", lambda request: hosts.add(urlsplit(request.url).netloc))

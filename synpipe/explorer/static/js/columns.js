@@ -38,10 +38,13 @@ export async function ask(address, options = {}) {
  * onBytes: called with the number of bytes that have come, each time some have.
  */
 export async function loadColumns(root, file, onBytes) {
-  const packed = new Blob(await Promise.all(file.paths.map((path) => loadPiece(root, path, onBytes))));
+  const cache = await openCache(root);
+  const pieces = await Promise.all(file.paths.map((path) => loadPiece(cache, new URL(path, root), onBytes)));
+  const packed = new Blob(pieces.map(({ blob }) => blob));
   if (packed.size !== file.bytes) {
-    throw new SourceError(`${file.paths[0]} came with ${packed.size} of ${file.bytes} bytes: reload the page.`);
+    throw new SourceError(`${file.paths[0]} came with ${packed.size} of ${file.bytes} bytes: try again.`);
   }
+  for (const { address, blob, kept } of pieces) if (!kept) keep(cache, address, blob);
   const unpacked = packed.stream().pipeThrough(new DecompressionStream("gzip"));
   const buffer = await new Response(unpacked).arrayBuffer();
   return Object.fromEntries(
@@ -52,25 +55,25 @@ export async function loadColumns(root, file, onBytes) {
   );
 }
 
-async function loadPiece(root, path, onBytes) {
-  const cache = await openCache(root);
-  const address = new URL(path, root);
+async function loadPiece(cache, address, onBytes) {
   const kept = await (await cache?.match(address))?.blob();
   if (kept) {
     onBytes(kept.size);
-    return kept;
+    return { address, blob: kept, kept: true };
   }
   const response = await ask(address);
   const parts = [];
-  for (const reader = response.body.getReader(); ; ) {
-    const { done, value } = await reader.read();
-    if (done) break;
-    parts.push(value);
-    onBytes(value.length);
+  try {
+    for (const reader = response.body.getReader(); ; ) {
+      const { done, value } = await reader.read();
+      if (done) break;
+      parts.push(value);
+      onBytes(value.length);
+    }
+  } catch {
+    throw new SourceError("The connection broke off: try again.");
   }
-  const piece = new Blob(parts);
-  keep(cache, address, piece);
-  return piece;
+  return { address, blob: new Blob(parts), kept: false };
 }
 
 /** A full disk is no reason not to answer. */
