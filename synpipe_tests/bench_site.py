@@ -7,6 +7,7 @@ SynOminous' way is its own query in PGlite with pgvector, in Node; npm fetches t
 
 import argparse
 import gzip
+import io
 import json
 import os
 import platform
@@ -14,25 +15,30 @@ import shutil
 import subprocess
 import tempfile
 import time
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import h5py
 import numpy as np
 import pyarrow as pa
+from PIL import Image
 from playwright.sync_api import Page
 
 from synpipe.datasets import NEUROTRANSMITTERS, Dataset, DatasetSpec
 from synpipe.explorer import site
+from synpipe.explorer.tile_packs import jpeg
 from synpipe.index import publish
+from synpipe.tiles import SECTIONS, TILE_PX
 from synpipe_tests.bench_projection import vectors_like_an_encoders
 from synpipe_tests.browser import chromium
 from synpipe_tests.static_host import Host, host
 from synpipe_tests.tables import embedding_table
 
 ROWS, DIMENSIONS = 103_511, 128
-QUERIES, PGLITE_QUERIES = 101, 21
+QUERIES, PGLITE_QUERIES, TILES = 101, 21, 40
 FIRST_MB_BAR, ANSWER_MS_BAR = 20, 100
 PGLITE = {"@electric-sql/pglite": "0.5.14", "@electric-sql/pglite-pgvector": "0.0.15"}
 SYNOMINOUS = Path(__file__).parent / "node" / "synominous.mjs"
@@ -55,6 +61,7 @@ def main() -> None:
             found = measure(context.new_page(), served, columns["synapse_id"])
         beside = synominous(folder, vectors, columns)
     show(report.recall["made_up"], found, beside)
+    show_tiles()
 
 
 def rows_of(count: int) -> tuple[np.ndarray, dict[str, Any], str]:
@@ -228,6 +235,41 @@ def show(recall: dict[str, Any], found: dict[str, Any], beside: dict[str, Any] |
         print(f"PGlite beside it is left out: {beside}.")
     met = first <= FIRST_MB_BAR and answer <= ANSWER_MS_BAR and found["reload_bytes"] == 0
     print("every bar is met" if met else "A BAR IS MISSED")
+
+
+def show_tiles() -> None:
+    """Size, time and fidelity of tiles of real ssTEM, where that is there, in the form of the packs and in others."""
+    path = Path(os.environ.get("SYNPIPE_REAL_DATA", "../shared/em")) / "vnc_stack1.h5"
+    if not path.exists():
+        return
+    with h5py.File(path) as file:
+        volume = file["volumes/raw"][:]
+    random = np.random.default_rng(0)
+    starts = random.integers(0, np.array(volume.shape) - (SECTIONS - 1, TILE_PX, TILE_PX), (TILES, 3))
+    tiles = [volume[z : z + SECTIONS, y : y + TILE_PX, x : x + TILE_PX] for z, y, x in starts]
+
+    def pillow(form: str, **options: Any) -> Callable[[np.ndarray], bytes]:
+        def encode(tile: np.ndarray) -> bytes:
+            buffer = io.BytesIO()
+            Image.fromarray(tile.transpose(1, 2, 0)).save(buffer, form, **options)
+            return buffer.getvalue()
+
+        return encode
+
+    print(f"\n{f'{TILES} tiles of ssTEM':<48} {'kB':>12} {'CPU ms':>8}   PSNR (dB) of z−1, z, z+1")
+    for name, encode in (
+        ("JPEG, as in the packs", jpeg),
+        ("PNG", pillow("PNG")),
+        ("WebP, quality 90", pillow("WEBP", quality=90)),
+        ("AVIF 4:4:4, quality 68", pillow("AVIF", quality=68, subsampling="4:4:4", speed=8)),
+    ):
+        began = time.process_time()
+        images = [encode(tile) for tile in tiles]
+        cpu_ms = 1000 * (time.process_time() - began) / TILES
+        seen = [np.asarray(Image.open(io.BytesIO(image)).convert("RGB")).transpose(2, 0, 1) for image in images]
+        errors = np.mean([(a - b.astype(float)) ** 2 for a, b in zip(seen, tiles, strict=True)], axis=(0, 2, 3))
+        fidelity = "exact" if not errors.any() else " ".join(f"{10 * np.log10(255**2 / error):.1f}" for error in errors)
+        print(f"{name:<48} {np.mean([len(image) for image in images]) / 1000:>12.1f} {cpu_ms:>8.1f}   {fidelity}")
 
 
 if __name__ == "__main__":

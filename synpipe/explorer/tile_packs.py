@@ -3,8 +3,9 @@
 In: the tiles of the rows of a site. Out: a folder of files, each JPEG files one after another in the order of the rows, and a
 file of columns that says where each begins.
 
-JPEG without subsampling of colours, which here are sections. Measured on ssTEM (vnc_stack1): 40 kB a tile; PNG takes 157, WebP
-halves the resolution of two of the sections, AVIF of the same fidelity saves a fifth and takes forty times as long.
+JPEG without subsampling of colours, which here are sections: 40 kB a tile of ssTEM, where PNG takes 157. WebP halves the
+resolution of two of the sections; AVIF of the same fidelity saves a quarter and takes thirty times as long
+(`python -m synpipe_tests.bench_site`).
 """
 
 import io
@@ -78,14 +79,16 @@ def _write_packs(folder: Path, reader: TileReader, rows: np.ndarray, log: Log) -
     return lengths, np.array([*starts, len(rows)], np.uint32)
 
 
+def jpeg(tile: np.ndarray) -> bytes:
+    """tile: uint8 (3, y, x)."""
+    buffer = io.BytesIO()
+    Image.fromarray(tile.transpose(1, 2, 0)).save(buffer, "JPEG", quality=TILE_QUALITY, subsampling=0, optimize=True)
+    return buffer.getvalue()
+
+
 def _images(reader: TileReader, rows: np.ndarray, progress: Progress) -> Iterator[bytes]:
     def encode(row: int) -> bytes:
-        (tile,) = reader.read(np.array([row]))
-        buffer = io.BytesIO()
-        Image.fromarray(tile.transpose(1, 2, 0)).save(
-            buffer, "JPEG", quality=TILE_QUALITY, subsampling=0, optimize=True
-        )
-        return buffer.getvalue()
+        return jpeg(reader.read(np.array([row]))[0])
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow lets go of the interpreter's lock
         for start in range(0, len(rows), TILES_AT_ONCE):
