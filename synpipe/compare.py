@@ -72,6 +72,7 @@ class Comparison:
 
 def encoders_table(dataset: Dataset) -> list[dict[str, Any]]:
     """A row per encoder that was judged, in the order of the data set. Raises `SynpipeError` where none was."""
+    _spec(dataset)
     return read_table(dataset.evaluation_path).to_pylist()
 
 
@@ -80,7 +81,7 @@ def compare(dataset: Dataset, a: str, b: str) -> Comparison:
     same."""
     if a == b:
         raise SynpipeError(f"{a} cannot be compared with itself: name two of {', '.join(dataset.encoders)}.")
-    seed = dataset.spec.evaluation.seed
+    seed = _spec(dataset).seed
     told_a, told_b = (read_json(dataset.scores_path(name)) for name in (a, b))
     table_a, table_b = (read_table(dataset.queries_path(name)).sort_by("synapse_id") for name in (a, b))
     table_a = table_a.filter(pc.is_in(table_a["synapse_id"], table_b["synapse_id"]))
@@ -139,6 +140,14 @@ def _queries(table_a: pa.Table, table_b: pa.Table) -> list[Query]:
         for a, b in pairs
         if a["nearest"] is not None and b["nearest"] is not None
     ]
+
+
+def _spec(dataset: Dataset) -> evaluation.EvaluationSpec:
+    if dataset.spec.evaluation is None:
+        raise SynpipeError(
+            f"{dataset.name}.yaml says `evaluation: null`, so that no encoder is judged: take that line out and materialise."
+        )
+    return dataset.spec.evaluation
 
 
 def _rows(table: pa.Table) -> evaluation.Rows:

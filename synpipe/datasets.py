@@ -41,7 +41,7 @@ class DatasetSpec(Spec):
     title: a sentence for people. synthetic: makes the volume and the annotations on the spot (the demo). volume,
     annotations: where the data is; relative paths start at the folder of the YAML file, or of what `synthetic` makes.
     classes: values that the class column `neurotransmitter` may have. tiles: the recipe. split: what is learnt from and
-    what it is held against. evaluation: how much is measured. classifier: how classes are predicted; null: not
+    what it is held against. evaluation: how much is measured; null: nothing. classifier: how classes are predicted; null: not
     at all. encoders: names of entries of `encoders.yaml`, or `<name>+pca32` and `<name>+ae32` (see `compression`), the
     first being the default; each is a branch of the graph. projection: how the maps are drawn; null draws none.
     max_reject_share: the share of the synapses that may be rejected, for whatever reason, before the check of `rejects`
@@ -56,7 +56,7 @@ class DatasetSpec(Spec):
     tiles: TileSpec = TileSpec()
     split: SplitSpec = SplitSpec()
     classifier: ClassifierSpec | None = LinearSpec()
-    evaluation: EvaluationSpec = EvaluationSpec()
+    evaluation: EvaluationSpec | None = EvaluationSpec()
     encoders: tuple[str, ...] = Field(min_length=1)
     projection: ProjectionSpec | None = ProjectionSpec()
     max_reject_share: float = Field(0.05, ge=0, le=1)

@@ -132,9 +132,12 @@ def _declaration(spec: EncoderSpec) -> dict[str, Any]:
         "args": spec.args,
         "precision": spec.precision,
         "method": _METHOD,
-        "torch": version("torch"),
-        "timm": version("timm"),
+        "torch": _version("torch"),
+        "timm": _version("timm"),
     }
+
+
+_version = lru_cache(version)  # it reads a file for 6 ms, and `status` asks for every step of every encoder
 
 
 def _sha256(path: Path) -> str:

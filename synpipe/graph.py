@@ -101,7 +101,7 @@ SOURCES = {"volume": pipeline.volume_version, "annotations": pipeline.annotation
 
 
 def steps(dataset: Dataset) -> list[Step]:
-    """A trunk, a branch of assets per encoder, and the evaluation that gathers their figures.
+    """A trunk, a branch of assets per encoder, and the evaluation that gathers their figures, unless it is switched off.
 
     The branch of a compressed encoder grows out of that of its base. The identity of an encoder describes all of its branch:
     Dagster's staleness looks one hop up only.
@@ -176,16 +176,21 @@ def steps(dataset: Dataset) -> list[Step]:
                 dataset.table_path(encoder),
             ),
             Step(dataset, "index", encoder, (table,), who, pipeline.make_index),
-            Step(
-                dataset,
-                "scores",
-                encoder,
-                ("volume", "rgb_tiles", "split", table, f"index_{encoder}"),
-                [who, spec.evaluation],
-                learning_steps.make_scores,
-                dataset.scores_path(encoder),
-            ),
         ]
+        if spec.evaluation is not None:
+            found.append(
+                Step(
+                    dataset,
+                    "scores",
+                    encoder,
+                    ("volume", "rgb_tiles", "split", table, f"index_{encoder}"),
+                    [who, spec.evaluation],
+                    learning_steps.make_scores,
+                    dataset.scores_path(encoder),
+                )
+            )
+    if spec.evaluation is None:
+        return found
     judged = tuple(f"scores_{encoder}" for encoder in dataset.encoders)
     make = learning_steps.make_evaluation
     everyone = [dataset.identity(encoder) for encoder in dataset.encoders]

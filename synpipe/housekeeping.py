@@ -6,7 +6,7 @@ would take up: while the tiles or an encoder's vectors are out of date, none of 
 versions of an index hold their own vectors and lose nothing.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,7 +30,7 @@ def leftovers(dataset: Dataset) -> list[Leftover]:
     """Files that can be removed without any asset or version losing anything; making them again would cost work."""
     fresh = {state.asset for state in states(dataset) if state.state == "fresh"}
     # Manifests first: without them an asset whose files are gone counts as missing, also when the removal is killed.
-    found = [*_of_dropped_encoders(dataset), *_damaged(dataset)]
+    found = [*_of_dropped_assets(dataset), *_damaged(dataset)]
     if "rgb_tiles" in fresh:
         found += _tiles(dataset)
     if {step.asset for step in steps(dataset) if step.kind == "embeddings"} <= fresh:
@@ -45,24 +45,26 @@ def remove(found: Iterable[Leftover]) -> None:
         leftover.path.unlink(missing_ok=True)
 
 
-def _of_dropped_encoders(dataset: Dataset) -> list[Leftover]:
+def _of_dropped_assets(dataset: Dataset) -> list[Leftover]:
+    """Of encoders that the data set no longer names, and of what its spec has switched off."""
     assets = {step.asset for step in steps(dataset)}
-    manifests = [path for path in _files(dataset.manifest_path("any").parent, "*.json") if path.stem not in assets]
-    places = (
-        dataset.table_path,
-        dataset.projection_path,
-        dataset.former_table_path,
-        dataset.predictions_path,
-        dataset.neuron_predictions_path,
-        dataset.queries_path,
+    found = [path for path in _files(dataset.manifest_path("any").parent, "*.json") if path.stem not in assets]
+    places: tuple[tuple[str, Callable[[str], Path]], ...] = (
+        ("embedding_table", dataset.table_path),
+        ("embedding_table", dataset.former_table_path),
+        ("projection", dataset.projection_path),
+        ("classifier", dataset.predictions_path),
+        ("classifier", dataset.neuron_predictions_path),
+        ("scores", dataset.scores_path),
+        ("scores", dataset.queries_path),
     )
-    folders = [path("any").parent for path in places]
-    tables = [path for folder in folders for path in _files(folder, "*.parquet") if path.stem not in dataset.encoders]
-    scores = _files(dataset.scores_path("any").parent, "*.json")
-    manifests += [path for path in scores if path.stem not in dataset.encoders]
-    scores = _files(dataset.scores_path("any").parent, "*.json")
-    manifests += [path for path in scores if path.stem not in dataset.encoders]
-    return [_leftover(path, "of an encoder that the data set does not name") for path in manifests + tables]
+    for kind, place in places:
+        example = place("any")
+        files = _files(example.parent, f"*{example.suffix}")
+        found += [path for path in files if f"{kind}_{path.stem}" not in assets]
+    if "evaluation" not in assets:
+        found += _files(dataset.evaluation_path.parent, dataset.evaluation_path.name)
+    return [_leftover(path, "of an encoder or a step that the data set no longer has") for path in found]
 
 
 def _damaged(dataset: Dataset) -> list[Leftover]:

@@ -48,6 +48,7 @@ def make_split(dataset: Dataset, inputs: Inputs, log: Log) -> Made:
 def make_scores(dataset: Dataset, name: str, inputs: Inputs, log: Log) -> Made:
     """Judge an encoder: figures with intervals (JSON), and what each query found (Parquet)."""
     spec = dataset.spec.evaluation
+    assert spec is not None  # else the graph has no such step
     synapses, starts, window = synapses_with_tiles(dataset)
     made = read_manifest(dataset, f"embeddings_{name}").counts
     table = read_table(dataset.table_path(name), ["synapse_id", "vector"]).sort_by("synapse_id")

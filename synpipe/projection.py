@@ -61,8 +61,10 @@ def fit_map(vectors: np.ndarray, spec: ProjectionSpec) -> tuple[np.ndarray, Plac
         _, _, axes = np.linalg.svd(unit - mean, full_matrices=False)
         axes = np.pad(axes[:2], ((0, max(0, 2 - len(axes))), (0, 0)))
         return (unit - mean) @ axes.T, lambda others: (unit_length(others) - mean) @ axes.T
+    import torch
     import umap
 
+    threads = torch.get_num_threads()
     model = umap.UMAP(
         n_neighbors=spec.n_neighbours,
         min_dist=spec.min_dist,
@@ -74,6 +76,9 @@ def fit_map(vectors: np.ndarray, spec: ProjectionSpec) -> tuple[np.ndarray, Plac
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of umap and numba: of little use to a person who draws a map
         places = model.fit_transform(unit)
+    # When numba starts its threads it sets OpenMP's number of them for the whole process, and with another number torch, in the
+    # steps that follow, would add up in another order.
+    torch.set_num_threads(threads)
 
     def place(others: np.ndarray) -> np.ndarray:
         with warnings.catch_warnings():

@@ -29,6 +29,7 @@ from synpipe.manifests import read_manifest
 from synpipe.pipeline import shard_name
 from synpipe.shards import read_table
 from synpipe.synthetic import SyntheticSpec, make_demo
+from synpipe_tests.conftest import QUICK_EVALUATION
 
 NAME = "mine"
 SPEC = {
@@ -40,10 +41,13 @@ SPEC = {
     "projection": None,
     "max_reject_share": 1,  # bad rows are meant
     "classifier": None,  # `test_classifier` has those
+    "evaluation": QUICK_EVALUATION,
 }
+# Small networks of different architecture and dimensions. The last bits of what the first says of a tile do not depend on the
+# batch, on which those of a compressed encoder, and so the version of its fit, rest.
 ENCODERS = {
     "tiny": {"model": "resnet10t", "weights": "random", "seed": 0, "crop_px": 64, "precision": "fp32"},
-    "other": {"model": "regnety_002", "weights": "random", "seed": 0, "crop_px": 64, "precision": "fp32"},
+    "other": {"model": "test_vit", "weights": "random", "seed": 0, "crop_px": 64, "precision": "fp32"},
 }
 VOLUME = SyntheticSpec(seed=1, shape_zyx=(10, 640, 640), n_synapses=40, n_neurons=12, n_missing_sections=1)
 
@@ -224,9 +228,10 @@ def make(folder: Path) -> Own:
     return own
 
 
-def copy(made: Own, folder: Path, patch: pytest.MonkeyPatch) -> Own:
-    """A copy with its own Dagster history, for a test to change."""
-    at_home(patch)
+def copy(made: Own, folder: Path, patch: pytest.MonkeyPatch | None = None) -> Own:
+    """A copy with its own Dagster history, for a test to change. patch: of a test that goes through Dagster."""
+    if patch is not None:
+        at_home(patch)
     shutil.copytree(made.folder, folder, dirs_exist_ok=True)
     return Own(folder)
 

@@ -5,17 +5,20 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import yaml
 
 from synpipe.datasets import Dataset, Project
 
+if TYPE_CHECKING:
+    from synpipe_tests.changes import Own
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 
-# Two test workers share two cores; torch would otherwise start two threads in each of them.
-os.environ.setdefault("OMP_NUM_THREADS", "1")
-
+# An evaluation of a small data set takes two seconds an encoder, ten times what all of the other steps take.
+QUICK_EVALUATION = {"queries": 10, "places": 10, "singles": 1}
 SMALL_DEMO = {
     "title": "A small synthetic volume",
     "synthetic": {"seed": 1, "shape_zyx": [12, 1024, 1024], "n_synapses": 96, "n_neurons": 18, "n_missing_sections": 1},
@@ -23,6 +26,7 @@ SMALL_DEMO = {
     "annotations": [{"format": "table", "path": "synapses.csv", "columns": {"x": "x_nm", "y": "y_nm", "z": "z_nm"}}],
     "tiles": {"shards": 3},
     "encoders": ["tiny", "other"],
+    "evaluation": QUICK_EVALUATION,
     "projection": None,  # umap takes twenty seconds to import and compile; `test_projection` has the maps
 }
 # Two networks that embed a hundred tiles in about a second.
@@ -65,6 +69,22 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
     result = run_synpipe(project, "materialize", "--dataset", "demo")
     assert result.returncode == 0, result.stderr
     return project.dataset("demo")
+
+
+@pytest.fixture(scope="session")
+def template(tmp_path_factory: pytest.TempPathFactory) -> "Own":
+    """Files that can be edited, with everything materialised. Shared: copy it, do not change it."""
+    from synpipe_tests import changes  # Dagster and LanceDB, four seconds that most files of tests can do without
+
+    return changes.make(tmp_path_factory.mktemp("template"))
+
+
+@pytest.fixture
+def own(template: "Own", tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> "Own":
+    """A copy of that, for a test to change."""
+    from synpipe_tests import changes
+
+    return changes.copy(template, tmp_path / "own", monkeypatch)
 
 
 def project_of(dataset: Dataset) -> Project:

@@ -1,15 +1,16 @@
-"""A small fine-tuning that can be killed: `python -m synpipe_tests.finetune_once FOLDER` runs it, or carries on.
+"""A small fine-tuning that kills itself: `python -m synpipe_tests.finetune_once FOLDER NUMBER`.
 
-Tiles are noise of three grains. A checkpoint is written after every step, and what reads the tiles takes its time, so that
-a kill hits the middle of an epoch.
+Tiles are noise of three grains. A checkpoint is written after every step and every epoch, the one of that number by half.
 """
 
+import os
+import signal
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from synpipe import finetuning
 from synpipe.classifier import FinetuneSpec
@@ -33,13 +34,12 @@ def tiles() -> np.ndarray:
     return found
 
 
-def run(folder: Path, pause_s: float = 0.0, said: list[str] | None = None, **changes: Any) -> dict[str, Any]:
+def run(folder: Path, said: list[str] | None = None, **changes: Any) -> dict[str, Any]:
     """The first half is for training, the next quarter for validation, and the last must not be read."""
     content = tiles()
 
     def read(rows: np.ndarray) -> np.ndarray:
         assert rows.max() < COUNT * 3 // 4
-        time.sleep(pause_s)
         return content[rows]
 
     parts = (np.arange(COUNT // 2), np.arange(COUNT // 2, COUNT * 3 // 4))
@@ -49,6 +49,22 @@ def run(folder: Path, pause_s: float = 0.0, said: list[str] | None = None, **cha
     return finetune(spec, ENCODER, folder, read, training, validation, 3, folder, log, device="cpu")
 
 
+def kill_while_saving(number: int) -> None:
+    """Let this process be killed when half of a checkpoint is written."""
+    save, saved = torch.save, 0
+
+    def counted(state: Any, path: Path) -> None:
+        nonlocal saved
+        saved += 1
+        save(state, path)
+        if saved == number:
+            os.truncate(path, path.stat().st_size // 2)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    torch.save = counted
+
+
 if __name__ == "__main__":
     finetuning.CHECKPOINT_S = 0.0
-    run(Path(sys.argv[1]), pause_s=0.3)
+    kill_while_saving(int(sys.argv[2]))
+    run(Path(sys.argv[1]))

@@ -27,9 +27,11 @@ DATASET = {
     "volume": {"path": "volume.h5"},
     "annotations": [{"format": "table", "path": "synapses.csv", "columns": {"x": "x_nm", "y": "y_nm", "z": "z_nm"}}],
     "tiles": {"shards": 3, "block_voxels_zyx": [2, 128, 128]},
-    "projection": None,
     "max_reject_share": 1,  # bad rows are meant
+    # What learns from the vectors takes longer than all else, and these data sets are made a hundred times.
     "classifier": None,
+    "projection": None,
+    "evaluation": None,
 }
 # The smallest networks that timm has, for tests; a forward pass takes a millisecond.
 ENCODER = {"weights": "random", "crop_px": 64, "precision": "fp32"}

@@ -1,6 +1,6 @@
 """A process that materialises in forks of itself, each of which can be killed with SIGKILL at any of its writes.
 
-Run as `python -m synpipe_tests.killable`, it imports torch, timm and LanceDB once, ten seconds that each fork saves. In: one
+Run as `python -m synpipe_tests.killable`, it imports what is slow to import once, ten seconds that each fork saves. In: one
 JSON line per materialisation, see `Killable.materialise`. Out: one line each, a `Materialised`. A fork makes, without
 Dagster, exactly what is out of date. Parts are of `PART` tiles, so that a small data set has several in each shard.
 """
@@ -25,13 +25,15 @@ from synpipe.shards import TEMPORARY_PREFIX
 
 PART = 4
 HANGS_S = 120
+KINDS = {"index": b"p"} | dict.fromkeys(("classifier", "projection", "scores", "evaluation"), b"l")
 # Files whose every call and return is a moment: those that write, ours and LanceDB's.
 WRITERS = ("/synpipe/shards.py", "/synpipe/table.py", "/synpipe/index.py", "/lancedb/table.py", "/lancedb/db.py")
 
 
 @dataclass(frozen=True)
 class Materialised:
-    """moments: those at which the fork could have been killed, `w` for a write, `p` while an index was published.
+    """moments: those at which the fork could have been killed, `w` for a write, `p` while an index was published, `l` while
+    something was learnt or judged.
     cut_outs, embedded: tiles, counted as the work on them was begun."""
 
     killed: bool
@@ -77,6 +79,9 @@ def killable() -> Iterator[Killable]:
 
 def main() -> None:
     import lancedb  # noqa: F401
+    import sklearn.linear_model
+    import sklearn.pipeline
+    import sklearn.preprocessing  # noqa: F401
     import timm  # noqa: F401
     import torch
 
@@ -145,7 +150,7 @@ def materialise(order: dict[str, Any], mark: Callable[[bytes], Any]) -> None:
     stale = {state.asset for state in states(dataset) if state.state != "fresh"}
     for step in steps(dataset):
         if step.asset in stale:
-            kind = b"p" if step.kind == "index" else b"w"
+            kind = KINDS.get(step.kind, b"w")
             step.run(lambda message: None)
 
 

@@ -14,9 +14,11 @@ from synpipe.datasets import Dataset, Project
 from synpipe.errors import SynpipeError
 from synpipe.evaluation import FIGURES, Estimate
 from synpipe.graph import states, steps
+from synpipe.housekeeping import leftovers, remove
 from synpipe.shards import read_table, write_table
-from synpipe_tests.command import answer, invoke, refusal
-from synpipe_tests.conftest import project_of
+from synpipe_tests.changes import NAME, TRUNK, Own, branch
+from synpipe_tests.command import answer, files, invoke, refusal
+from synpipe_tests.conftest import QUICK_EVALUATION, project_of
 
 
 def own_copy(made: Dataset, folder: Path) -> Dataset:
@@ -103,6 +105,25 @@ def test_one_encoder_alone_can_be_judged_and_the_evaluation_waits_for_the_other(
     assert [row["encoder"] for row in compare.encoders_table(dataset)] == ["tiny"]
     (state,) = (each for each in states(dataset) if each.asset == "evaluation")
     assert (state.state, state.reasons) == ("stale", ("scores_other is out of date",))
+
+
+def test_switched_off_nothing_is_judged_and_the_figures_may_go(own: Own):
+    own.edit_dataset(lambda content: content.update(evaluation=None))
+    scores = {f"scores_{encoder}" for encoder in own.dataset.encoders}
+    assert {step.asset for step in steps(own.dataset)} == TRUNK | branch("tiny", "other") - scores - {"evaluation"}
+    assert own.outdated() == {}
+    for names in ((), ("tiny", "other")):
+        assert "`evaluation: null`" in refusal(invoke(own.project, "compare", *names, "--dataset", NAME))
+
+    before = files(own.dataset.folder)
+    remove(leftovers(own.dataset))
+    gone = before.keys() - files(own.dataset.folder).keys()
+    figures = {f"evaluation/{encoder}.{kind}" for encoder in own.dataset.encoders for kind in ("json", "parquet")}
+    assert gone == figures | {"evaluation.parquet", *(f"manifests/{asset}.json" for asset in scores | {"evaluation"})}
+    assert own.outdated() == {} and leftovers(own.dataset) == []
+
+    own.edit_dataset(lambda content: content.update(evaluation=QUICK_EVALUATION))
+    assert own.outdated() == dict.fromkeys(scores | {"evaluation"}, "missing")
 
 
 def test_figures_are_written_as_in_papers():

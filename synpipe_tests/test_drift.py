@@ -19,11 +19,10 @@ ENCODERS = ["tiny", "tiny+pca8"]
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Own:
+def made(template: Own, tmp_path_factory: pytest.TempPathFactory) -> Own:
     """A network and what is fitted on it, materialised once. Shared: copy it, do not change it."""
-    folder = tmp_path_factory.mktemp("made")
-    own = changes.make(folder)
-    own.edit_dataset(lambda content: content.update(encoders=ENCODERS))
+    own = changes.copy(template, tmp_path_factory.mktemp("made"))
+    own.edit_dataset(lambda content: content.update(encoders=ENCODERS, evaluation=None))
     make_outdated(own.dataset)
     return own
 
@@ -117,7 +116,7 @@ def test_another_network_under_the_same_name_is_told_as_such(own: Own) -> None:
         found = finding(own, encoder)
         assert (found.passed, found.severity) == (False, "warning")
         assert "The encoder changed" in found.description
-    own.edit_encoders(lambda entries: entries["tiny"].update(model="regnety_002"))  # of other dimensions
+    own.edit_encoders(lambda entries: entries["tiny"].update(model="test_vit"))  # of other dimensions
     make_outdated(own.dataset)
     assert "The encoder changed" in finding(own).description
 

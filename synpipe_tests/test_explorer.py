@@ -60,7 +60,7 @@ class Site:
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
     """The small demo with a map, of the kind that few synapses get: made at once."""
-    project = write_project(tmp_path_factory.mktemp("explored"), projection={"n_neighbours": 200})
+    project = write_project(tmp_path_factory.mktemp("explored"), projection={"n_neighbours": 200}, evaluation=None)
     result = run_synpipe(project, "materialize", "--dataset", "demo")
     assert result.returncode == 0, result.stderr
     return project

@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow.compute as pc
 import pytest
 
+from synpipe import index as index_module
 from synpipe import search
 from synpipe.annotations import SYNAPSE_SCHEMA
 from synpipe.encoders import open_encoder
@@ -27,22 +28,10 @@ from synpipe.search import METRICS, SynapseIndex
 from synpipe.shards import read_table
 from synpipe.table import write_embedding_table
 from synpipe.tiles import TileReader
-from synpipe_tests import changes
 from synpipe_tests.changes import NAME, TRUNK, Killed, Own, branch, killed_at_the_end, make_outdated, same_store
 from synpipe_tests.command import answer, files
 from synpipe_tests.tables import PROVENANCE, clustered, synapses, tiles_of
 from synpipe_tests.test_search import make as index_of
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Own:
-    """Everything materialised. Shared: copy it, do not change it."""
-    return changes.make(tmp_path_factory.mktemp("made"))
-
-
-@pytest.fixture
-def own(made: Own, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Own:
-    return changes.copy(made, tmp_path / "own", monkeypatch)
 
 
 def make(own: Own) -> Version:
@@ -152,7 +141,7 @@ def test_versions_of_different_encoders_are_told_apart(own: Own):
     found = diff(own.dataset, "tiny", first.tag, "current")
     assert not found.same_encoder and found.changed == [] and found.matched == 40
     assert found.mean_cosine is not None and found.mean_cosine < 0.999
-    set_entry(own, model="regnety_002")
+    set_entry(own, model="test_vit")
     make(own)
     found = diff(own.dataset, "tiny", first.tag, "current")
     assert not found.same_encoder and found.mean_cosine is None and found.matched == 40
@@ -273,7 +262,7 @@ def test_in_a_store_that_is_in_order_nothing_is_left_over(own: Own):
     assert listed(own) == {}
 
 
-def test_what_no_longer_serves_is_listed_and_nothing_else_is_lost(own: Own, made: Own):
+def test_what_no_longer_serves_is_listed_and_nothing_else_is_lost(own: Own, template: Own):
     dataset, inputs = own.dataset, files(own.folder / "data")
     store = set(files(dataset.folder))
     fingerprint = read_manifest(dataset, "embeddings_tiny").counts["encoder_fingerprint"]
@@ -325,6 +314,8 @@ def test_what_no_longer_serves_is_listed_and_nothing_else_is_lost(own: Own, made
     left = set(files(dataset.folder)) - expected
     assert "removed" in answer(own.project, "gc", "--dataset", NAME, "--delete")
     assert set(files(dataset.folder)) == left
+    assert listed(own) == {} and own.outdated() == {"evaluation": "stale"}  # it was of both encoders
+    make_outdated(own.dataset)
     assert listed(own) == {} and own.outdated() == {}
 
     # Nothing that readers have is lost, and the store is what a fresh start gives.
@@ -341,7 +332,7 @@ def test_what_no_longer_serves_is_listed_and_nothing_else_is_lost(own: Own, made
         (own.folder / "data" / path).write_bytes(content)
     assert own.outdated().keys() == TRUNK | branch("tiny", "other")
     make_outdated(own.dataset)
-    same_store(own.dataset, made.dataset)
+    same_store(own.dataset, template.dataset)
     assert next(version for version in versions(own.dataset, "tiny") if version.current) == first
 
 
@@ -368,16 +359,16 @@ def test_what_an_interrupted_run_would_take_up_is_not_left_over(own: Own):
 
 
 @pytest.fixture(params=["exact", "large"])
-def index(request: pytest.FixtureRequest, made: Own, monkeypatch: pytest.MonkeyPatch) -> SynapseIndex:
+def index(request: pytest.FixtureRequest, template: Own, monkeypatch: pytest.MonkeyPatch) -> SynapseIndex:
     monkeypatch.setattr(search, "EXACT_ROWS", {"exact": 300_000, "large": 0}[request.param])
-    return SynapseIndex(made.dataset, "tiny")
+    return SynapseIndex(template.dataset, "tiny")
 
 
-def test_a_vector_finds_what_its_synapse_finds(index: SynapseIndex, made: Own):
-    dataset = made.dataset
+def test_a_vector_finds_what_its_synapse_finds(index: SynapseIndex, template: Own):
+    dataset = template.dataset
     encoder = open_encoder(dataset.encoders["tiny"], dataset.weights_base)
     tiles = TileReader(read_table(dataset.tiles_path), dataset.folder, "colour")
-    for synapse_id in ids(made)[:5]:
+    for synapse_id in ids(template)[:5]:
         vector = encoder.embed(tiles.by_id(synapse_id)[None])[0]
         for metric in METRICS if index.exact else ("cosine",):
             found = index.search_vector(vector, encoder.fingerprint, metric, per_class=4)
@@ -397,14 +388,14 @@ def test_a_vector_finds_what_its_synapse_finds(index: SynapseIndex, made: Own):
     assert regions == {"synthetic_region_2"}
 
 
-def test_a_vector_of_another_encoder_is_refused(index: SynapseIndex, made: Own):
+def test_a_vector_of_another_encoder_is_refused(index: SynapseIndex, template: Own):
     vector, own = np.ones(512, np.float32), index.fingerprint
-    other = SynapseIndex(made.dataset, "other").fingerprint
+    other = SynapseIndex(template.dataset, "other").fingerprint
     for wrong in (other, own[:12], "", own.upper()):
         with pytest.raises(SynpipeError, match="cannot be compared") as caught:
             index.search_vector(vector, wrong)
         assert wrong[:12] in str(caught.value) and "\n" not in str(caught.value)
-    for shape in ((368,), (513,), (1, 512), (512, 1), (), (0,)):
+    for shape in ((64,), (513,), (1, 512), (512, 1), (), (0,)):
         with pytest.raises(SynpipeError, match=r"has shape .* needs \(512,\)"):
             index.search_vector(np.ones(shape, np.float32), own)
     for value in (0.0, np.nan, np.inf):
@@ -422,8 +413,9 @@ def test_a_vector_of_another_encoder_is_refused(index: SynapseIndex, made: Own):
 # Readers while versions are published.
 
 
-def test_a_hundred_versions_under_a_reader_that_never_stops(tmp_path: Path):
+def test_a_hundred_versions_under_a_reader_that_never_stops(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Every row says which version it is of; no answer holds two, and none is of a version that was not current."""
+    monkeypatch.setattr(index_module, "RECALL_QUERIES", 5)  # most of the time that publishing takes
     dataset = index_of(tmp_path, clustered(50, 8))
     # By version of the index.
     dataset_versions = {f"{number:012x}{0:020x}": f"{number:032x}" for number in range(1, 101)}

@@ -13,8 +13,11 @@ from synpipe.datasets import Project
 from synpipe.graph import states
 from synpipe.housekeeping import leftovers
 from synpipe.shards import TEMPORARY_PREFIX, read_table, remove_leftovers
+from synpipe_tests.command import files
+from synpipe_tests.conftest import QUICK_EVALUATION
 from synpipe_tests.inputs import SHAPE, Inputs, Store, published
 from synpipe_tests.killable import PART, Killable, killable
+from synpipe_tests.textures import change_spec, make_outdated, write_textures
 
 KILLS = int(os.environ.get("SYNPIPE_TEST_KILLS") or 40)  # more for a night
 ENCODERS = {"tiny": ("test_resnet", 0), "other": ("test_vit", 0)}
@@ -63,7 +66,8 @@ class Story:
         again = self.process.materialise(project)
         assert not again.killed
         folder = project.dataset("demo").folder
-        assert len(list(folder.rglob(f"{TEMPORARY_PREFIX}*"))) <= kills  # what was being written
+        # What was being written: synapses and their rejects are, side by side.
+        assert len(list(folder.rglob(f"{TEMPORARY_PREFIX}*"))) <= 2 * kills
         remove_leftovers(folder, older_than_s=0)
         assert list(folder.rglob(f"{TEMPORARY_PREFIX}*")) == []
         self.expected.assert_same(Store.read(project))
@@ -72,9 +76,14 @@ class Story:
 
 
 @pytest.fixture(scope="module")
-def story(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Story]:
-    with killable() as process:
-        yield Story(tmp_path_factory.mktemp("story"), process)
+def process() -> Iterator[Killable]:
+    with killable() as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def story(process: Killable, tmp_path_factory: pytest.TempPathFactory) -> Story:
+    return Story(tmp_path_factory.mktemp("story"), process)
 
 
 def spread(moments: str, count: int) -> list[int]:
@@ -136,6 +145,43 @@ def test_a_build_killed_over_and_over_gets_done(story: Story):
     assert story.resume(project, kills) == (0, 0)
     assert cut_outs + done.cut_outs - story.first.cut_outs in range(PART * kills + 1)
     assert embedded + done.embedded - story.first.embedded in range(PART * kills + 1)
+
+
+def test_what_learns_and_judges_killed_at_any_moment(process: Killable, tmp_path: Path):
+    """Classifier, map and evaluation are switched on in a store that has the rest."""
+    before = write_textures(tmp_path, classifier=None)
+    make_outdated(before)
+    # More neighbours than synapses: the map is of principal components, and no fork has to compile umap.
+    change_spec(before, classifier={"method": "linear"}, projection={"n_neighbours": 150}, evaluation=QUICK_EVALUATION)
+
+    def copied(name: str) -> Project:
+        shutil.copytree(before.store, tmp_path / name)
+        return Project(before.data, tmp_path / name)
+
+    undisturbed = copied("undisturbed")
+    moments = process.materialise(undisturbed).moments
+    expected = learnt(undisturbed)
+    assert {path.split("/")[0] for path in expected} >= {"predictions", "projections", "evaluation", "tables"}
+    numbers = [number for number, moment in enumerate(moments, 1) if moment == "l"]
+    places = np.linspace(0, len(numbers) - 1, KILLS // 8).round().astype(int)
+    for at in sorted({numbers[place] for place in places}):
+        project = copied(f"learnt-{at}")
+        assert process.materialise(project, kill_at=at).killed
+        again = process.materialise(project)
+        assert not again.killed and (again.cut_outs, again.embedded) == (0, 0)
+        remove_leftovers(project.store, older_than_s=0)
+        assert learnt(project) == expected
+        assert {state.state for state in states(project.dataset("demo"))} == {"fresh"}
+        assert leftovers(project.dataset("demo")) == []
+        shutil.rmtree(project.store)
+
+
+def learnt(project: Project) -> dict[str, bytes]:
+    """Every file that holds data, but for the index: of the same vectors they are the same to the last bit."""
+    found = files(project.dataset("demo").folder)
+    return {
+        path: content for path, content in found.items() if not path.startswith(("manifests/", "lineage/", "lancedb/"))
+    }
 
 
 class Reader:

@@ -5,24 +5,33 @@ from pathlib import Path
 import dagster as dg
 import numpy as np
 import pytest
+import torch
 
 from synpipe import derived_steps, projection
+from synpipe.housekeeping import leftovers
 from synpipe.index import open_current
 from synpipe.manifests import read_manifest
 from synpipe.projection import PALETTE, ProjectionSpec, fit_map, map_picture
 from synpipe.shards import read_table
 from synpipe_tests import changes
-from synpipe_tests.changes import NAME, Own, make_outdated
+from synpipe_tests.changes import NAME, TRUNK, Own, make_outdated
 from synpipe_tests.tables import clustered
 
 MAP = ["map_x", "map_y"]
+ON = {"projection": {"n_neighbours": 8}, "classifier": {"method": "linear"}}
 
 
 @pytest.fixture(scope="module")
-def mapped(tmp_path_factory: pytest.TempPathFactory) -> Own:
-    """One network with its map, materialised through Dagster. Shared: copy it, do not change it."""
-    own = changes.make(tmp_path_factory.mktemp("mapped"))
-    own.edit_dataset(lambda content: content.update(encoders=["tiny"], projection={"n_neighbours": 8}))
+def threads() -> int:
+    """Of torch, before anything is mapped."""
+    return torch.get_num_threads()
+
+
+@pytest.fixture(scope="module")
+def mapped(template: Own, threads: int, tmp_path_factory: pytest.TempPathFactory) -> Own:
+    """One network with its map and everything else, materialised through Dagster. Shared: copy it, do not change it."""
+    own = changes.copy(template, tmp_path_factory.mktemp("mapped"))
+    own.edit_dataset(lambda content: content.update(encoders=["tiny"], **ON))
     with pytest.MonkeyPatch.context() as patch:
         changes.at_home(patch)
         own.materialise_stale()
@@ -52,6 +61,17 @@ def test_the_map_is_in_the_projection_the_table_and_the_index(mapped: Own) -> No
     assert tables[0] == tables[1] == tables[2]
     assert len(np.unique(places_of(mapped), axis=0)) == 40
     assert read_manifest(dataset, "projection_tiny").counts["method"] == "umap"
+
+
+def test_a_map_leaves_torch_its_threads(mapped: Own, threads: int) -> None:
+    """With another number of them the last bits of whatever is embedded or trained next would be others."""
+    assert torch.get_num_threads() == threads
+
+
+def test_the_whole_graph_is_there_with_nothing_switched_off(mapped: Own) -> None:
+    kinds = {"embeddings", "classifier", "projection", "embedding_table", "index", "scores"}
+    assert mapped.versions().keys() == TRUNK | {f"{kind}_tiny" for kind in kinds} | {"evaluation"}
+    assert mapped.outdated() == {}
 
 
 def test_the_page_shows_a_picture(mapped: Own, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -93,11 +113,13 @@ def test_labels_move_no_point_and_new_synapses_or_another_seed_do(own: Own) -> N
 def test_switched_off_the_columns_are_empty_and_the_vectors_stay(own: Own) -> None:
     vectors = read_table(own.dataset.table_path("tiny"))["vector"]
     own.edit_dataset(lambda content: content.update(projection=None))
-    make_outdated(own.dataset)
-    table = read_table(own.dataset.table_path("tiny"))
+    dataset = own.dataset
+    make_outdated(dataset)
+    table = read_table(dataset.table_path("tiny"))
     assert {table[name].null_count for name in MAP} == {len(table)}
     assert table["vector"].equals(vectors)
     assert "projection_tiny" not in own.versions()
+    assert dataset.projection_path("tiny") in {leftover.path for leftover in leftovers(dataset)}
 
 
 def test_more_vectors_than_a_fit_takes_are_placed_among_their_like(own: Own, monkeypatch: pytest.MonkeyPatch) -> None:

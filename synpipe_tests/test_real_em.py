@@ -16,7 +16,7 @@ from synpipe.index import open_current
 from synpipe.shards import read_table
 from synpipe.tiles import TileReader
 from synpipe_tests.command import answer, assets
-from synpipe_tests.conftest import REPOSITORY, SMALL_ENCODERS
+from synpipe_tests.conftest import QUICK_EVALUATION, REPOSITORY, SMALL_ENCODERS
 
 N_SYNAPSES, N_POINTS = 50, 1544
 VOXEL_NM_ZYX = np.array([50.0, 4.6, 4.6])
@@ -37,7 +37,8 @@ def project(real_em: Path, tmp_path_factory: pytest.TempPathFactory) -> Project:
     datasets = folder / "data" / "datasets"
     datasets.mkdir(parents=True)
     described = yaml.safe_load((REPOSITORY / "data" / "datasets" / "vnc_stack1.yaml").read_text())
-    (datasets / "vnc_stack1.yaml").write_text(yaml.safe_dump(described | {"encoders": ["tiny"], "projection": None}))
+    changes = {"encoders": ["tiny"], "projection": None, "evaluation": QUICK_EVALUATION}
+    (datasets / "vnc_stack1.yaml").write_text(yaml.safe_dump(described | changes))
     (folder / "data" / "encoders.yaml").write_text(yaml.safe_dump(SMALL_ENCODERS))
     made = Project(folder / "data", folder / "store")
     with pytest.MonkeyPatch.context() as patch:

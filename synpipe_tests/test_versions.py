@@ -20,7 +20,6 @@ from synpipe.graph import Step, states, steps
 from synpipe.index import IndexReport, published
 from synpipe.manifests import read_manifest
 from synpipe.shards import read_table
-from synpipe_tests import changes
 from synpipe_tests.browser import serve
 from synpipe_tests.changes import (
     ENCODERS,
@@ -38,17 +37,6 @@ from synpipe_tests.command import answer, files, invoke, refusal
 TILES, SYNAPSES = 40, 40  # of the small volume; other rows of its file are rejected
 BRANCHES = branch("tiny", "other")
 NOT_THE_VOLUME = TRUNK - {"volume"} | BRANCHES
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Own:
-    """Everything materialised. Shared: copy it, do not change it."""
-    return changes.make(tmp_path_factory.mktemp("made"))
-
-
-@pytest.fixture
-def own(made: Own, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Own:
-    return changes.copy(made, tmp_path / "own", monkeypatch)
 
 
 def reasons(own: Own) -> dict[str, str]:
@@ -178,7 +166,7 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("name", CHANGES)
-def test_a_change_costs_what_it_changes_and_leads_where_a_fresh_start_would(own: Own, made: Own, name: str):
+def test_a_change_costs_what_it_changes_and_leads_where_a_fresh_start_would(own: Own, template: Own, name: str):
     change, inputs, versions = CHANGES[name], files(own.folder / "data"), own.versions()
     untouched = {encoder: own.branch_files(encoder) for encoder in own.dataset.encoders}
     change.make(own)
@@ -206,8 +194,8 @@ def test_a_change_costs_what_it_changes_and_leads_where_a_fresh_start_would(own:
         assert (back.assets, back.cut_outs, set(back.embedded.values())) == (ran.assets, 0, {0})
         assert own.versions() == versions
         assert own.outdated() == {} and own.unsynced() == set()
-        assert indexes(own) == indexes(made)
-        same_store(own.dataset, made.dataset)
+        assert indexes(own) == indexes(template)
+        same_store(own.dataset, template.dataset)
 
 
 def test_a_corner_of_the_volume(own: Own):
@@ -240,7 +228,7 @@ def test_an_encoder_that_is_taken_out_and_put_back(own: Own):
     assert {**own.branch_files("other"), "evaluation.json": before["evaluation.json"]} == before
 
 
-def test_what_changes_nothing_makes_nothing(own: Own, made: Own):
+def test_what_changes_nothing_makes_nothing(own: Own, template: Own):
     tables = {name: own.dataset.table_path(name).read_bytes() for name in ENCODERS}
 
     def nothing_to_do() -> None:
@@ -252,7 +240,7 @@ def test_what_changes_nothing_makes_nothing(own: Own, made: Own):
         ran = own.materialise()
         assert (ran.assets, ran.cut_outs, ran.embedded) == (TRUNK | BRANCHES, 0, {"tiny": 0, "other": 0})
         assert {name: own.dataset.table_path(name).read_bytes() for name in ENCODERS} == tables
-        assert own.versions() == made.versions() and indexes(own) == indexes(made)
+        assert own.versions() == template.versions() and indexes(own) == indexes(template)
         nothing_to_do()
         # Words for people, and files that are written anew with the same content.
         own.edit_encoders(lambda entries: [each.update(description="changed") for each in entries.values()])
@@ -292,7 +280,7 @@ def step_of(own: Own, asset: str) -> Step:
     ],
 )
 def test_a_run_that_was_killed_is_not_forgotten_when_the_change_is_undone(
-    own: Own, made: Own, asset: str, there: Callable[[Own], object]
+    own: Own, template: Own, asset: str, there: Callable[[Own], object]
 ):
     """Its files may be of the next version, though everything else says the former one."""
     inputs = files(own.folder / "data")
@@ -309,10 +297,10 @@ def test_a_run_that_was_killed_is_not_forgotten_when_the_change_is_undone(
     assert "its last run was interrupted" in reasons(own)[asset]
     make_outdated(own.dataset)
     assert own.outdated() == {}
-    same_store(own.dataset, made.dataset)
+    same_store(own.dataset, template.dataset)
 
 
-def test_nothing_is_built_on_what_is_not_whole_or_has_changed_since(own: Own, made: Own):
+def test_nothing_is_built_on_what_is_not_whole_or_has_changed_since(own: Own, template: Own):
     tiles, stacks, synapses = (step_of(own, asset) for asset in ("rgb_tiles", "synapse_stacks", "synapses"))
     with pytest.raises(Killed):
         killed_at_the_end(stacks).run(lambda line: None)
@@ -345,7 +333,7 @@ def test_nothing_is_built_on_what_is_not_whole_or_has_changed_since(own: Own, ma
         replace(synapses, make=edited_while_it_is_read).run(lambda line: None)
     own.csv.write_bytes(csv)
     make_outdated(own.dataset)
-    same_store(own.dataset, made.dataset)
+    same_store(own.dataset, template.dataset)
 
 
 def test_vectors_are_kept_under_the_tiles_that_were_embedded(own: Own):
@@ -358,7 +346,7 @@ def test_vectors_are_kept_under_the_tiles_that_were_embedded(own: Own):
     own.is_as_from_scratch()
 
 
-def test_a_file_that_is_gone_is_made_again(own: Own, made: Own):
+def test_a_file_that_is_gone_is_made_again(own: Own, template: Own):
     for asset in ("synapses", "synapse_stacks", "rgb_tiles", "rejects", "embedding_table_tiny"):
         path = step_of(own, asset).path
         assert path is not None
@@ -366,7 +354,7 @@ def test_a_file_that_is_gone_is_made_again(own: Own, made: Own):
         assert reasons(own)[asset] == f"its file {path.name} is not there"
         make_outdated(own.dataset)
         assert own.outdated() == {}
-    same_store(own.dataset, made.dataset)
+    same_store(own.dataset, template.dataset)
 
 
 # Stores of other versions of the program.
@@ -387,7 +375,7 @@ def test_a_store_of_a_newer_version_is_refused_and_left_alone(own: Own):
     assert files(own.dataset.folder) == before
 
 
-def test_a_store_of_an_older_version_is_brought_up_without_cutting_or_embedding(own: Own, made: Own):
+def test_a_store_of_an_older_version_is_brought_up_without_cutting_or_embedding(own: Own, template: Own):
     rewrite_manifests(own, format=0)
     for path in own.dataset.folder.glob("manifests/*.json"):  # older still, of another form
         path.write_text('{"asset": "?"}' if "tiny" in path.name else path.read_text())
@@ -395,7 +383,7 @@ def test_a_store_of_an_older_version_is_brought_up_without_cutting_or_embedding(
     ran = own.materialise_stale()
     assert (ran.assets, ran.cut_outs, ran.embedded) == (TRUNK | BRANCHES, 0, {"tiny": 0, "other": 0})
     assert own.outdated() == {} and own.unsynced() == set()
-    same_store(own.dataset, made.dataset)
+    same_store(own.dataset, template.dataset)
 
 
 # In the browser's own words.
