@@ -23,7 +23,9 @@ from synpipe_tests.conftest import environment
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 # Chromium itself asks hosts of Google's for updates unless told not to.
-QUIET = ("--disable-gpu", "--no-first-run", "--disable-background-networking", "--disable-component-update")
+QUIET = ("--no-first-run", "--disable-background-networking", "--disable-component-update")
+# WebGL without a graphics card.
+SOFTWARE_GL = ("--use-gl=angle", "--use-angle=swiftshader", "--enable-unsafe-swiftshader")
 START_S, STOP_S = 150, 60
 
 
@@ -99,9 +101,10 @@ def _wait_until_loaded(ui: Ui) -> None:
 
 
 @contextlib.contextmanager
-def chromium() -> Iterator[Browser]:
+def chromium(webgl: bool = False) -> Iterator[Browser]:
+    flags = [*QUIET, *(SOFTWARE_GL if webgl else ["--disable-gpu"])]
     # As root, as in most containers, Chromium has no sandbox.
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=QUIET, chromium_sandbox=False)
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=flags, chromium_sandbox=False)
         yield browser
         browser.close()

@@ -87,6 +87,15 @@ def own(template: "Own", tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> "Ow
     return changes.copy(template, tmp_path / "own", monkeypatch)
 
 
+@pytest.fixture(scope="session")
+def explored(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
+    """The same with maps, of the kind that few synapses get: made at once. Shared: read it, do not change it."""
+    project = write_project(tmp_path_factory.mktemp("explored"), projection={"n_neighbours": 200})
+    result = run_synpipe(project, "materialize", "--dataset", "demo")
+    assert result.returncode == 0, result.stderr
+    return project.dataset("demo")
+
+
 def project_of(dataset: Dataset) -> Project:
     return Project(dataset.weights_base, dataset.folder.parent)
 

@@ -1,6 +1,7 @@
 """The pictures of the README, made anew from the demo in the store: `make pictures`.
 
-Out: `asset_graph.png`, `tiles.png` and `neighbours.png` in data/pictures/, together below a megabyte.
+Out: `asset_graph.png`, `tiles.png`, `neighbours.png`, `explorer_search.png` and `explorer_map.png` in data/pictures/, together
+about a megabyte.
 """
 
 import io
@@ -15,12 +16,14 @@ from synpipe.datasets import Project
 from synpipe.pictures import nearest_neighbours, tiles_by_class
 from synpipe.shards import atomic_path
 from synpipe_tests.browser import chromium, serve
+from synpipe_tests.explorer_pages import MapOnPage, Truth, explore, shown
 
 WIDTH_PX = 1200
 MARGIN_PX = 16
 # High enough to keep the graph, in the middle, clear of the toolbar above it and the buttons below it.
 PANES_PX, TOOLBAR_PX, BUTTONS_PX = 545, 115, 460
 WINDOW: Any = {"width": PANES_PX + WIDTH_PX, "height": 1500}
+EXPLORER_WINDOW: Any = {"width": WIDTH_PX, "height": 800}
 # The dots of the page's background are lighter than this, and nothing else is.
 BACKGROUND_GREY = 232
 
@@ -31,12 +34,41 @@ def main() -> None:
     folder = project.data / "pictures"
     _save(tiles_by_class(dataset, tile_px=64), folder / "tiles.png")
     _save(nearest_neighbours(dataset, dataset.encoder(None)), folder / "neighbours.png")
-    with tempfile.TemporaryDirectory() as logs, serve(project, Path(logs)) as ui:
-        with chromium() as browser:
-            page = browser.new_page(viewport=WINDOW)
-            page.goto(f'{ui.url}/asset-groups?asset-selection=key:"demo/*"')
-            _save(_graph(page), folder / "asset_graph.png")
-        ui.stop()
+    with tempfile.TemporaryDirectory() as logs:
+        with serve(project, Path(logs)) as ui:
+            with chromium() as browser:
+                page = browser.new_page(viewport=WINDOW)
+                page.goto(f'{ui.url}/asset-groups?asset-selection=key:"demo/*"')
+                _save(_graph(page), folder / "asset_graph.png")
+            ui.stop()
+        with explore(project, Path(logs) / "explore.log") as url, chromium(webgl=True) as browser:
+            page = browser.new_page(viewport=EXPLORER_WINDOW)
+            truth = Truth(dataset, dataset.encoder(None))
+            _save(_search(page, url, truth), folder / "explorer_search.png")
+            _save(_map(page, url, truth), folder / "explorer_map.png")
+
+
+def _search(page: Page, url: str, truth: Truth) -> Image.Image:
+    """The synapses most like the first one that has a label."""
+    labelled = next(row["synapse_id"] for row in truth.rows if row["neurotransmitter"])
+    page.goto(f"{url}?id={labelled}")
+    shown(page)
+    page.wait_for_load_state("networkidle")
+    return _shot(page)
+
+
+def _map(page: Page, url: str, truth: Truth) -> Image.Image:
+    """The map, with the mouse on the synapse that has most room around it."""
+    page.goto(f"{url}?page=map")
+    places = MapOnPage(page, truth)
+    page.mouse.move(*places.places()[places.lonely()])
+    page.locator(".tip img").wait_for()
+    page.wait_for_load_state("networkidle")
+    return _shot(page)
+
+
+def _shot(page: Page) -> Image.Image:
+    return Image.open(io.BytesIO(page.screenshot())).convert("RGB")
 
 
 def _graph(page: Page) -> Image.Image:

@@ -7,18 +7,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import uvicorn
-from playwright.sync_api import Page, TimeoutError, sync_playwright
+from playwright.sync_api import Page, TimeoutError
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.routing import Mount
 from starlette.staticfiles import StaticFiles
 
-from synpipe_tests.browser import CHROMIUM
+from synpipe_tests.browser import chromium
 
-# WebGL without a graphics card.
-SOFTWARE_GL = ("--use-gl=angle", "--use-angle=swiftshader", "--enable-unsafe-swiftshader")
-QUIET = ("--no-first-run", "--disable-background-networking", "--disable-component-update")
 LOADED_S, ATTEMPTS = 60, 3
 
 
@@ -50,14 +47,10 @@ def add_client(folder: Path) -> str:
 
 @contextlib.contextmanager
 def neuroglancer_page() -> Iterator[Page]:
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(
-            executable_path=CHROMIUM, args=[*QUIET, *SOFTWARE_GL], chromium_sandbox=False
-        )
+    with chromium(webgl=True) as browser:
         page = browser.new_page(viewport={"width": 900, "height": 900})
         page.set_default_timeout(2 * LOADED_S * 1000)
         yield page
-        browser.close()
 
 
 def open_link(page: Page, link: str, layers: int) -> None:

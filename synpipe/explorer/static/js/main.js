@@ -49,6 +49,8 @@ async function show() {
 
 function fail(error) {
   document.title = "synpipe explorer";
+  // With something to go on from, where the address names nothing that is there.
+  if (datasets?.length && !document.getElementById("where").firstChild) showTop({}, datasets[0], datasets[0].encoders[0]);
   const title = error.status === 404 ? "Not found" : "That does not work";
   main.replaceChildren(
     el(

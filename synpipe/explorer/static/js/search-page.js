@@ -62,8 +62,9 @@ export function searchPage({ source, navigate }) {
   }
 
   async function ask(file, signal) {
-    const { state, dataset, encoder, about } = shown;
+    const { state, dataset, encoder } = shown;
     const began = performance.now();
+    if (file) said.textContent = `${file.name} is embedded and searched …`;
     const asked = {
       dataset: dataset.name,
       id: state.id,
@@ -100,7 +101,6 @@ export function searchPage({ source, navigate }) {
     said.textContent = found ? summary : "No synapse matches: take a filter away.";
     answer.removeAttribute("aria-busy");
     keys.refresh(hadFocus);
-    return about;
   }
 
   function showQuery(synapse, file, show) {
@@ -146,6 +146,7 @@ export function searchPage({ source, navigate }) {
       } catch (error) {
         if (!signal.aborted) fail(error);
       }
+      if (!signal.aborted) answer.dataset.of = location.search; // what is on the page is of this address
     },
   };
 }

@@ -63,7 +63,7 @@ export function transmitter(synapse, classes) {
 export function place(synapse) {
   const [x, y, z] = nanometres(synapse.position_nm);
   return [
-    el("span", { class: "position" }, `x ${x} `, `y ${y} `, `z ${z} nm`),
+    el("span", { class: "position" }, el("span", {}, `x ${x}`), " ", el("span", {}, `y ${y}`), " ", el("span", {}, `z ${z} nm`)),
     synapse.neuroglancer &&
       el(
         "a",
