@@ -2,6 +2,8 @@
 
 import gzip
 import json
+import shutil
+import time
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -474,6 +476,14 @@ def wait_for_answer(page: Page) -> None:
     )
 
 
+def until(page: Page, condition: str, argument: Any = None) -> None:
+    """`wait_for_function` takes a promise for true."""
+    deadline = time.monotonic() + 20
+    while not page.evaluate(condition, argument):
+        assert time.monotonic() < deadline, condition
+        time.sleep(0.1)
+
+
 def test_plain_http_has_neither_cache_nor_service_worker(exported: Exported, browser: Browser) -> None:
     rules = "--host-resolver-rules=MAP lab.example 127.0.0.1"
     with (
@@ -488,7 +498,7 @@ def test_plain_http_has_neither_cache_nor_service_worker(exported: Exported, bro
 
 def test_a_new_export_replaces_the_old_one(exported: Exported, browser: Browser, tmp_path: Path) -> None:
     folder = tmp_path / "site"
-    export_site(exported.dataset, ["tiny"], folder, lambda line: None)
+    shutil.copytree(exported.folder, folder)
     packs = {file.name: file.stat().st_ino for file in folder.glob("data/tiles-*/*")}
     log: list[str] = []
     with host(folder, ranges=True) as served:
@@ -496,26 +506,30 @@ def test_a_new_export_replaces_the_old_one(exported: Exported, browser: Browser,
         page.goto(f"{served.url}?id={exported.ids[5]}&per_class=2")
         wait_for_answer(page)
         page.wait_for_function("() => navigator.serviceWorker.controller !== null")
-        export_site(exported.dataset, ["other"], folder, log.append)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(tile_packs, "PACK_BYTES", PACK_BYTES)
+            export_site(exported.dataset, ["other"], folder, log.append)
         assert {file.name: file.stat().st_ino for file in folder.glob("data/tiles-*/*")} == packs  # not made again
         assert any("those of the earlier site" in line for line in log)
-        page.wait_for_function(
+        until(
+            page,
             """async () => {
                 await (await navigator.serviceWorker.getRegistration()).update();
                 const site = await (await fetch("site.json")).json();
                 return Object.keys(site.datasets[0].encoders)[0] === "other";
-            }"""
+            }""",
         )
         page.reload()
         wait_for_answer(page)
         there = [f"/{file.relative_to(folder).as_posix()}" for file in folder.rglob("*") if file.is_file()]
-        page.wait_for_function(  # until nothing of the former site is kept
+        until(  # nothing of the former site is kept
+            page,
             """async (there) => {
                 const caches_ = await Promise.all((await caches.keys()).map((name) => caches.open(name)));
                 const kept = (await Promise.all(caches_.map((cache) => cache.keys()))).flat();
                 return kept.length > 20 && kept.every(({ url }) => there.includes(new URL(url).pathname));
             }""",
-            arg=["/", *there],
+            ["/", *there],
         )
         page.context.close()
 

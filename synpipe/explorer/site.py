@@ -110,14 +110,14 @@ def export_site(dataset: Dataset, encoders: Sequence[str], folder: Path, log: Lo
 
 
 def _former(folder: Path) -> tuple[Path, dict[str, Any]] | None:
-    """An earlier site and what it says of itself. Raises `SynpipeError` where the folder holds something else."""
+    """An earlier site of this format and what it says of itself. Raises `SynpipeError` where the folder holds something else."""
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return None
     try:
         site = json.loads((folder / "site.json").read_text())
         if "synpipe_version" in site:
-            return folder, site
-    except (OSError, ValueError, TypeError):
+            return (folder, site) if site["format"] == FORMAT else None
+    except (OSError, ValueError, TypeError, KeyError):
         pass
     raise SynpipeError(f"{folder} holds something that is no earlier export: name another folder.")
 

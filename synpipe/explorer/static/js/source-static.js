@@ -129,11 +129,14 @@ async function forgetFirst(addresses) {
   URL.revokeObjectURL(await address);
 }
 
-let kept = false;
+let answered = false;
 
 /** After the first answer, for which the network is free then. Plain http has no service worker; the site works without. */
 function keepPages(root) {
-  if (kept) return;
-  kept = true;
+  if (answered) return;
+  answered = true;
   navigator.serviceWorker?.register(new URL("sw.js", root), { scope: root }).catch((error) => console.warn(error));
 }
+
+// The site has been renewed while this page, of the former one, was opened: what it would ask for may be gone.
+navigator.serviceWorker?.addEventListener("controllerchange", () => answered || location.reload());
