@@ -4,8 +4,8 @@ In: unit vectors, float32 (n, d). Out: `Quantised`, a quarter of the bytes; and 
 still found. Guarantee: a row is never further from its vector than half a step of 1/127 of its largest component.
 
 A row is its deviation from the mean of all rows, in steps of its own, brought back to unit length. Without the mean, rows
-of an encoder whose vectors share a large component waste their steps on it: of the nearest four of an untrained ResNet, a
-quarter was found without, .99 with it and unit length (1,594 real tiles; of seven encoders the others gained, too).
+that share a large component, as those of many networks do, spend their steps on it: of such vectors plain bytes find less
+than a third of the nearest four, these more than .95 (`test_site`).
 """
 
 import math
