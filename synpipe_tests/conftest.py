@@ -72,6 +72,15 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
 
 
 @pytest.fixture(scope="session")
+def explored(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
+    """The same with maps, of the kind that few synapses get: made at once. Shared: read it, do not change it."""
+    project = write_project(tmp_path_factory.mktemp("explored"), projection={"n_neighbours": 200})
+    result = run_synpipe(project, "materialize", "--dataset", "demo")
+    assert result.returncode == 0, result.stderr
+    return project.dataset("demo")
+
+
+@pytest.fixture(scope="session")
 def template(tmp_path_factory: pytest.TempPathFactory) -> "Own":
     """Files that can be edited, with everything materialised. Shared: copy it, do not change it."""
     from synpipe_tests import changes  # Dagster and LanceDB, four seconds that most files of tests can do without
@@ -85,15 +94,6 @@ def own(template: "Own", tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> "Ow
     from synpipe_tests import changes
 
     return changes.copy(template, tmp_path / "own", monkeypatch)
-
-
-@pytest.fixture(scope="session")
-def explored(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
-    """The same with maps, of the kind that few synapses get: made at once. Shared: read it, do not change it."""
-    project = write_project(tmp_path_factory.mktemp("explored"), projection={"n_neighbours": 200})
-    result = run_synpipe(project, "materialize", "--dataset", "demo")
-    assert result.returncode == 0, result.stderr
-    return project.dataset("demo")
 
 
 def project_of(dataset: Dataset) -> Project:

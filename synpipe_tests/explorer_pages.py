@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -88,10 +88,10 @@ def watched(browser: Browser, url: str, **context: Any) -> Iterator[Watched]:
     assert seen.complaints == []
 
 
-def until(page: Page, condition: str) -> None:
-    """Wait for a condition in JavaScript. Playwright's own way of waiting evaluates strings in the page, which forbids that."""
+def until(page: Page, condition: str | Callable[[], bool]) -> None:
+    """Wait for a condition. Playwright's own way of waiting evaluates strings in the page, which forbids that."""
     deadline = time.monotonic() + WAIT_S
-    while not page.evaluate(condition):
+    while not (page.evaluate(condition) if isinstance(condition, str) else condition()):
         if time.monotonic() > deadline:
             raise TimeoutError(f"Not within {WAIT_S} s: {condition}\n{page.url}\n{page.inner_text('body')}")
         page.wait_for_timeout(20)
@@ -164,6 +164,10 @@ class MapOnPage:
         assert box is not None
         middle = np.array([box["x"] + box["width"] / 2, box["y"] + box["height"] / 2])
         return middle + (self.truth.map - [x, y]) * [scale, -scale]
+
+    def wait_for(self, row: int, place: Sequence[float]) -> None:
+        """Until a point is drawn within two pixels of a place of the window."""
+        until(self.page, lambda: bool(np.abs(self.places()[row] - place).max() < 2))
 
     def lonely(self) -> int:
         """The row of the point that is farthest from all others."""

@@ -24,6 +24,8 @@ MARGIN_PX = 16
 PANES_PX, TOOLBAR_PX, BUTTONS_PX = 545, 115, 460
 WINDOW: Any = {"width": PANES_PX + WIDTH_PX, "height": 1500}
 EXPLORER_WINDOW: Any = {"width": WIDTH_PX, "height": 800}
+# Beside tiles, the colours of the classes are on few pixels, and must stay what they are.
+RARE_COLOURS = Image.Quantize.MAXCOVERAGE
 # The dots of the page's background are lighter than this, and nothing else is.
 BACKGROUND_GREY = 232
 
@@ -44,14 +46,14 @@ def main() -> None:
         with explore(project, Path(logs) / "explore.log") as url, chromium(webgl=True) as browser:
             page = browser.new_page(viewport=EXPLORER_WINDOW)
             truth = Truth(dataset, dataset.encoder(None))
-            _save(_search(page, url, truth), folder / "explorer_search.png")
+            _save(_search(page, url, truth), folder / "explorer_search.png", RARE_COLOURS)
             _save(_map(page, url, truth), folder / "explorer_map.png")
 
 
 def _search(page: Page, url: str, truth: Truth) -> Image.Image:
-    """The synapses most like the first one that has a label."""
+    """The synapses most like the first one that has a label, in grey, which leaves the colours of the picture to the classes."""
     labelled = next(row["synapse_id"] for row in truth.rows if row["neurotransmitter"])
-    page.goto(f"{url}?id={labelled}")
+    page.goto(f"{url}?id={labelled}&tiles=grey")
     shown(page)
     page.wait_for_load_state("networkidle")
     return _shot(page)
@@ -86,13 +88,13 @@ def _graph(page: Page) -> Image.Image:
     return ImageOps.expand(shot.crop(drawn.getbbox()), MARGIN_PX, "white")
 
 
-def _save(image: Image.Image | None, path: Path) -> None:
-    """As a PNG of 256 colours, a third of the size."""
+def _save(image: Image.Image | None, path: Path, method: Image.Quantize = Image.Quantize.MEDIANCUT) -> None:
+    """As a PNG of 256 colours, a third of the size. method: which ones."""
     if image is None:
         raise SystemExit("The demo has nothing to show: run `make demo` first.")
     path.parent.mkdir(exist_ok=True)
     with atomic_path(path) as temporary:
-        image.quantize(256, dither=Image.Dither.NONE).save(temporary, "PNG", optimize=True)
+        image.quantize(256, method, dither=Image.Dither.NONE).save(temporary, "PNG", optimize=True)
     print(f"{path}  {image.width} × {image.height}  {path.stat().st_size / 1e3:.0f} kB")
 
 

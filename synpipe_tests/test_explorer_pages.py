@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 from matplotlib.path import Path as Polygon
-from playwright.sync_api import Browser, Page, expect
+from playwright.sync_api import Browser, Page, Route, expect
 
 from synpipe.datasets import Dataset
 from synpipe.pipeline import open_tiles
@@ -160,6 +160,26 @@ def test_facts_tell_known_from_predicted_and_say_where_it_is(browser: Browser, u
         expect(seen.page.locator(".query .predicted")).to_have_count(1)
 
 
+def test_a_place_in_a_public_volume_is_a_link(browser: Browser, url: str, truth: Truth):
+    # The volume of the demo is a local file: its answers get a link here, and one that must not become one.
+    link = "https://neuroglancer-demo.appspot.com/#!%7B%7D"
+    with watched(browser, url) as seen:
+
+        def add_links(route: Route) -> None:
+            answer = route.fetch()
+            content = answer.json()
+            content["query"]["neuroglancer"] = link
+            content["groups"][0]["neighbours"][0]["neuroglancer"] = "javascript:alert(1)"
+            route.fulfill(response=answer, json=content)
+
+        seen.page.route("**/search?*", add_links)
+        seen.page.goto(f"{url}?id={truth.ids[0]}")
+        shown(seen.page)
+        (place,) = seen.page.get_by_role("link", name=f"Synapse {truth.ids[0]} in Neuroglancer").all()
+        assert [place.get_attribute(name) for name in ("href", "target", "rel")] == [link, "_blank", "noopener"]
+        expect(seen.page.locator("[href^='javascript']")).to_have_count(0)
+
+
 def test_two_encoders_side_by_side_with_what_both_name(browser: Browser, url: str, explored: Dataset, truth: Truth):
     other = Truth(explored, "other")
     synapse_id = truth.ids[11]
@@ -284,18 +304,18 @@ def test_the_map_shows_what_is_under_the_mouse_and_a_click_searches(browser: Bro
         image = tip.get_by_role("presentation").or_(tip.locator("img"))
         expect(image.first).to_have_js_property("naturalWidth", 256)
 
-        before = places.places()[row]
+        before = places.places()
         page.mouse.wheel(0, -400)
-        page.wait_for_timeout(200)
-        zoomed = places.places()
-        np.testing.assert_allclose(zoomed[row], before, atol=2)  # about the mouse
-        assert np.ptp(zoomed[:, 0]) > 1.5 * np.ptp(truth.map[:, 0])
+        until(page, lambda: np.ptp(places.places()) > 1.3 * np.ptp(before))
+        places.wait_for(row, before[row])  # about the mouse
         page.mouse.down()
         page.mouse.move(right + 81, down + 41, steps=4)
         page.mouse.up()
-        page.wait_for_timeout(100)
-        np.testing.assert_allclose(places.places()[row], zoomed[row] + [80, 40], atol=2)
+        places.wait_for(row, before[row] + [80, 40])
         expect(page).to_have_url(f"{url}?page=map")  # a drag is no click
+
+        page.locator("canvas").press("0")
+        places.wait_for(row, before[row])
 
         right, down = places.places()[row]
         page.mouse.click(right, down)
@@ -303,6 +323,16 @@ def test_the_map_shows_what_is_under_the_mouse_and_a_click_searches(browser: Bro
         assert ids(page) == truth.nearest(truth.ids[row])
         page.go_back()
         expect(page.locator("canvas")).to_be_visible()
+
+
+def test_a_finger_sees_first_and_searches_then(browser: Browser, url: str, truth: Truth):
+    with watched(browser, f"{url}?page=map", **PHONE) as seen:
+        places = MapOnPage(seen.page, truth)
+        row = places.lonely()
+        seen.page.touchscreen.tap(*places.places()[row])
+        expect(seen.page.locator(".tip strong")).to_have_text(truth.ids[row])
+        seen.page.touchscreen.tap(*places.places()[row])
+        assert ids(seen.page) == truth.nearest(truth.ids[row])
 
 
 def test_the_legend_hides_classes_and_the_lasso_exports_what_lies_inside(browser: Browser, url: str, truth: Truth):
@@ -341,8 +371,7 @@ def test_the_legend_hides_classes_and_the_lasso_exports_what_lies_inside(browser
 
         legend.get_by_label(re.compile(hidden)).uncheck()
         until(page, "location.search.includes('off=')")
-        page.wait_for_timeout(200)
-        assert not places.painted(row)
+        until(page, lambda: not places.painted(row))
         visible = {place for place in inside if (known[place] or "unlabelled") != hidden}
         assert exported(page) == {(truth.ids[place], known[place] or "") for place in visible}
         page.get_by_role("button", name="Lasso: draw").click()
@@ -353,12 +382,11 @@ def test_the_legend_hides_classes_and_the_lasso_exports_what_lies_inside(browser
         with watched(browser, page.url) as theirs:  # the address holds it
             same = MapOnPage(theirs.page, truth)
             expect(theirs.page.get_by_label(re.compile(hidden)).first).not_to_be_checked()
-            assert not same.painted(row)
+            until(theirs.page, lambda: not same.painted(row))
         page.go_back()
         until(page, "!location.search.includes('off=')")
         page.get_by_role("button", name="Clear").click()
-        page.wait_for_timeout(200)
-        assert places.painted(row)
+        until(page, lambda: places.painted(row))
 
 
 def truth_classes(page: Page) -> list[str]:

@@ -68,7 +68,8 @@ export function listen(canvas, view, on) {
   }
   canvas.addEventListener("pointerup", end);
   canvas.addEventListener("pointercancel", end);
-  canvas.addEventListener("pointerleave", () => pointers.size || on.leave());
+  // A finger leaves whenever it is lifted; what it has picked stays.
+  canvas.addEventListener("pointerleave", (event) => event.pointerType === "mouse" && !pointers.size && on.leave());
 
   canvas.addEventListener(
     "wheel",

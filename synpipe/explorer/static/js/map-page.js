@@ -3,7 +3,7 @@
 // In: the state of the address. Out: the page. The points stay in memory, so that coming back to the map is instant.
 
 import { el, field, select, setOptions } from "./dom.js";
-import { SourceError } from "./errors.js";
+import { SourceError, sentence } from "./errors.js";
 import { columnTitle, count, plural, value } from "./format.js";
 import { csvOf, save } from "./csv.js";
 import { DARK } from "./colours.js";
@@ -58,9 +58,14 @@ export function mapPage({ source, navigate }) {
   const exportButton = el("button", { type: "button", onclick: exportCsv }, "Export CSV");
   const clearButton = el("button", { type: "button", onclick: () => choose(null) }, "Clear");
   const selected = el("div", { class: "selected", hidden: true }, el("strong"), exportButton, clearButton);
-  const hint = el("p", { class: "hint" }, "Drag to pan, scroll to zoom, Shift-drag to select. Click a point to search from it.");
+  const hint = el(
+    "p",
+    { class: "hint" },
+    el("span", { class: "mouse" }, "Drag to pan, scroll to zoom, Shift-drag to select. Click a point to search from it."),
+    el("span", { class: "finger" }, "Drag to pan, pinch to zoom. Tap a point to see it, and again to search from it."),
+  );
   const panel = el("div", { class: "panel" }, field("Colour by", colourBy), legendPlace, tools, selected, said, hint);
-  const element = el("div", { class: "map" }, stage, panel);
+  const element = el("div", { class: "map" }, el("h1", { class: "unseen" }, "Map of synapses"), stage, panel);
   new ResizeObserver(() => view?.resize()).observe(stage);
 
   const isShown = (row) => shown.looks.has(shown.coloured.codes[row]);
@@ -161,10 +166,13 @@ export function mapPage({ source, navigate }) {
     const points = await source.map(dataset, encoder, ({ loaded: now, total }) => {
       if (total) [bar.max, bar.value] = [total, now];
     });
-    buildIndex(points.x, points.y).then((index) => {
-      points.index = index;
-      stage.dataset.ready = "";
-    });
+    buildIndex(points.x, points.y).then(
+      (index) => {
+        points.index = index;
+        stage.dataset.ready = "";
+      },
+      (error) => (said.textContent = sentence(error)),
+    );
     return points;
   }
 

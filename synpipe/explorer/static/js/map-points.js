@@ -54,8 +54,8 @@ out vec4 drawn;
 void main() {
   vec2 at = gl_PointCoord * 2.0 - 1.0;
   float inside = shape == ${SHAPE_CODES.circle} ? 1.0 - length(at)
-    : shape == ${SHAPE_CODES.triangle} ? min(0.8 - at.y, (at.y + 0.9) * 0.5 - abs(at.x) * 0.95)
-    : 0.8 - max(abs(at.x), abs(at.y));
+    : shape == ${SHAPE_CODES.triangle} ? min(0.9 - at.y, (at.y + 1.0) * 0.55 - abs(at.x) + 0.1)
+    : 0.85 - max(abs(at.x), abs(at.y));
   float alpha = colour.a * (size < 3.0 ? 1.0 : clamp(inside * size * 0.5, 0.0, 1.0));
   if (alpha < 0.02) discard;
   drawn = vec4(colour.rgb * alpha, alpha);

@@ -4,19 +4,14 @@ import { SourceError } from "./errors.js";
 
 /** base: the address of the folder that holds the pages; the server's answers are below it, in api/. */
 export async function open(base) {
-  const memory = new Map();
   const place = (dataset, encoder) => `${encodeURIComponent(dataset)}/${encodeURIComponent(encoder)}`;
   const json = async (path, options) => (await request(new URL(`api/${path}`, base), options)).json();
-  const remembered = (path) => {
-    if (!memory.has(path)) memory.set(path, json(path).catch((error) => (memory.delete(path), Promise.reject(error))));
-    return memory.get(path);
-  };
   const searchPath = (asked) => `${place(asked.dataset, asked.encoder)}/search?${queryOf(asked)}`;
 
   return {
     onprogress: null,
-    datasets: async () => (await remembered("datasets")).datasets,
-    about: (dataset, encoder) => remembered(`${place(dataset, encoder)}/about`),
+    datasets: async () => (await json("datasets")).datasets,
+    about: (dataset, encoder) => json(`${place(dataset, encoder)}/about`), // each time: an index may be built anew meanwhile
     search: (asked, signal) => json(searchPath(asked), { signal }),
     upload: (asked, signal) =>
       // An image is of no neuron.
