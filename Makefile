@@ -35,6 +35,8 @@ bench: $(INSTALLED) ## Measure size, speed and memory, beside other ways (instal
 	@$(BIN)/python -m synpipe_tests.bench_balance
 	@$(BIN)/python -m synpipe_tests.bench_projection --rows 103511
 	@$(BIN)/python -m synpipe_tests.bench_map --rows 103511 1000000
+	@$(BIN)/python -m synpipe_tests.bench_explorer
+	@$(BIN)/python -m synpipe_tests.bench_site
 
 pictures: $(INSTALLED) ## Make the pictures of the README anew from the demo (needs Chromium)
 	@$(BIN)/python -m synpipe_tests.screenshots

@@ -574,6 +574,39 @@ def export_annotations(project: "Project", folder: Path, dataset: str, url: str 
         click.echo(f"Then open\n  {link}")
 
 
+@main.command("export-site")
+@click.argument("folder", metavar="DIR", type=click.Path(file_okay=False, path_type=Path))
+@dataset_option
+@click.option(
+    "--encoder", "-e", "encoders", multiple=True, help="Encoder of the data set. Repeat for more.  [default: its first]"
+)
+@click.pass_obj
+def export_site(project: "Project", folder: Path, dataset: str, encoders: tuple[str, ...]) -> None:
+    """Write the explorer into DIR as a site that any static host can publish: the search is done in the browser.
+
+    An earlier export in DIR is replaced once the new one is whole.
+
+    \b
+    Examples:
+      synpipe export-site site
+      synpipe export-site site -d mydata -e em_d4 -e resnet18
+    """
+    from synpipe.explorer.site import export_site as export
+
+    chosen = project.dataset(dataset)
+    names = list(dict.fromkeys(map(chosen.encoder, encoders or [None])))
+    report = export(chosen, names, folder, lambda line: click.echo(line, err=True))
+    click.echo(f"{report.rows:,} synapses in {_short(folder)}, {report.bytes / 1e6:,.1f} MB with their tiles.")
+    for name, recall in report.recall.items():
+        rarest = f", of {recall['rarest_class']} {recall['rarest']:.1%}" if recall["rarest_class"] else ""
+        click.echo(
+            f"  {name}: {report.first_bytes[name] / 1e6:.1f} MB before the first answer; of the true nearest "
+            f"{recall['per_class']} of each class it finds {recall['overall']:.1%}{rarest}"
+        )
+    click.echo("Publish the folder on any static host, or look at it here:")
+    click.echo(f"  python -m http.server --bind 127.0.0.1 --directory {_short(folder)}")
+
+
 @main.command()
 @click.option("--dataset", "-d", "datasets", multiple=True, help="Learn from this data set's volume. Repeat for more.")
 @click.option(

@@ -53,13 +53,23 @@ class Viewer:
         The section of the position fills the window, at a scale at which a tile and its surroundings are seen.
         layers: further ones, in JSON.
         """
+        sizes = self.voxel_size_nm_zyx[::-1]
+        place = [
+            round(float(nm / size), POSITION_DECIMALS) for nm, size in zip(position_nm_zyx[::-1], sizes, strict=True)
+        ]
+        return self._address(place, name, layers)
+
+    def template(self) -> str:
+        """The same with `{x}`, `{y}`, `{z}` (voxels) and `{id}` where a position and its name belong."""
+        address = self._address(["{x}", "{y}", "{z}"], "{id}", ())
+        for axis in "xyz":  # numbers, without the quotes
+            address = address.replace(quote(f'"{{{axis}}}"'), f"{{{axis}}}")
+        return address.replace(quote("{id}"), "{id}")
+
+    def _address(self, place: Sequence[float] | Sequence[str], name: str, layers: Sequence[dict[str, Any]]) -> str:
         z_nm, y_nm, x_nm = self.voxel_size_nm_zyx
         axes = {"x": x_nm, "y": y_nm, "z": z_nm}
         dimensions = {axis: [size / 1e9, "m"] for axis, size in axes.items()}
-        place = [
-            round(float(nm / size), POSITION_DECIMALS)
-            for nm, size in zip(position_nm_zyx[::-1], axes.values(), strict=True)
-        ]
         marker = {
             "type": "annotation",
             "name": "position",

@@ -1,5 +1,6 @@
 """Embedding tables of made-up vectors, written by the program itself, for the tests of table, index and search."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,14 +52,22 @@ def tiles_of(table: pa.Table, shards: int = 1) -> pa.Table:
     )
 
 
-def embedding_table(path: Path, vectors: np.ndarray, shards: int = 1, version: str = "0" * 32, **columns: Any) -> Path:
+def embedding_table(
+    path: Path,
+    vectors: np.ndarray,
+    shards: int = 1,
+    version: str = "0" * 32,
+    derived: Sequence[pa.Table] = (),
+    **columns: Any,
+) -> Path:
     """The Parquet file of an embedding table with these vectors."""
     table = synapses(len(vectors), **columns)
 
     def read_vectors(_: int, hashes: list[str]) -> np.ndarray:
         return vectors[[int(content, 16) for content in hashes]]
 
-    write_embedding_table(path, table, tiles_of(table, shards), read_vectors, {**PROVENANCE, "data_version": version})
+    provenance = {**PROVENANCE, "data_version": version}
+    write_embedding_table(path, table, tiles_of(table, shards), read_vectors, provenance, derived)
     return path
 
 
