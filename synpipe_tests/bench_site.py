@@ -186,6 +186,8 @@ def synominous(folder: Path, vectors: np.ndarray, columns: dict[str, Any]) -> di
     )
     if installed.returncode:
         return f"npm cannot install {names[0]}: is there a network?"
+    number = subprocess.run([node, "--version"], capture_output=True, text=True, check=True).stdout.strip()
+    print(f"Node {number}, {', '.join(names)}", flush=True)
     unit = np.round(vectors / np.linalg.norm(vectors, axis=1, keepdims=True), 3)
     ids = columns["synapse_id"].tolist()
     rows = zip(ids, columns["neurotransmitter"], unit.astype(np.float64).round(3).tolist(), strict=True)
