@@ -4,6 +4,7 @@ import http.client
 import io
 import json
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -29,7 +30,7 @@ from synpipe.explorer.app import make_app
 from synpipe.index import publish
 from synpipe.pipeline import open_tiles
 from synpipe.shards import read_table
-from synpipe_tests.conftest import environment, run_synpipe, write_project
+from synpipe_tests.conftest import environment, project_of, run_synpipe
 
 
 @dataclass
@@ -58,12 +59,12 @@ class Site:
 
 
 @pytest.fixture(scope="module")
-def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
-    """The small demo with a map, of the kind that few synapses get: made at once."""
-    project = write_project(tmp_path_factory.mktemp("explored"), projection={"n_neighbours": 200}, evaluation=None)
-    result = run_synpipe(project, "materialize", "--dataset", "demo")
-    assert result.returncode == 0, result.stderr
-    return project
+def project(explored: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Project:
+    """The small demo with a map, to publish other versions of its index."""
+    shared, own = project_of(explored), tmp_path_factory.mktemp("own")
+    for folder in (shared.data, shared.store):
+        shutil.copytree(folder, own / folder.name)
+    return Project(own / shared.data.name, own / shared.store.name)
 
 
 @pytest.fixture(scope="module")
