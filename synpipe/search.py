@@ -4,15 +4,16 @@ In: a data set, one of its encoders, the id of a synapse. Out: neighbours per cl
 comes from one published version of the table; a filter value is compared, never pasted into a filter string.
 
 The vectors of a class are held in memory and searched exactly where the table has up to `EXACT_ROWS` rows, or the class
-up to `EXACT_CLASS_ROWS`; the index answers for the other classes. An exact scan was measured to be faster than any index
-for this question (seven milliseconds for the top 4 of six classes of 103,511 × 192), it is right for rare classes too,
-where an index misses up to a fifth, and it allows L1.
+up to `EXACT_CLASS_ROWS`. An exact scan was measured to be faster than any index for this question (seven milliseconds for the
+top 4 of six classes of 103,511 × 192), it is right for rare classes too, where an index misses up to a fifth, and it allows L1.
+The index answers for the other classes: a few hundred nearest of all classes hold the nearest of every frequent one; a class
+that they hold too few of is searched for alone.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, reduce
 from itertools import islice
 from typing import Any, Literal, get_args
 
@@ -30,7 +31,7 @@ from synpipe.links import Viewer, find_viewer
 Metric = Literal["cosine", "l2", "dot", "l1"]
 METRICS: tuple[str, ...] = get_args(Metric)
 EXACT_ROWS = 300_000
-EXACT_CLASS_ROWS = 100_000
+EXACT_CLASS_ROWS = 60_000
 UNLABELLED = "unlabelled"
 FILTER_COLUMNS = (
     "neurotransmitter",
@@ -45,10 +46,10 @@ SHOWN_COLUMNS = (
     *("synapse_id", "neuron_id", "neurotransmitter", "predicted_neurotransmitter", "predicted_probability"),
     *("hemilineage", "region", "x_nm", "y_nm", "z_nm"),
 )
-# The probes of a plain query are too few for a rare class: with 16 of 256 one of 1 % had a recall of .81, with 128 of 1.0.
-# The nearest of a class that is a tenth of the table are among the forty nearest of all, which are not much further away.
-RARE_NPROBES_FACTOR, FREQUENT_NPROBES_FACTOR = 8, 2
-FREQUENT_SHARE = 0.1
+NEAREST_LOOKED_AT = 100  # of all classes together, for each one wanted of a class
+# The probes that find the ten nearest are too few for those further away: with 16 of 256 partitions a class of 1 % had a
+# recall of .81, with 128 of 1.0.
+TOGETHER_NPROBES_FACTOR, CLASS_NPROBES_FACTOR = 2, 8
 FOUND_KEPT = 64
 
 
@@ -105,13 +106,13 @@ class SynapseIndex:
 
         counted = pc.value_counts(self.columns(["neurotransmitter"])["neurotransmitter"]).to_pylist()
         found = {each["values"]: each["counts"] for each in counted}
-        self._counts = {name: found.get(name, 0) for name in self._classes}
+        counts = {name: found.get(name, 0) for name in self._classes}
         limit = EXACT_ROWS if self.exact else EXACT_CLASS_ROWS
-        held = {name: count for name, count in self._counts.items() if count <= limit}
+        held = {name: count for name, count in counts.items() if count <= limit}
         self._held = ExactSearch(self._batches(), held, self.dimensions)
         # The same synapse is asked for again with other options, and by `synapse`; what it finds never changes.
         self._find = lru_cache(maxsize=FOUND_KEPT)(self._look_up)
-        self._threads = ThreadPoolExecutor(max(1, len(self._classes) - len(held)), thread_name_prefix="search")
+        self._threads = ThreadPoolExecutor(thread_name_prefix="search")
 
     def _batches(self) -> Iterator[tuple[pa.RecordBatch, np.ndarray]]:
         columns = dict.fromkeys([*SHOWN_COLUMNS, *FILTER_COLUMNS, "norm", "vector"])
@@ -209,60 +210,73 @@ class SynapseIndex:
         )
 
     def _answer(self, question: _Question) -> dict[str, list[Neighbour]]:
-        begun = {
-            name: self._threads.submit(self._through_index, name, question)
-            for name in self._classes
-            if name not in self._held.places
-        }
+        by_index = [name for name in self._classes if name not in self._held.places]
+        begun = self._threads.submit(self._through_index, by_index, question) if by_index else None
         found = self._held.nearest(**vars(question))
         rows, distances = (np.concatenate([[], *part]) for part in zip(([], []), *found.values(), strict=True))
         held = iter(_neighbours(self._held.rows.take(rows.astype(np.int64)), distances, self._viewer))
-        answer = {
-            name or UNLABELLED: begun[name].result() if name in begun else list(islice(held, len(found[name][0])))
-            for name in self._classes
-        }
-        return {name: neighbours for name, neighbours in answer.items() if neighbours}
+        answer = {name: list(islice(held, len(rows))) for name, (rows, _) in found.items()}
+        if begun is not None:
+            answer |= begun.result()
+        return {name or UNLABELLED: answer[name] for name in self._classes if answer[name]}
 
-    def _through_index(self, name: str | None, question: _Question) -> list[Neighbour]:
-        settings = self._table.schema.field("vector").metadata
-        frequent = self._counts[name] >= FREQUENT_SHARE * self.rows
-        nprobes = (FREQUENT_NPROBES_FACTOR if frequent else RARE_NPROBES_FACTOR) * int(settings[b"synpipe.nprobes"])
+    def _through_index(self, names: list[str | None], question: _Question) -> dict[str | None, list[Neighbour]]:
+        search = self._query(question, TOGETHER_NPROBES_FACTOR).limit(NEAREST_LOOKED_AT * question.per_class)
+        condition = _condition(question)
+        table = _rows(search if condition is None else search.where(condition))
+        labels = np.array(table["neurotransmitter"].to_pylist(), dtype=object)
+        nearest = {name: np.flatnonzero(labels == name)[: question.per_class] for name in names}
+        enough = {name: rows for name, rows in nearest.items() if len(rows) == question.per_class}
+        answer = {name: self._shown(table.take(rows)) for name, rows in enough.items()}
+        return answer | {name: self._of_class(name, question) for name in names if name not in enough}
+
+    def _of_class(self, name: str | None, question: _Question) -> list[Neighbour]:
         # No upper limit: where a class has no `per_class` members in those partitions, the search goes on.
-        search = self._table.search(question.query).distance_type("cosine").minimum_nprobes(nprobes).maximum_nprobes(0)
-        table = (
-            search.where(_condition(name, question))
-            .limit(question.per_class)
-            .select([*SHOWN_COLUMNS, "_distance"])
-            .to_arrow()
-        )
+        search = self._query(question, CLASS_NPROBES_FACTOR).maximum_nprobes(0).limit(question.per_class)
+        return self._shown(_rows(search.where(_class_condition(name, question))))
+
+    def _query(self, question: _Question, nprobes_factor: int) -> Any:
+        nprobes = nprobes_factor * int(self._table.schema.field("vector").metadata[b"synpipe.nprobes"])
+        # What is more than there are is taken for all.
+        return self._table.search(question.query).distance_type("cosine").nprobes(nprobes)
+
+    def _shown(self, table: pa.Table) -> list[Neighbour]:
         return _neighbours(table, table["_distance"].to_numpy(), self._viewer)
 
 
-def _condition(name: str | None, question: _Question) -> Expr | str:
-    """Members of a class that may be an answer.
+def _rows(search: Any) -> pa.Table:
+    return search.select([*SHOWN_COLUMNS, "_distance"]).to_arrow()
 
-    Conditions stay expressions: as SQL (`to_sql`), LanceDB 0.40 lets a value that holds \\' end its own quotes.
+
+def _condition(question: _Question) -> Expr | None:
+    """What may be an answer; None: everything.
+
+    Conditions are expressions: as SQL (`to_sql`), LanceDB 0.40 lets a value that holds \\' end its own quotes.
     """
-    # A synapse of no known neuron is none of the query's; no neuron has the id −1.
-    without_id, without_neuron = question.without_id, question.without_neuron
+    conditions: list[Expr] = []
+    if question.without_id is not None:
+        conditions.append(col("synapse_id") != lit(question.without_id))
+    if question.without_neuron is not None:
+        # A synapse of no known neuron is none of the query's; no neuron has the id −1.
+        conditions.append(func("coalesce", col("neuron_id"), lit(-1)) != lit(question.without_neuron))
+    conditions += [col(column) == lit(value) for column, value in question.wanted.items()]
+    return reduce(Expr.and_, conditions) if conditions else None
+
+
+def _class_condition(name: str | None, question: _Question) -> Expr | str:
+    """Members of a class that may be an answer."""
     if name is None and not question.wanted:
         # Expressions have no IS NULL, by which the index of the column finds them: ten times as fast. Only numbers are put in.
         conditions = ["neurotransmitter IS NULL"]
-        if without_id is not None:
-            conditions.append(f"synapse_id != {int(without_id)}")
-        if without_neuron is not None:
-            conditions.append(f"coalesce(neuron_id, -1) != {int(without_neuron)}")
+        if question.without_id is not None:
+            conditions.append(f"synapse_id != {int(question.without_id)}")
+        if question.without_neuron is not None:
+            conditions.append(f"coalesce(neuron_id, -1) != {int(question.without_neuron)}")
         return " AND ".join(conditions)
     # `concat` takes a null for an empty string, which is no class.
     label = func("concat", col("neurotransmitter"), lit("")) if name is None else col("neurotransmitter")
-    condition: Expr = label == lit(name or "")
-    if without_id is not None:
-        condition = condition & (col("synapse_id") != lit(without_id))
-    if without_neuron is not None:
-        condition = condition & (func("coalesce", col("neuron_id"), lit(-1)) != lit(without_neuron))
-    for column, value in question.wanted.items():
-        condition = condition & (col(column) == lit(value))
-    return condition
+    others = _condition(question)
+    return label == lit(name or "") if others is None else (label == lit(name or "")) & others
 
 
 def parse_where(conditions: Sequence[str]) -> dict[str, str]:

@@ -360,7 +360,8 @@ def test_what_an_interrupted_run_would_take_up_is_not_left_over(own: Own):
 
 @pytest.fixture(params=["exact", "large"])
 def index(request: pytest.FixtureRequest, template: Own, monkeypatch: pytest.MonkeyPatch) -> SynapseIndex:
-    monkeypatch.setattr(search, "EXACT_ROWS", {"exact": 300_000, "large": 0}[request.param])
+    for limit in ("EXACT_ROWS", "EXACT_CLASS_ROWS"):
+        monkeypatch.setattr(search, limit, {"exact": 300_000, "large": 0}[request.param])
     return SynapseIndex(template.dataset, "tiny")
 
 

@@ -112,17 +112,28 @@ def exact(dataset_and_truth: tuple[Dataset, Truth]) -> SynapseIndex:
     return index
 
 
-@pytest.fixture(scope="module")
-def large(dataset_and_truth: tuple[Dataset, Truth]) -> SynapseIndex:
-    """The same, treated as a table that is too large for memory."""
+def too_large(dataset: Dataset, class_rows: int) -> SynapseIndex:
+    """The index treated as too large for memory; classes of up to `class_rows` are held."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(search, "EXACT_ROWS", 0)
-        index = SynapseIndex(dataset_and_truth[0], "tiny")
+        patch.setattr(search, "EXACT_CLASS_ROWS", class_rows)
+        index = SynapseIndex(dataset, "tiny")
     assert not index.exact
     return index
 
 
-@pytest.fixture(params=["exact", "large"])
+@pytest.fixture(scope="module")
+def large(dataset_and_truth: tuple[Dataset, Truth]) -> SynapseIndex:
+    return too_large(dataset_and_truth[0], 0)
+
+
+@pytest.fixture(scope="module")
+def mixed(dataset_and_truth: tuple[Dataset, Truth]) -> SynapseIndex:
+    """Serotonin and the unlabelled in memory, the others through the index."""
+    return too_large(dataset_and_truth[0], 1000)
+
+
+@pytest.fixture(params=["exact", "large", "mixed"])
 def either(request: pytest.FixtureRequest) -> SynapseIndex:
     return request.getfixturevalue(request.param)
 
@@ -182,7 +193,7 @@ def test_the_index_agrees_with_the_exact_search(exact: SynapseIndex, large: Syna
 
 
 def test_a_rare_class_is_given_in_full_where_more_is_asked_for(either: SynapseIndex, truth: Truth, monkeypatch) -> None:
-    monkeypatch.setattr(search, "RARE_NPROBES_FACTOR", 1)  # 16 of 64 partitions, which do not hold all of them
+    monkeypatch.setattr(search, "CLASS_NPROBES_FACTOR", 1)  # 16 of 64 partitions, which do not hold all of them
     members = truth.columns["neurotransmitter"].count("serotonin")
     assert 10 < members < 60
     query = truth.columns["neurotransmitter"].index("gaba")
@@ -253,10 +264,7 @@ def test_equal_vectors_are_at_no_distance(tmp_path: Path) -> None:
 
 def test_an_index_answers_from_the_version_it_was_opened_with(tmp_path: Path) -> None:
     dataset = make(tmp_path, clustered(50, 16), neurotransmitter=["gaba"] * 50)
-    for rows in (300_000, 0):
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(search, "EXACT_ROWS", rows)
-            index = SynapseIndex(dataset, "tiny")
+    for rows, index in ((300_000, SynapseIndex(dataset, "tiny")), (0, too_large(dataset, 0))):
         before = index.search(3)
         path = embedding_table(tmp_path / "other.parquet", clustered(80, 24, seed=rows + 1), 2)
         publish(path, dataset.lancedb_folder, "tiny", "b" * 32, lambda line: None)
