@@ -18,6 +18,7 @@ from synpipe import evaluation
 from synpipe.datasets import Dataset
 from synpipe.errors import SynpipeError
 from synpipe.evaluation import FIGURES, Estimate
+from synpipe.manifests import read_manifest
 from synpipe.shards import read_json, read_table
 
 SHOWN_QUERIES = 6
@@ -71,9 +72,13 @@ class Comparison:
 
 
 def encoders_table(dataset: Dataset) -> list[dict[str, Any]]:
-    """A row per encoder that was judged, in the order of the data set. Raises `SynpipeError` where none was."""
+    """A row per encoder that was judged, in the order of the data set. Raises `SynpipeError` where none was.
+
+    query_ms: see `index.Cost`. A time is no content of an asset, so it is read from what was noted when the index was made.
+    """
     _spec(dataset)
-    return read_table(dataset.evaluation_path).to_pylist()
+    rows = read_table(dataset.evaluation_path).to_pylist()
+    return [row | {"query_ms": read_manifest(dataset, f"index_{row['encoder']}").counts["query_ms"]} for row in rows]
 
 
 def compare(dataset: Dataset, a: str, b: str) -> Comparison:

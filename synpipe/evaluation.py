@@ -276,8 +276,6 @@ def _within(k: int) -> Callable[[Rows], np.ndarray]:
     return lambda rows: np.where(np.isnan(rows["instance_rank"]), np.nan, rows["instance_rank"] <= k)
 
 
-# What an encoder's index costs, beside its figures; see `index.IndexReport` and `index.Cost`.
-COSTS = ("index_recall", "bytes_per_vector", "query_ms")
 FIGURES = {
     "instance_recall_at_1": Figure("instance recall@1", _within(1), by_class=False),
     "instance_recall_at_5": Figure("instance recall@5", _within(5), by_class=False),

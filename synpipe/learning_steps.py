@@ -93,7 +93,6 @@ def make_scores(dataset: Dataset, name: str, inputs: Inputs, log: Log) -> Made:
     log(f"{len(again.places):,} places have been looked for")
 
     figures = evaluation.measure(rows, spec.seed)
-    index = read_manifest(dataset, f"index_{name}").counts
     groups = rows["group"][again.places]
     report = {
         "encoder": name,
@@ -102,9 +101,8 @@ def make_scores(dataset: Dataset, name: str, inputs: Inputs, log: Log) -> Made:
         "queries": len(queries),
         "places": len(again.places),
         "groups": len(np.unique(rows["group"])),
-        "index_recall": index["recall"],
+        "index_recall": read_manifest(dataset, f"index_{name}").counts["recall"],
         "bytes_per_vector": read_manifest(dataset, f"embedding_table_{name}").counts["bytes_per_vector"],
-        "query_ms": index["query_ms"],
         "figures": {figure: asdict(value) for figure, value in figures.items()},
         "classes": {
             label: {figure: asdict(value) for figure, value in each.items()}
@@ -149,7 +147,8 @@ def make_evaluation(dataset: Dataset, inputs: Inputs, log: Log) -> Made:
     rows = []
     for name in judged:
         report = read_json(dataset.scores_path(name))
-        row = {key: report[key] for key in ("encoder", "dimensions", "queries", "places", "groups", *evaluation.COSTS)}
+        kept = ("encoder", "dimensions", "queries", "places", "groups", "index_recall", "bytes_per_vector")
+        row = {key: report[key] for key in kept}
         for figure, value in report["figures"].items():
             row |= {figure: value["value"], f"{figure}_low": value["low"], f"{figure}_high": value["high"]}
         rows.append(row | {"encoder_fingerprint": report["encoder_fingerprint"]})

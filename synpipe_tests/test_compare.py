@@ -33,7 +33,8 @@ def test_all_encoders_side_by_side(made: Dataset):
         "instance recall@5",
         "kNN balanced accuracy",
         "split by random",
-        "index recall",
+        "recall@10 against exact search",
+        "bytes",
     ):
         assert figure in text
     rows = json.loads(answer(project_of(made), "compare", "--dataset", "demo", "--json"))

@@ -200,7 +200,6 @@ def test_the_figures_of_a_data_set(made: Dataset):
             assert 0 <= row[f"{figure}_low"] <= row[figure] <= row[f"{figure}_high"] <= 1
             assert report["figures"][figure]["value"] == row[figure]
         assert row["index_recall"] >= 0.99
-        assert row["query_ms"] > 0
         assert row["bytes_per_vector"] == read_manifest(made, f"embedding_table_{name}").counts["bytes_per_vector"]
         assert set(report["classes"]) <= set(made.spec.classes)
         table = read_table(made.queries_path(name))

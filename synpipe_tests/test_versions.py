@@ -132,7 +132,7 @@ def rows(change: Callable[[list[dict[str, str]]], None]) -> Callable[[Own], obje
 
 
 TINY = branch("tiny")
-ENCODER_SAID = dict.fromkeys(TINY - {"evaluation"}, "encoder tiny changed (1-")
+ENCODER_SAID = dict.fromkeys(TINY - {"evaluation"}, "encoder tiny changed (")
 SYNAPSES_SAID = {
     "annotations": "its source changed (",
     "synapses": "annotations is out of date",

@@ -16,7 +16,7 @@ from synpipe import compare
 from synpipe.classifier_report import confusion_picture, confusion_rows, markdown, recall_rows
 from synpipe.datasets import Dataset
 from synpipe.errors import SynpipeError
-from synpipe.evaluation import COSTS, Estimate
+from synpipe.evaluation import Estimate
 from synpipe.graph import Step
 from synpipe.manifests import Manifest
 from synpipe.pictures import data_uri, nearest_neighbours, section_picture, tiles_by_class, vector_map
@@ -226,7 +226,8 @@ def _estimates(head: str, rows: Mapping[str, Mapping[str, Any]]) -> str:
 def evaluation(dataset: Dataset, manifest: Manifest) -> dict[str, Any]:
     rows = compare.encoders_table(dataset)
     report = {"report": dg.MetadataValue.md(compare.markdown(rows))}
-    columns = ["encoder", "dimensions", "instance_recall_at_1", "knn_balanced_accuracy", "map", *COSTS]
+    figures = ["instance_recall_at_1", "knn_balanced_accuracy", "map"]
+    columns = ["encoder", "dimensions", *figures, "index_recall", "bytes_per_vector"]
     return _picture("figures", compare.chart(rows)) | report | _parquet(dataset.evaluation_path, columns)
 
 
