@@ -32,6 +32,7 @@ Metric = Literal["cosine", "l2", "dot", "l1"]
 METRICS: tuple[str, ...] = get_args(Metric)
 EXACT_ROWS = 300_000
 EXACT_CLASS_ROWS = 60_000
+KEPT_ROWS = 5_000_000
 UNLABELLED = "unlabelled"
 FILTER_COLUMNS = (
     "neurotransmitter",
@@ -47,9 +48,9 @@ SHOWN_COLUMNS = (
     *("hemilineage", "region", "x_nm", "y_nm", "z_nm"),
 )
 NEAREST_LOOKED_AT = 100  # of all classes together, for each one wanted of a class
-# The probes that find the ten nearest are too few for those further away: with 16 of 256 partitions a class of 1 % had a
-# recall of .81, with 128 of 1.0.
-TOGETHER_NPROBES_FACTOR, CLASS_NPROBES_FACTOR = 2, 8
+# The probes that find the ten nearest of all are too few for a rare class, whose nearest are further away: with 16 of 256
+# partitions one of 1 % had a recall of .81, with 128 of 1.0.
+CLASS_NPROBES_FACTOR = 8
 FOUND_KEPT = 64
 
 
@@ -102,6 +103,7 @@ class SynapseIndex:
         self.rows: int = self._table.count_rows()
         self.dimensions: int = self._table.schema.field("vector").type.list_size
         self.exact = self.rows <= EXACT_ROWS
+        self._nprobes = int(self._table.schema.field("vector").metadata[b"synpipe.nprobes"])
         self.metrics = METRICS if self.exact else ("cosine",)
 
         counted = pc.value_counts(self.columns(["neurotransmitter"])["neurotransmitter"]).to_pylist()
@@ -109,6 +111,7 @@ class SynapseIndex:
         counts = {name: found.get(name, 0) for name in self._classes}
         limit = EXACT_ROWS if self.exact else EXACT_CLASS_ROWS
         held = {name: count for name, count in counts.items() if count <= limit}
+        self._kept = None if self.exact or self.rows > KEPT_ROWS else self._keep()
         self._held = ExactSearch(self._batches(), held, self.dimensions)
         # The same synapse is asked for again with other options, and by `synapse`; what it finds never changes.
         self._find = lru_cache(maxsize=FOUND_KEPT)(self._look_up)
@@ -118,6 +121,14 @@ class SynapseIndex:
         columns = dict.fromkeys([*SHOWN_COLUMNS, *FILTER_COLUMNS, "norm", "vector"])
         for batch in self._table.search().select(list(columns)).to_batches(batch_size=8192):
             yield batch.drop_columns(["vector"]), read_vectors(batch)
+
+    def _keep(self) -> pa.Table:
+        """What is shown of every row, so that LanceDB need find their numbers only: 60 bytes a row, and half the time."""
+        rows = self._table.search().select(list(SHOWN_COLUMNS)).with_row_id(True).to_arrow()
+        fields = [
+            f if f.type != pa.string() else f.with_type(pa.dictionary(pa.int32(), pa.string())) for f in rows.schema
+        ]
+        return rows.cast(pa.schema(fields)).unify_dictionaries().combine_chunks().sort_by("_rowid")
 
     def columns(self, names: Sequence[str]) -> pa.Table:
         """These columns of all rows, in the order of the table."""
@@ -201,7 +212,13 @@ class SynapseIndex:
         held = np.flatnonzero(self._held.ids == synapse_id)
         if len(held):
             return self._held.rows.slice(held[0], 1), self._held.vector(held[0])
-        if not self.exact and -(2**63) <= synapse_id < 2**63:
+        if self._kept is not None:
+            known = np.flatnonzero(self._kept["synapse_id"].to_numpy() == synapse_id)
+            if len(known):
+                row = self._kept.slice(known[0], 1)
+                found = self._table.take_row_ids(row["_rowid"].to_pylist()).select(["vector", "norm"]).to_arrow()
+                return row, read_vectors(found)[0] * found["norm"][0].as_py()
+        elif not self.exact and -(2**63) <= synapse_id < 2**63:
             row = self._table.search().where(col("synapse_id") == lit(synapse_id)).limit(1).to_arrow()
             if len(row):
                 return row, read_vectors(row)[0] * row["norm"][0].as_py()
@@ -221,9 +238,9 @@ class SynapseIndex:
         return {name or UNLABELLED: answer[name] for name in self._classes if answer[name]}
 
     def _through_index(self, names: list[str | None], question: _Question) -> dict[str | None, list[Neighbour]]:
-        search = self._query(question, TOGETHER_NPROBES_FACTOR).limit(NEAREST_LOOKED_AT * question.per_class)
+        search = self._query(question).limit(NEAREST_LOOKED_AT * question.per_class)
         condition = _condition(question)
-        table = _rows(search if condition is None else search.where(condition))
+        table = self._fetch(search if condition is None else search.where(condition))
         labels = np.array(table["neurotransmitter"].to_pylist(), dtype=object)
         nearest = {name: np.flatnonzero(labels == name)[: question.per_class] for name in names}
         enough = {name: rows for name, rows in nearest.items() if len(rows) == question.per_class}
@@ -233,19 +250,22 @@ class SynapseIndex:
     def _of_class(self, name: str | None, question: _Question) -> list[Neighbour]:
         # No upper limit: where a class has no `per_class` members in those partitions, the search goes on.
         search = self._query(question, CLASS_NPROBES_FACTOR).maximum_nprobes(0).limit(question.per_class)
-        return self._shown(_rows(search.where(_class_condition(name, question))))
+        return self._shown(self._fetch(search.where(_class_condition(name, question))))
 
-    def _query(self, question: _Question, nprobes_factor: int) -> Any:
-        nprobes = nprobes_factor * int(self._table.schema.field("vector").metadata[b"synpipe.nprobes"])
+    def _query(self, question: _Question, nprobes_factor: int = 1) -> Any:
         # What is more than there are is taken for all.
-        return self._table.search(question.query).distance_type("cosine").nprobes(nprobes)
+        return self._table.search(question.query).distance_type("cosine").nprobes(nprobes_factor * self._nprobes)
+
+    def _fetch(self, search: Any) -> pa.Table:
+        """What is shown of the rows found, and their `_distance`."""
+        if self._kept is None:
+            return search.select([*SHOWN_COLUMNS, "_distance"]).to_arrow()
+        found = search.select(["_rowid", "_distance"]).to_arrow()
+        rows = np.searchsorted(self._kept["_rowid"].to_numpy(), found["_rowid"].to_numpy())
+        return self._kept.take(rows).append_column("_distance", found["_distance"])
 
     def _shown(self, table: pa.Table) -> list[Neighbour]:
         return _neighbours(table, table["_distance"].to_numpy(), self._viewer)
-
-
-def _rows(search: Any) -> pa.Table:
-    return search.select([*SHOWN_COLUMNS, "_distance"]).to_arrow()
 
 
 def _condition(question: _Question) -> Expr | None:

@@ -112,9 +112,10 @@ def exact(dataset_and_truth: tuple[Dataset, Truth]) -> SynapseIndex:
     return index
 
 
-def too_large(dataset: Dataset, class_rows: int) -> SynapseIndex:
-    """The index treated as too large for memory; classes of up to `class_rows` are held."""
+def too_large(dataset: Dataset, class_rows: int, kept_rows: int = 0) -> SynapseIndex:
+    """The index treated as too large for memory; vectors of classes of up to `class_rows` are held."""
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(search, "KEPT_ROWS", kept_rows)
         patch.setattr(search, "EXACT_ROWS", 0)
         patch.setattr(search, "EXACT_CLASS_ROWS", class_rows)
         index = SynapseIndex(dataset, "tiny")
@@ -130,7 +131,7 @@ def large(dataset_and_truth: tuple[Dataset, Truth]) -> SynapseIndex:
 @pytest.fixture(scope="module")
 def mixed(dataset_and_truth: tuple[Dataset, Truth]) -> SynapseIndex:
     """Serotonin and the unlabelled in memory, the others through the index."""
-    return too_large(dataset_and_truth[0], 1000)
+    return too_large(dataset_and_truth[0], 1000, kept_rows=COUNT)
 
 
 @pytest.fixture(params=["exact", "large", "mixed"])
