@@ -10,7 +10,7 @@ The index answers for the other classes: a few hundred nearest of all classes ho
 that they hold too few of is searched for alone.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache, reduce
@@ -47,7 +47,7 @@ SHOWN_COLUMNS = (
     *("synapse_id", "neuron_id", "neurotransmitter", "predicted_neurotransmitter", "predicted_probability"),
     *("hemilineage", "region", "x_nm", "y_nm", "z_nm"),
 )
-NEAREST_LOOKED_AT = 100  # of all classes together, for each one wanted of a class
+NEAREST_LOOKED_AT = 50  # of all classes together, for each one wanted of a class
 # The probes that find the ten nearest of all are too few for a rare class, whose nearest are further away: with 16 of 256
 # partitions one of 1 % had a recall of .81, with 128 of 1.0.
 CLASS_NPROBES_FACTOR = 8
@@ -112,6 +112,8 @@ class SynapseIndex:
         limit = EXACT_ROWS if self.exact else EXACT_CLASS_ROWS
         held = {name: count for name, count in counts.items() if count <= limit}
         self._kept = None if self.exact or self.rows > KEPT_ROWS else self._keep()
+        kept_labels = [] if self._kept is None else self._kept["neurotransmitter"].to_pylist()
+        self._labels = np.array(kept_labels, dtype=object)
         self._held = ExactSearch(self._batches(), held, self.dimensions)
         # The same synapse is asked for again with other options, and by `synapse`; what it finds never changes.
         self._find = lru_cache(maxsize=FOUND_KEPT)(self._look_up)
@@ -240,32 +242,33 @@ class SynapseIndex:
     def _through_index(self, names: list[str | None], question: _Question) -> dict[str | None, list[Neighbour]]:
         search = self._query(question).limit(NEAREST_LOOKED_AT * question.per_class)
         condition = _condition(question)
-        table = self._fetch(search if condition is None else search.where(condition))
-        labels = np.array(table["neurotransmitter"].to_pylist(), dtype=object)
+        labels, distances, shown = self._fetch(search if condition is None else search.where(condition))
         nearest = {name: np.flatnonzero(labels == name)[: question.per_class] for name in names}
         enough = {name: rows for name, rows in nearest.items() if len(rows) == question.per_class}
-        answer = {name: self._shown(table.take(rows)) for name, rows in enough.items()}
+        chosen = np.concatenate([[], *enough.values()]).astype(np.int64)
+        found = iter(_neighbours(shown(chosen), distances[chosen], self._viewer))
+        answer = {name: list(islice(found, len(rows))) for name, rows in enough.items()}
         return answer | {name: self._of_class(name, question) for name in names if name not in enough}
 
     def _of_class(self, name: str | None, question: _Question) -> list[Neighbour]:
         # No upper limit: where a class has no `per_class` members in those partitions, the search goes on.
         search = self._query(question, CLASS_NPROBES_FACTOR).maximum_nprobes(0).limit(question.per_class)
-        return self._shown(self._fetch(search.where(_class_condition(name, question))))
+        _, distances, shown = self._fetch(search.where(_class_condition(name, question)))
+        return _neighbours(shown(np.arange(len(distances))), distances, self._viewer)
 
     def _query(self, question: _Question, nprobes_factor: int = 1) -> Any:
         # What is more than there are is taken for all.
         return self._table.search(question.query).distance_type("cosine").nprobes(nprobes_factor * self._nprobes)
 
-    def _fetch(self, search: Any) -> pa.Table:
-        """What is shown of the rows found, and their `_distance`."""
+    def _fetch(self, search: Any) -> tuple[np.ndarray, np.ndarray, Callable[[np.ndarray], pa.Table]]:
+        """Classes and distances of the rows found, and a function that gives what is shown of some of them."""
         if self._kept is None:
-            return search.select([*SHOWN_COLUMNS, "_distance"]).to_arrow()
-        found = search.select(["_rowid", "_distance"]).to_arrow()
-        rows = np.searchsorted(self._kept["_rowid"].to_numpy(), found["_rowid"].to_numpy())
-        return self._kept.take(rows).append_column("_distance", found["_distance"])
-
-    def _shown(self, table: pa.Table) -> list[Neighbour]:
-        return _neighbours(table, table["_distance"].to_numpy(), self._viewer)
+            table = search.select([*SHOWN_COLUMNS, "_distance"]).to_arrow()
+            labels = np.array(table["neurotransmitter"].to_pylist(), dtype=object)
+            return labels, table["_distance"].to_numpy(), table.take
+        found, kept = search.select(["_rowid", "_distance"]).to_arrow(), self._kept
+        rows = np.searchsorted(kept["_rowid"].to_numpy(), found["_rowid"].to_numpy())
+        return self._labels[rows], found["_distance"].to_numpy(), lambda chosen: kept.take(rows[chosen])
 
 
 def _condition(question: _Question) -> Expr | None:
