@@ -5,6 +5,7 @@ about a megabyte.
 """
 
 import io
+import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -37,10 +38,10 @@ def main() -> None:
     _save(tiles_by_class(dataset, tile_px=64), folder / "tiles.png")
     _save(nearest_neighbours(dataset, dataset.encoder(None)), folder / "neighbours.png")
     with tempfile.TemporaryDirectory() as logs:
-        with serve(project, Path(logs)) as ui:
+        with serve(_alone(project, Path(logs)), Path(logs)) as ui:
             with chromium() as browser:
                 page = browser.new_page(viewport=WINDOW)
-                page.goto(f'{ui.url}/asset-groups?asset-selection=key:"demo/*"')
+                page.goto(f"{ui.url}/asset-groups")
                 _save(_graph(page), folder / "asset_graph.png")
             ui.stop()
         with explore(project, Path(logs) / "explore.log") as url, chromium(webgl=True) as browser:
@@ -48,6 +49,15 @@ def main() -> None:
             truth = Truth(dataset, dataset.encoder(None))
             _save(_search(page, url, truth), folder / "explorer_search.png", RARE_COLOURS)
             _save(_map(page, url, truth), folder / "explorer_map.png")
+
+
+def _alone(project: Project, folder: Path) -> Project:
+    """The same store with no data set but the demo, whatever others this machine has the files of."""
+    data = folder / "data"
+    shutil.copytree(project.data, data, ignore=shutil.ignore_patterns("store", "pictures", "datasets"))
+    (data / "datasets").mkdir()
+    shutil.copy2(project.data / "datasets" / "demo.yaml", data / "datasets")
+    return Project(data, project.store)
 
 
 def _search(page: Page, url: str, truth: Truth) -> Image.Image:
