@@ -144,6 +144,13 @@ def open_current(folder: Path, name: str) -> Any:
     return table
 
 
+async def open_version(folder: Path, name: str, version: int) -> lancedb.AsyncTable:
+    """A version of a LanceDB table, to be asked asynchronously."""
+    table = await (await lancedb.connect_async(folder)).open_table(name)
+    await table.checkout(version)
+    return table
+
+
 def republish(folder: Path, name: str, data_version: str, fingerprint: str) -> IndexReport | None:
     """Let `current` name the version that was published of this data before; None where there is none."""
     tag = tag_for(data_version, fingerprint)

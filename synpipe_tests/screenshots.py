@@ -23,7 +23,7 @@ WIDTH_PX = 1200
 MARGIN_PX = 16
 # High enough to keep the graph, in the middle, clear of the toolbar above it and the buttons below it.
 PANES_PX, TOOLBAR_PX, BUTTONS_PX = 545, 115, 460
-WINDOW: Any = {"width": PANES_PX + WIDTH_PX, "height": 1500}
+WINDOW: Any = {"width": PANES_PX + WIDTH_PX, "height": 2300}
 EXPLORER_WINDOW: Any = {"width": WIDTH_PX, "height": 800}
 # Beside tiles, the colours of the classes are on few pixels, and must stay what they are.
 RARE_COLOURS = Image.Quantize.MAXCOVERAGE
