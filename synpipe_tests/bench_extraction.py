@@ -49,8 +49,8 @@ WINDOW = np.array([SECTIONS, TILE_PX, TILE_PX])
 DENSE_ZYX, DENSE_TILES = (64, 4096, 4096), 1000
 WIDE_ZYX = (64, 8192, 8192)
 FAFB_ZYX, SPARSE_TILES = (2048, 65_536, 65_536), 250
-# Labelled synapses lie in clumps along their neurons. A normal clump of six on average is made so that, as was found for the
-# labelled ones of FAFB, about half the tiles overlap another (48 % there), and the tiles need 1.9× the chunks there are.
+# Labelled synapses lie in clumps along their neurons: of those of FAFB 48 % of the tiles were found to overlap another, and a
+# chunk to serve 1.9 tiles at most. Normal clumps of six on average come near to that; what they come to is printed.
 CLUMP_SYNAPSES, CLUMP_STD_ZYX = 6, (15, 150, 150)
 # One by one no tile profits from another: its rate is that of a part of the same tiles.
 ONE_BY_ONE_TILES = 100
