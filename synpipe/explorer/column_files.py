@@ -20,9 +20,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from synpipe.explorer.answers import ALIGNMENT
+from synpipe.explorer.answers import ALIGNMENT, MOST_CATEGORIES
 
-NONE16 = 2**16 - 1
 PIECE_BYTES = 20_000_000  # hosts have limits: 25 MiB a file at Cloudflare Pages, 100 at GitHub
 
 Column = tuple[np.ndarray, dict[str, Any]]
@@ -44,8 +43,8 @@ def metadata_columns(rows: pa.Table, names: Sequence[str]) -> dict[str, Column]:
             found[name] = values.to_numpy(zero_copy_only=False).astype(np.float32), {"kind": "number"}
             continue
         labels = pc.unique(values.drop_null()).sort()
-        if len(labels) <= NONE16:
-            codes = pc.fill_null(pc.index_in(values, labels), NONE16).to_numpy().astype(np.uint16)
+        if len(labels) <= MOST_CATEGORIES:
+            codes = pc.fill_null(pc.index_in(values, labels), MOST_CATEGORIES).to_numpy().astype(np.uint16)
             found[name] = codes, {"kind": "category", "names": labels.to_pylist()}
     return found
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from synpipe.search import UNLABELLED
+from synpipe.search import METRICS, UNLABELLED
 
 LEVELS = 127
 BLOCK_ROWS = 8192
@@ -67,7 +67,7 @@ def measure_recall(
     """
     queries = np.random.default_rng(0).permutation(len(unit))[:RECALL_QUERIES]
     seen = quantised.rows(slice(None))
-    found = {metric: np.zeros(len(classes)) for metric in ("cosine", "l2", "dot", "l1")}
+    found = {metric: np.zeros(len(classes)) for metric in METRICS}
     wanted = np.zeros(len(classes))
     for batch in np.array_split(queries, math.ceil(len(queries) / QUERIES_AT_ONCE)):
         true_similarities, similarities = unit[batch] @ unit.T, seen[batch] @ seen.T
