@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 from synpipe import drift, splits
 from synpipe.classifier_scores import read_probabilities
 from synpipe.datasets import Dataset
-from synpipe.embedding import EmbeddingCache
+from synpipe.embedding_cache import EmbeddingCache
 from synpipe.learning_steps import column, synapses_with_tiles
 from synpipe.manifests import read_manifest, whole_versions
 from synpipe.pipeline import shard_name

@@ -20,7 +20,7 @@ from synpipe.classifier import FinetuneSpec, LinearSpec, Probe, fit_linear, samp
 from synpipe.classifier_report import interval_text
 from synpipe.classifier_scores import codes_of, few_neurons, predictions_table, score_test_side, votes_of_neurons
 from synpipe.datasets import Dataset
-from synpipe.embedding import EmbeddingCache
+from synpipe.embedding_cache import EmbeddingCache
 from synpipe.encoders import EncoderSpec, open_encoder
 from synpipe.errors import SynpipeError
 from synpipe.finetuning import HEAD, WEIGHTS, Examples, finetune, read_head

@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 
 from synpipe import compression, projection
 from synpipe.datasets import Dataset
-from synpipe.embedding import EmbeddingCache
+from synpipe.embedding_cache import EmbeddingCache
 from synpipe.encoders import Encoder, open_encoder
 from synpipe.errors import SynpipeError
 from synpipe.manifests import find_manifest, read_manifest

@@ -24,6 +24,7 @@ from synpipe import __version__, drift, embedding, table, tiles
 from synpipe.annotations import REJECT_SCHEMA, SYNAPSE_SCHEMA, convert_annotations
 from synpipe.compression import CompressedSpec
 from synpipe.datasets import Dataset
+from synpipe.embedding_cache import EmbeddingCache
 from synpipe.encoders import Encoder, open_encoder
 from synpipe.errors import SynpipeError
 from synpipe.extraction import extract
@@ -266,7 +267,7 @@ def make_embeddings(dataset: Dataset, name: str, inputs: Inputs, log: Log) -> Ma
     made = find_manifest(dataset, asset)
     if made and made.counts["encoder_identity"] == who and made.inputs == inputs:
         shards, hashes = _tiles_to_embed(dataset)
-        cache = embedding.EmbeddingCache(dataset.embeddings_folder, made.counts["encoder_fingerprint"])
+        cache = EmbeddingCache(dataset.embeddings_folder, made.counts["encoder_fingerprint"])
         if not _missing_from(cache, shards, hashes):
             # Opening the network takes ten seconds, most of it to import torch, and would change nothing.
             log(f"0 tiles embedded, {len(hashes):,} were there")
@@ -293,7 +294,7 @@ def embed_tiles(dataset: Dataset, encoder: Encoder, log: Log) -> dict[str, Any]:
     """Embed the tiles that are not in the encoder's cache; `rows`, `dimensions`, `tiles_embedded`, `tiles_per_second`."""
     shards, hashes = _tiles_to_embed(dataset)
     reader = open_tiles(dataset)
-    cache = embedding.EmbeddingCache(dataset.embeddings_folder, encoder.fingerprint)
+    cache = EmbeddingCache(dataset.embeddings_folder, encoder.fingerprint)
     progress = Progress(log, _missing_from(cache, shards, hashes), "tiles")
     started, embedded = time.monotonic(), 0
     for shard in np.unique(shards).tolist():
@@ -320,7 +321,7 @@ def _tiles_to_embed(dataset: Dataset) -> tuple[np.ndarray, np.ndarray]:
     return index_table["shard"].to_numpy(), np.array(index_table["content_hash"].to_pylist())
 
 
-def _missing_from(cache: embedding.EmbeddingCache, shards: np.ndarray, hashes: np.ndarray) -> int:
+def _missing_from(cache: EmbeddingCache, shards: np.ndarray, hashes: np.ndarray) -> int:
     known = {shard: cache.known(shard_name(shard)) for shard in np.unique(shards).tolist()}
     return sum(content not in known[shard] for shard, content in zip(shards.tolist(), hashes.tolist(), strict=True))
 
@@ -340,7 +341,7 @@ def make_embedding_table(dataset: Dataset, name: str, inputs: Inputs, log: Log) 
             "dataset_version": digest([inputs["synapses"], inputs["rgb_tiles"]]),
             "schema_version": TABLE_SCHEMA_VERSION,
         }
-        cache = embedding.EmbeddingCache(dataset.embeddings_folder, made["encoder_fingerprint"])
+        cache = EmbeddingCache(dataset.embeddings_folder, made["encoder_fingerprint"])
         columns = ["synapse_id", "shard", "content_hash", "pad_fraction", "missing_sections"]
         paths = {"classifier": dataset.predictions_path(name), "projection": dataset.projection_path(name)}
         derived = [read_table(file) for kind, file in paths.items() if f"{kind}_{name}" in inputs]

@@ -22,7 +22,7 @@ from dagster._core.loader import LoadingContextForTest
 from synpipe.datasets import Dataset, Project
 from synpipe.defs.definitions import build_definitions
 from synpipe.defs.run import materialize, prepare_home
-from synpipe.embedding import EmbeddingCache
+from synpipe.embedding_cache import EmbeddingCache
 from synpipe.graph import Step, states, steps
 from synpipe.index import open_current
 from synpipe.manifests import read_manifest

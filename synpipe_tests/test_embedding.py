@@ -14,7 +14,8 @@ import timm
 import torch
 
 from synpipe import embedding
-from synpipe.embedding import EmbeddingCache, embed_missing, embed_shard
+from synpipe.embedding import embed_missing, embed_shard
+from synpipe.embedding_cache import EmbeddingCache
 from synpipe.encoders import Encoder, EncoderSpec, open_encoder
 from synpipe.errors import SynpipeError
 

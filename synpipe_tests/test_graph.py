@@ -29,7 +29,7 @@ from safetensors.torch import save_file
 from synpipe import checks
 from synpipe.datasets import Dataset, Project
 from synpipe.defs.definitions import build_definitions
-from synpipe.embedding import EmbeddingCache
+from synpipe.embedding_cache import EmbeddingCache
 from synpipe.manifests import read_manifest
 from synpipe.shards import read_table, write_table
 from synpipe_tests.command import invoke, refusal
