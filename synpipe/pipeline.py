@@ -96,7 +96,8 @@ class Progress:
 
 def make_volume(dataset: Dataset, inputs: Inputs, log: Log) -> Made:
     """Open the volume (making it first where it is synthetic) and take its fingerprint."""
-    remove_leftovers(dataset.folder)
+    for folder in {dataset.folder, dataset.bulk_folder}:
+        remove_leftovers(folder)
     if dataset.spec.synthetic is not None:
         make_demo(dataset.base, dataset.spec.synthetic, log)
     with Volume(dataset.spec.volume, dataset.base) as volume:
@@ -214,7 +215,7 @@ def make_rgb_tiles(dataset: Dataset, inputs: Inputs, log: Log) -> Made:
     good = stacks.filter(pc.is_null(stacks["reason"])).drop_columns(["reason", "detail"])
     stacking = dataset.spec.tiles.stacking
     if stacking == "grey":
-        reader = tiles.TileReader(good, dataset.folder, stacking)
+        reader = tiles.TileReader(good, dataset.bulk_folder, stacking)
         hashes = tiles.content_hashes(reader, len(good))
         good = good.set_column(good.schema.get_field_index("content_hash"), "content_hash", hashes)
     version = version_of("rgb_tiles", inputs, [stacking])
@@ -237,7 +238,7 @@ def open_tiles(dataset: Dataset) -> tiles.TileReader:
     Raises `SynpipeError` where they have not been made.
     """
     stacking = read_manifest(dataset, "rgb_tiles").counts["stacking"]
-    return tiles.TileReader(read_table(dataset.tiles_path), dataset.folder, stacking)
+    return tiles.TileReader(read_table(dataset.tiles_path), dataset.bulk_folder, stacking)
 
 
 def make_rejects(dataset: Dataset, inputs: Inputs, log: Log) -> Made:
