@@ -28,7 +28,7 @@ import pyarrow.fs as pafs
 from synpipe.errors import SynpipeError
 
 ADDRESS = re.compile(r"(s3|gs)://[a-z0-9][a-z0-9._-]{1,61}[a-z0-9](/[\w.=+ -]+)*")
-CONNECT_S, SILENCE_S, ATTEMPTS = 5, 20, 3
+CONNECT_S, SILENCE_S, ATTEMPTS = 3, 20, 3
 HINTS = {
     "s3": "AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_REGION and, if it is not Amazon's, AWS_ENDPOINT_URL",
     "gs": "GOOGLE_APPLICATION_CREDENTIALS",
@@ -147,8 +147,7 @@ class ObjectPath:
 
     def check(self) -> None:
         """Raises `SynpipeError` where the bucket does not exist, cannot be reached or may not be listed."""
-        with self._explained("list"):
-            self._files().get_file_info(pafs.FileSelector(self._key.parts[0]))
+        next(self._below(recursive=False), None)
 
     def open_random(self) -> pa.NativeFile:
         """The object, for `read_at(bytes, offset)` from any thread: one request each, after one that looks for it."""
@@ -203,7 +202,8 @@ class ObjectPath:
         except FileNotFoundError:
             raise
         except (OSError, pa.ArrowException) as error:
-            reason = re.sub(r" \(Request ID: [^)]*\)", "", " ".join(str(error).split())).rstrip(".")
+            said = " ".join(str(error).split())
+            reason = re.sub(r"^.*?(?=AWS Error )| \(Request ID: [^)]*\)", "", said).rstrip(".")
             raise SynpipeError(
                 f"Cannot {what} {self}: {reason}. Check that address (SYNPIPE_BULK), the network, and the environment "
                 f"variables {HINTS[self.scheme]}."

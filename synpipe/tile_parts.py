@@ -60,8 +60,10 @@ class RemotePart:
 
     def __init__(self, path: ObjectPath):
         self._path, self._file = path, path.open_random()
-        with h5py.File(io.BufferedReader(self._file, HEAD_BYTES), "r") as file:
+        head = io.BufferedReader(self._file, HEAD_BYTES)
+        with h5py.File(head, "r") as file:
             self._shape, self._offset = file["tiles"].shape, file["tiles"].id.get_offset()
+        head.detach()  # it would close the file
 
     def read(self, rows: np.ndarray, tiles: np.ndarray, places: np.ndarray) -> None:
         if len(rows) and not 0 <= rows.min() <= rows.max() < self._shape[0]:
