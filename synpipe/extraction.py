@@ -24,7 +24,7 @@ from synpipe.errors import SynpipeError
 from synpipe.shards import atomic_path, read_table, write_table
 from synpipe.specs import digest
 from synpipe.storage import BulkPath, listed
-from synpipe.tiles import PART_SCHEMA, SECTIONS, TILE_PX, CutOut, TileSpec, shard_of
+from synpipe.tiles import PART_SCHEMA, SECTIONS, TILE_PX, CutOut, TileSpec, rows_by_shard, shard_of
 from synpipe.volumes import AccessDenied, Volume
 
 PART_TILES = 512  # 100 MB at 256 px: the memory that tiles need until they are written, and what a kill can cost
@@ -55,11 +55,10 @@ def extract(
     Raises `SynpipeError` where the volume could not be read everywhere, after all other shards have been cut out;
     `AccessDenied` at once where it may not be read.
     """
-    shards = shard_of(starts_zyx, spec)
-    numbers = np.unique(shards).tolist()
+    by_shard = rows_by_shard(shard_of(starts_zyx, spec))
     parts = _list_parts(folder)
-    known = {shard: _read_parts(parts, shard) for shard in numbers}
-    missing = [_missing(known[shard], starts_zyx[shards == shard]) for shard in numbers]
+    known = [_read_parts(parts, shard) for shard, _ in by_shard]
+    missing = [_missing(table, starts_zyx[rows]) for table, (_, rows) in zip(known, by_shard, strict=True)]
     made = sum(map(len, missing))
     progress(len(starts_zyx) - made)
     if made:
@@ -67,9 +66,8 @@ def extract(
         cut_out_all(np.concatenate(missing)).check(of=sum(len(absent) > 0 for absent in missing))
         parts = _list_parts(folder)
     order, found = [], []
-    for shard, absent in zip(numbers, missing, strict=True):
-        table = _read_parts(parts, shard) if len(absent) else known[shard]
-        rows = np.flatnonzero(shards == shard)
+    for (shard, rows), absent, table in zip(by_shard, missing, known, strict=True):
+        table = _read_parts(parts, shard) if len(absent) else table
         place = {key: row for row, key in enumerate(_keys(table))}
         found.append(table.take([place[key] for key in map(tuple, starts_zyx[rows].tolist())]))
         order.append(rows)
@@ -90,10 +88,14 @@ def _keys(table: pa.Table) -> Iterator[tuple[int, int, int]]:
 
 @dataclass
 class Failures:
-    """Shards that could not be cut out, each with its first error; cut-outs that were therefore not made."""
+    """Shards that could not be cut out, each with its first error.
+
+    lost: cut-outs that were therefore not made. made: those that were. in_a_row: of the shards that failed last.
+    """
 
     by_shard: dict[int, SynpipeError] = field(default_factory=dict)
     lost: int = 0
+    made: int = 0
     in_a_row: int = 0
 
     @property
@@ -115,7 +117,11 @@ class Failures:
 
 
 def cut_out_windows(
-    volume: Volume, spec: TileSpec, folder: BulkPath, starts: np.ndarray, progress: Callable[[int], None]
+    volume: Volume,
+    spec: TileSpec,
+    folder: BulkPath,
+    starts: np.ndarray,
+    progress: Callable[[int], None] = lambda count: None,
 ) -> Failures:
     """Cut out windows, each of them given once, and write them as parts. Raises `AccessDenied`."""
     shards = shard_of(starts, spec)
@@ -155,6 +161,7 @@ def cut_out_windows(
                 stack[place] = tile
             made.setdefault(shard, []).append((place, row))
             failures.in_a_row = 0
+            failures.made += 1
             progress(1)
         for shard in sorted(made):
             _write_part(folder, shard, stack, made[shard])

@@ -12,6 +12,7 @@ import json
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from synpipe import __version__, drift, embedding, table, tiles
+from synpipe import __version__, drift, embedding, table, tiles, workers
 from synpipe.annotations import REJECT_SCHEMA, SYNAPSE_SCHEMA, convert_annotations
 from synpipe.compression import CompressedSpec
 from synpipe.datasets import Dataset
 from synpipe.embedding_cache import EmbeddingCache
 from synpipe.encoders import Encoder, open_encoder
+from synpipe.engines import on_cluster
 from synpipe.errors import SynpipeError
 from synpipe.extraction import extract
 from synpipe.fingerprints import file_sha256, status
@@ -35,6 +37,7 @@ from synpipe.shards import read_table, remove_leftovers, table_writer, write_tab
 from synpipe.specs import digest
 from synpipe.synthetic import make_demo
 from synpipe.volumes import Volume
+from synpipe.workers import shard_name
 
 Log = Callable[[str], None]
 Inputs = Mapping[str, str]  # data version by asset
@@ -186,7 +189,10 @@ def make_synapse_stacks(dataset: Dataset, inputs: Inputs, log: Log) -> Made:
         starts = volume.window_starts(positions, spec.window_zyx(volume.voxel_size_nm_zyx))
         rows = np.argsort(tiles.shard_of(starts, spec), kind="stable")
         progress = Progress(log, len(starts), "cut-outs")
-        cut, made = extract(volume, spec, dataset.cut_outs_folder / recipe, starts[rows], progress)
+        folder = dataset.cut_outs_folder / recipe
+        plan = workers.Cutting(dataset.spec.volume, dataset.base, inputs["volume"], spec, folder)
+        elsewhere = partial(workers.cut_out, plan, progress=progress, log=log) if on_cluster() else None
+        cut, made = extract(volume, spec, folder, starts[rows], progress, elsewhere)
     place = {
         "synapse_id": synapses["synapse_id"].take(rows),
         "shard": cut["shard"],
@@ -293,26 +299,39 @@ def make_embeddings(dataset: Dataset, name: str, inputs: Inputs, log: Log) -> Ma
 
 def embed_tiles(dataset: Dataset, encoder: Encoder, log: Log) -> dict[str, Any]:
     """Embed the tiles that are not in the encoder's cache; `rows`, `dimensions`, `tiles_embedded`, `tiles_per_second`."""
+    if on_cluster():
+        return _embed_elsewhere(dataset, encoder, log)
     shards, hashes = _tiles_to_embed(dataset)
     reader = open_tiles(dataset)
     cache = EmbeddingCache(dataset.embeddings_folder, encoder.fingerprint)
     progress = Progress(log, _missing_from(cache, shards, hashes), "tiles")
     started, embedded = time.monotonic(), 0
-    for shard in np.unique(shards).tolist():
-        rows = np.flatnonzero(shards == shard)
+    for shard, rows in tiles.rows_by_shard(shards):
 
         def read_tiles(picked: np.ndarray, rows: np.ndarray = rows) -> np.ndarray:
             return reader.read(rows[picked])
 
         wanted = hashes[rows].tolist()
         embedded += embedding.embed_missing(encoder, cache, shard_name(shard), wanted, read_tiles, progress=progress)
-    elapsed = time.monotonic() - started
-    log(f"{embedded:,} tiles embedded, {len(hashes) - embedded:,} were there")
+    return _told_of(embedded, len(hashes), encoder, started, log)
+
+
+def _embed_elsewhere(dataset: Dataset, encoder: Encoder, log: Log) -> dict[str, Any]:
+    """The same by the workers of a cluster, which look themselves for what is missing."""
+    index = read_table(dataset.tiles_path, ["shard", *workers.NEEDED_COLUMNS])
+    stacking = read_manifest(dataset, "rgb_tiles").counts["stacking"]
+    progress, started = Progress(log, len(index), "tiles"), time.monotonic()
+    embedded = workers.embed(encoder, dataset.weights_base, index, dataset.bulk_folder, stacking, progress, log)
+    return _told_of(embedded, len(index), encoder, started, log)
+
+
+def _told_of(embedded: int, rows: int, encoder: Encoder, started: float, log: Log) -> dict[str, Any]:
+    log(f"{embedded:,} tiles embedded, {rows - embedded:,} were there")
     return {
-        "rows": len(hashes),
+        "rows": rows,
         "dimensions": encoder.dim,
         "tiles_embedded": embedded,
-        "tiles_per_second": round(embedded / elapsed, 1),
+        "tiles_per_second": round(embedded / (time.monotonic() - started), 1),
     }
 
 
@@ -402,10 +421,6 @@ def _annotations_version(dataset: Dataset) -> str:
 def status_of(files: Iterable[Path]) -> list[list[Any]]:
     """Size and time of each file or folder: while they stay, its content is not read again."""
     return [[str(file), *status(file)] for file in files if file.exists()]
-
-
-def shard_name(shard: int) -> str:
-    return f"{shard:05d}"
 
 
 def _column_bytes(metadata: pq.FileMetaData, name: str) -> int:
