@@ -369,6 +369,43 @@ def versions(project: "Project", dataset: str, encoder: str | None, as_json: boo
 
 
 @main.command()
+@dataset_option
+@encoder_option
+@click.option("--tiles", type=click.IntRange(1), help="So many, some several times.  [default: 1,024; on a GPU 65,536]")
+@json_option
+@click.pass_obj
+def profile(project: "Project", dataset: str, encoder: str | None, tiles: int | None, as_json: bool) -> None:
+    """Tell how fast an encoder embeds here, and where the time goes; nothing of it is kept.
+
+    Beside the rate stands that of the network alone, on a batch that lies ready: what the device could do.
+    """
+    from synpipe.compression import CompressedSpec
+    from synpipe.encoders import open_on_all_devices
+    from synpipe.pipeline import open_tiles
+    from synpipe.profiling import profile as measure
+    from synpipe.profiling import report
+
+    found = project.dataset(dataset)
+    name = found.encoder(encoder)
+    spec = found.encoders[name]
+    if isinstance(spec, CompressedSpec):
+        raise SynpipeError(
+            f"{name} embeds no tiles, it compresses the vectors of {spec.base}: `--encoder {spec.base}`."
+        )
+    reader = open_tiles(found)
+    if not len(reader):
+        raise SynpipeError(f"{dataset} has no tiles. Look at the rejects.")
+    encoders = open_on_all_devices(spec, found.weights_base)
+    count = tiles or (1024 if encoders[0].device.type == "cpu" else 65_536)
+    told = measure(encoders, lambda rows: reader.read(rows % len(reader)), count, found.folder)
+    if as_json:
+        figures = asdict(told) | {"tiles_per_second": told.tiles_per_second, "utilisation": told.utilisation}
+        _print_json(figures | {"encoder": name, "device": str(encoders[0].device), "devices": len(encoders)})
+        return
+    click.echo(f"{found.name}, {name}, {report(encoders, told)}")
+
+
+@main.command()
 @click.argument("a")
 @click.argument("b", default="current")
 @dataset_option

@@ -10,7 +10,7 @@ A data version is a digest of the inputs' versions and of the step's own descrip
 
 import json
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from synpipe.annotations import REJECT_SCHEMA, SYNAPSE_SCHEMA, convert_annotatio
 from synpipe.compression import CompressedSpec
 from synpipe.datasets import Dataset
 from synpipe.embedding_cache import EmbeddingCache
-from synpipe.encoders import Encoder, open_encoder
+from synpipe.encoders import Encoder, open_on_all_devices
 from synpipe.errors import SynpipeError
 from synpipe.extraction import extract
 from synpipe.fingerprints import file_sha256, status
@@ -186,6 +186,7 @@ def make_synapse_stacks(dataset: Dataset, inputs: Inputs, log: Log) -> Made:
         rows = np.argsort(tiles.shard_of(starts, spec), kind="stable")
         progress = Progress(log, len(starts), "cut-outs")
         cut, made = extract(volume, spec, dataset.cut_outs_folder / recipe, starts[rows], progress)
+        bytes_read = volume.bytes_read
     place = {
         "synapse_id": synapses["synapse_id"].take(rows),
         "shard": cut["shard"],
@@ -202,6 +203,7 @@ def make_synapse_stacks(dataset: Dataset, inputs: Inputs, log: Log) -> Made:
         "rejects": len(stack_table) - stack_table["reason"].null_count,
         "cut_outs_made": made,
         "cut_outs_per_second": round(made / elapsed, 1),
+        "bytes_read": bytes_read,
         "shards": pc.count_distinct(stack_table["shard"]).as_py(),
         "recipe": recipe,
     }
@@ -272,12 +274,14 @@ def make_embeddings(dataset: Dataset, name: str, inputs: Inputs, log: Log) -> Ma
             # Opening the network takes ten seconds, most of it to import torch, and would change nothing.
             log(f"0 tiles embedded, {len(hashes):,} were there")
             version = version_of("embeddings", inputs, [made.counts["encoder_fingerprint"]])
-            return Made(version, made.counts | {"tiles_embedded": 0})
+            kept = {name: value for name, value in made.counts.items() if name not in OF_THE_WORK}
+            return Made(version, kept | {"tiles_embedded": 0})
 
-    encoder = open_encoder(spec, dataset.weights_base)
-    log(f"{encoder.spec.model} on {encoder.device}, {encoder.dim} dimensions, fingerprint {encoder.fingerprint[:12]}")
-    counts = embed_tiles(dataset, encoder, log) | {
-        "device": str(encoder.device),
+    encoders = open_on_all_devices(spec, dataset.weights_base)
+    encoder, devices = encoders[0], ", ".join(str(one.device) for one in encoders)
+    log(f"{encoder.spec.model} on {devices}, {encoder.dim} dimensions, fingerprint {encoder.fingerprint[:12]}")
+    counts = embed_tiles(dataset, encoders, log) | {
+        "device": devices,
         "encoder_identity": who,
         "encoder_fingerprint": encoder.fingerprint,
         "encoder": {
@@ -290,29 +294,36 @@ def make_embeddings(dataset: Dataset, name: str, inputs: Inputs, log: Log) -> Ma
     return Made(version, counts)
 
 
-def embed_tiles(dataset: Dataset, encoder: Encoder, log: Log) -> dict[str, Any]:
-    """Embed the tiles that are not in the encoder's cache; `rows`, `dimensions`, `tiles_embedded`, `tiles_per_second`."""
+# Figures of embedding that a run without a forward pass has none of.
+OF_THE_WORK = ("tiles_per_second", "bytes_read", "device_waited", "gpu_memory_bytes")
+
+
+def embed_tiles(dataset: Dataset, encoders: Sequence[Encoder], log: Log) -> dict[str, Any]:
+    """Embed the tiles that are not in the encoder's cache, and say how that went, in figures.
+
+    encoders: the same one on each device that is to work.
+    """
     shards, hashes = _tiles_to_embed(dataset)
     reader = open_tiles(dataset)
-    cache = EmbeddingCache(dataset.embeddings_folder, encoder.fingerprint)
+    cache = EmbeddingCache(dataset.embeddings_folder, encoders[0].fingerprint)
     progress = Progress(log, _missing_from(cache, shards, hashes), "tiles")
-    started, embedded = time.monotonic(), 0
-    for shard in np.unique(shards).tolist():
-        rows = np.flatnonzero(shards == shard)
 
-        def read_tiles(picked: np.ndarray, rows: np.ndarray = rows) -> np.ndarray:
-            return reader.read(rows[picked])
+    def shard_of(number: int) -> embedding.Shard:
+        rows = np.flatnonzero(shards == number)
+        return embedding.Shard(shard_name(number), hashes[rows].tolist(), lambda picked: reader.read(rows[picked]))
 
-        wanted = hashes[rows].tolist()
-        embedded += embedding.embed_missing(encoder, cache, shard_name(shard), wanted, read_tiles, progress=progress)
+    started = time.monotonic()
+    done = embedding.embed_missing(encoders, cache, map(shard_of, np.unique(shards).tolist()), progress=progress)
     elapsed = time.monotonic() - started
-    log(f"{embedded:,} tiles embedded, {len(hashes) - embedded:,} were there")
-    return {
-        "rows": len(hashes),
-        "dimensions": encoder.dim,
-        "tiles_embedded": embedded,
-        "tiles_per_second": round(embedded / elapsed, 1),
-    }
+    log(f"{done.tiles:,} tiles embedded, {len(hashes) - done.tiles:,} were there")
+    counts: dict[str, Any] = {"rows": len(hashes), "dimensions": encoders[0].dim, "tiles_embedded": done.tiles}
+    if done.tiles:
+        idle = sum(done.waited_s.values()) / (sum(done.waited_s.values()) + done.computed_s)
+        counts |= {"tiles_per_second": round(done.tiles / elapsed, 1), "bytes_read": done.bytes_read}
+        counts |= {"device_waited": round(idle, 4)}
+    if done.gpu_bytes:
+        counts["gpu_memory_bytes"] = done.gpu_bytes
+    return counts
 
 
 def _tiles_to_embed(dataset: Dataset) -> tuple[np.ndarray, np.ndarray]:

@@ -232,6 +232,9 @@ class TileReader:
         self._sorted_ids = ids[self._order]
         self._parts: dict[str, np.ndarray] = {}
 
+    def __len__(self) -> int:
+        return len(self._rows)
+
     def read(self, indices: np.ndarray) -> np.ndarray:
         """Tiles at these rows of the index: uint8 (n, 3, 256, 256).
 
