@@ -19,6 +19,7 @@ from synpipe.errors import SynpipeError
 # The rest is imported by the commands that need it, so that help appears at once.
 if TYPE_CHECKING:
     from synpipe.datasets import Project
+    from synpipe.storage import BulkPath
 
 
 class _Commands(click.Group):
@@ -749,7 +750,7 @@ def demo(project: "Project") -> None:
   {rows["synapses"]:,} synapses, {rows["rgb_tiles"]:,} tiles, {rows["rejects"]:,} rejects with their reasons
   {folder}/synapses.parquet, rejects.parquet
   {folder}/tables/*.parquet     vectors for pandas, Polars, DuckDB: {", ".join(dataset.encoders)}
-  {folder}/lancedb              the same as LanceDB tables with indexes
+  {_short(dataset.lancedb_folder)}              the same as LanceDB tables with indexes
   {_short(picture)}   neighbours of one synapse of each class: look at it
 
 Next:""")
@@ -818,8 +819,10 @@ def _ids_as_strings(value: Any) -> Any:
     return [_ids_as_strings(item) for item in value] if isinstance(value, list | tuple) else value
 
 
-def _short(path: Path) -> str:
+def _short(path: "BulkPath") -> str:
     """Relative to the working directory where that is shorter."""
+    if not isinstance(path, Path):
+        return str(path)
     relative = os.path.relpath(path)
     return relative if len(relative) < len(str(path)) else str(path)
 

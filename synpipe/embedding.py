@@ -58,6 +58,14 @@ class Embedded:
     computed_s: float = 0.0
     gpu_bytes: int = 0
 
+    def add(self, other: "Embedded") -> None:
+        self.tiles += other.tiles
+        self.bytes_read += other.bytes_read
+        self.computed_s += other.computed_s
+        self.gpu_bytes = max(self.gpu_bytes, other.gpu_bytes)
+        for name, seconds in other.waited_s.items():
+            self.waited_s[name] += seconds
+
 
 def embed_shard(
     encoder: Encoder,
@@ -143,12 +151,12 @@ class _Shared:
 
     def __init__(self, parts: Iterator[_Part]) -> None:
         self._parts = parts
-        self._lock = threading.Lock()
+        self.lock = threading.Lock()
         self._ended = False
 
     def __iter__(self) -> Iterator[_Part]:
         while True:
-            with self._lock:
+            with self.lock:
                 part = None if self._ended else next(self._parts, None)
             if part is None:
                 return
@@ -208,23 +216,12 @@ def _embed_parts(
         parts.end()
         raise
     finally:
-        _add(done, mine, encoder)
-
-
-_adding = threading.Lock()
-
-
-def _add(total: Embedded, one: Embedded, encoder: Encoder) -> None:
-    with _adding:
-        total.tiles += one.tiles
-        total.bytes_read += one.bytes_read
-        total.computed_s += one.computed_s
-        for name, seconds in one.waited_s.items():
-            total.waited_s[name] += seconds
         if encoder.device.type == "cuda":
             import torch
 
-            total.gpu_bytes = max(total.gpu_bytes, torch.cuda.max_memory_allocated(encoder.device))
+            mine.gpu_bytes = torch.cuda.max_memory_allocated(encoder.device)
+        with parts.lock:
+            done.add(mine)
 
 
 def _stream(

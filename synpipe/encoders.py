@@ -212,6 +212,13 @@ def open_encoder(spec: EncoderSpec | DescriptorSpec, base: Path, device: str = "
     return Encoder(spec, weights, fingerprint, dim, target, preprocessing, forward)
 
 
+def weights_file(spec: EncoderSpec | DescriptorSpec, base: Path) -> Path | None:
+    """The file that the weights are read from, downloaded if need be; None where there is none. Raises as `open_encoder`."""
+    if isinstance(spec, DescriptorSpec) or spec.weights == "random":
+        return None
+    return _hub_file(spec, _pretrained_config(spec.model)) if spec.weights == "hub" else base / spec.weights
+
+
 def open_network(spec: EncoderSpec, base: Path) -> tuple["torch.nn.Module", str, dict[str, Any]]:
     """The network itself, on the CPU, the identity of its weights, and its preprocessing, for training it further.
 

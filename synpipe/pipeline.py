@@ -12,6 +12,8 @@ import json
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
+from itertools import starmap
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +22,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from synpipe import __version__, drift, embedding, table, tiles
+from synpipe import __version__, drift, embedding, table, tiles, workers
 from synpipe.annotations import REJECT_SCHEMA, SYNAPSE_SCHEMA, convert_annotations
 from synpipe.compression import CompressedSpec
 from synpipe.datasets import Dataset
 from synpipe.embedding_cache import EmbeddingCache
 from synpipe.encoders import Encoder, open_on_all_devices
+from synpipe.engines import on_cluster
 from synpipe.errors import SynpipeError
 from synpipe.extraction import extract
 from synpipe.fingerprints import file_sha256, status
@@ -35,6 +38,7 @@ from synpipe.shards import read_table, remove_leftovers, table_writer, write_tab
 from synpipe.specs import digest
 from synpipe.synthetic import make_demo
 from synpipe.volumes import Volume
+from synpipe.workers import shard_name
 
 Log = Callable[[str], None]
 Inputs = Mapping[str, str]  # data version by asset
@@ -96,7 +100,8 @@ class Progress:
 
 def make_volume(dataset: Dataset, inputs: Inputs, log: Log) -> Made:
     """Open the volume (making it first where it is synthetic) and take its fingerprint."""
-    remove_leftovers(dataset.folder)
+    for folder in {dataset.folder, dataset.bulk_folder}:
+        remove_leftovers(folder)
     if dataset.spec.synthetic is not None:
         make_demo(dataset.base, dataset.spec.synthetic, log)
     with Volume(dataset.spec.volume, dataset.base) as volume:
@@ -185,7 +190,10 @@ def make_synapse_stacks(dataset: Dataset, inputs: Inputs, log: Log) -> Made:
         starts = volume.window_starts(positions, spec.window_zyx(volume.voxel_size_nm_zyx))
         rows = np.argsort(tiles.shard_of(starts, spec), kind="stable")
         progress = Progress(log, len(starts), "cut-outs")
-        cut, made = extract(volume, spec, dataset.cut_outs_folder / recipe, starts[rows], progress)
+        folder = dataset.cut_outs_folder / recipe
+        plan = workers.Cutting(dataset.spec.volume, dataset.base, inputs["volume"], spec, folder)
+        elsewhere = partial(workers.cut_out, plan, progress=progress, log=log) if on_cluster() else None
+        cut, made = extract(volume, spec, folder, starts[rows], progress, elsewhere)
         bytes_read = volume.bytes_read
     place = {
         "synapse_id": synapses["synapse_id"].take(rows),
@@ -203,7 +211,7 @@ def make_synapse_stacks(dataset: Dataset, inputs: Inputs, log: Log) -> Made:
         "rejects": len(stack_table) - stack_table["reason"].null_count,
         "cut_outs_made": made,
         "cut_outs_per_second": round(made / elapsed, 1),
-        "bytes_read": bytes_read,
+        **({} if on_cluster() else {"bytes_read": bytes_read}),
         "shards": pc.count_distinct(stack_table["shard"]).as_py(),
         "recipe": recipe,
     }
@@ -216,7 +224,7 @@ def make_rgb_tiles(dataset: Dataset, inputs: Inputs, log: Log) -> Made:
     good = stacks.filter(pc.is_null(stacks["reason"])).drop_columns(["reason", "detail"])
     stacking = dataset.spec.tiles.stacking
     if stacking == "grey":
-        reader = tiles.TileReader(good, dataset.folder, stacking)
+        reader = tiles.TileReader(good, dataset.bulk_folder, stacking)
         hashes = tiles.content_hashes(reader, len(good))
         good = good.set_column(good.schema.get_field_index("content_hash"), "content_hash", hashes)
     version = version_of("rgb_tiles", inputs, [stacking])
@@ -239,7 +247,7 @@ def open_tiles(dataset: Dataset) -> tiles.TileReader:
     Raises `SynpipeError` where they have not been made.
     """
     stacking = read_manifest(dataset, "rgb_tiles").counts["stacking"]
-    return tiles.TileReader(read_table(dataset.tiles_path), dataset.folder, stacking)
+    return tiles.TileReader(read_table(dataset.tiles_path), dataset.bulk_folder, stacking)
 
 
 def make_rejects(dataset: Dataset, inputs: Inputs, log: Log) -> Made:
@@ -301,29 +309,42 @@ OF_THE_WORK = ("tiles_per_second", "bytes_read", "device_waited", "gpu_memory_by
 def embed_tiles(dataset: Dataset, encoders: Sequence[Encoder], log: Log) -> dict[str, Any]:
     """Embed the tiles that are not in the encoder's cache, and say how that went, in figures.
 
-    encoders: the same one on each device that is to work.
+    encoders: the same one on each device that is to work; on a cluster its workers open their own.
     """
+    started, embed = time.monotonic(), _embed_elsewhere if on_cluster() else _embed_here
+    rows, done = embed(dataset, encoders, log)
+    elapsed = time.monotonic() - started
+    log(f"{done.tiles:,} tiles embedded, {rows - done.tiles:,} were there")
+    counts: dict[str, Any] = {"rows": rows, "dimensions": encoders[0].dim, "tiles_embedded": done.tiles}
+    if done.tiles:
+        waited = sum(done.waited_s.values())
+        counts |= {"tiles_per_second": round(done.tiles / elapsed, 1), "bytes_read": done.bytes_read}
+        counts |= {"device_waited": round(waited / (waited + done.computed_s), 4)}
+    if done.gpu_bytes:
+        counts["gpu_memory_bytes"] = done.gpu_bytes
+    return counts
+
+
+def _embed_here(dataset: Dataset, encoders: Sequence[Encoder], log: Log) -> tuple[int, embedding.Embedded]:
+    """Number of tiles, and what has been done for them."""
     shards, hashes = _tiles_to_embed(dataset)
     reader = open_tiles(dataset)
     cache = EmbeddingCache(dataset.embeddings_folder, encoders[0].fingerprint)
     progress = Progress(log, _missing_from(cache, shards, hashes), "tiles")
 
-    def shard_of(number: int) -> embedding.Shard:
-        rows = np.flatnonzero(shards == number)
+    def shard_of(number: int, rows: np.ndarray) -> embedding.Shard:
         return embedding.Shard(shard_name(number), hashes[rows].tolist(), lambda picked: reader.read(rows[picked]))
 
-    started = time.monotonic()
-    done = embedding.embed_missing(encoders, cache, map(shard_of, np.unique(shards).tolist()), progress=progress)
-    elapsed = time.monotonic() - started
-    log(f"{done.tiles:,} tiles embedded, {len(hashes) - done.tiles:,} were there")
-    counts: dict[str, Any] = {"rows": len(hashes), "dimensions": encoders[0].dim, "tiles_embedded": done.tiles}
-    if done.tiles:
-        idle = sum(done.waited_s.values()) / (sum(done.waited_s.values()) + done.computed_s)
-        counts |= {"tiles_per_second": round(done.tiles / elapsed, 1), "bytes_read": done.bytes_read}
-        counts |= {"device_waited": round(idle, 4)}
-    if done.gpu_bytes:
-        counts["gpu_memory_bytes"] = done.gpu_bytes
-    return counts
+    work = starmap(shard_of, tiles.rows_by_shard(shards))
+    return len(hashes), embedding.embed_missing(encoders, cache, work, progress=progress)
+
+
+def _embed_elsewhere(dataset: Dataset, encoders: Sequence[Encoder], log: Log) -> tuple[int, embedding.Embedded]:
+    """The same by the workers of a cluster, which look themselves for what is missing."""
+    index = read_table(dataset.tiles_path, ["shard", *workers.NEEDED_COLUMNS])
+    stacking, progress = read_manifest(dataset, "rgb_tiles").counts["stacking"], Progress(log, len(index), "tiles")
+    bulk = dataset.bulk_folder
+    return len(index), workers.embed(encoders[0], dataset.weights_base, index, bulk, stacking, progress, log)
 
 
 def _tiles_to_embed(dataset: Dataset) -> tuple[np.ndarray, np.ndarray]:
@@ -412,10 +433,6 @@ def _annotations_version(dataset: Dataset) -> str:
 def status_of(files: Iterable[Path]) -> list[list[Any]]:
     """Size and time of each file or folder: while they stay, its content is not read again."""
     return [[str(file), *status(file)] for file in files if file.exists()]
-
-
-def shard_name(shard: int) -> str:
-    return f"{shard:05d}"
 
 
 def _column_bytes(metadata: pq.FileMetaData, name: str) -> int:
