@@ -8,6 +8,7 @@ windows, but for a few numbers each; what cannot be read costs the cut-outs of i
 A part is `<shard>-<digest>.h5` with `tiles` uint8 (n, 3, 256, 256), contiguous: any reader can map it into memory.
 """
 
+import logging
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,9 +21,9 @@ import pyarrow as pa
 from synpipe import tiles
 from synpipe.chunk_plan import Chunk, plan
 from synpipe.errors import SynpipeError
-from synpipe.shards import atomic_path, read_table, write_table
+from synpipe.shards import DAMAGED, atomic_path, read_table, set_aside, write_table
 from synpipe.specs import digest
-from synpipe.tiles import PART_SCHEMA, SECTIONS, TILE_PX, CutOut, TileSpec, shard_of
+from synpipe.tiles import PART_SCHEMA, SECTIONS, TILE_PX, CutOut, TileSpec, damage_mark, shard_of
 from synpipe.volumes import AccessDenied, Volume
 
 PART_TILES = 512  # 100 MB at 256 px: the memory that tiles need until they are written, and what a kill can cost
@@ -31,6 +32,9 @@ READ_AHEAD_BYTES = 64 * 2**20  # decoded chunks and voxels of the cut-outs that 
 # A volume that fails so many shards one after the other, with no tile between them, is not waited for any longer.
 GIVE_UP_AFTER = 8
 SHARDS_NAMED = 10
+
+BYTES_KEY = b"synpipe.bytes"  # size of the tiles' file, in the metadata of its index
+logger = logging.getLogger(__name__)
 
 FOUND_SCHEMA = PART_SCHEMA.append(pa.field("part", pa.string())).append(pa.field("shard", pa.int32()))
 
@@ -170,16 +174,37 @@ def _failure(failed: dict[int, SynpipeError], lost: int, of: int, gave_up: bool)
     )
 
 
+def damaged_parts(folder: Path) -> list[Path]:
+    """Files of tiles, below the folders of all recipes, that were found to be damaged and are not there again."""
+    marks = {mark.with_suffix(""): mark for mark in sorted(folder.glob(f"*/*.h5{DAMAGED}"))}
+    return [path for path, mark in marks.items() if not path.exists() or not mark.stat().st_size]
+
+
 def _read_parts(folder: Path, shard: int) -> pa.Table:
     tables = []
     for path in sorted(folder.glob(f"{shard:05d}-*.parquet")):
         tiles_path = path.with_suffix(".h5")
-        if tiles_path.exists():  # gone only if somebody deleted it: the cut-outs are then made again
-            table = read_table(path)
+        # Gone where somebody deleted it, or where it was damaged and moved aside: the cut-outs are then made again.
+        if tiles_path.exists() and (table := _read_part(path, tiles_path)) is not None:
             for name, value in (("part", pa.scalar(tiles_path.name)), ("shard", pa.scalar(shard, pa.int32()))):
                 table = table.append_column(name, pa.repeat(value, len(table)))
             tables.append(table.cast(FOUND_SCHEMA))
     return pa.concat_tables(tables) if tables else FOUND_SCHEMA.empty_table()
+
+
+def _read_part(path: Path, tiles_path: Path) -> pa.Table | None:
+    """The index of a part, or None where it or the file of the tiles is damaged, which is then moved aside."""
+    try:
+        table = read_table(path)
+    except SynpipeError as error:
+        logger.warning("%s", error)
+        return None
+    size = int((table.schema.metadata or {}).get(BYTES_KEY, tiles_path.stat().st_size))  # older parts do not say it
+    mark = damage_mark(tiles_path)
+    if tiles_path.stat().st_size == size and not (mark.exists() and not mark.stat().st_size):
+        return table
+    logger.warning("%s is damaged: moved to %s, its tiles are cut out again", tiles_path, set_aside(tiles_path).name)
+    return None
 
 
 def _write_part(folder: Path, shard: int, stack: np.ndarray, made: list[tuple[int, dict[str, Any]]]) -> None:
@@ -195,4 +220,5 @@ def _write_part(folder: Path, shard: int, stack: np.ndarray, made: list[tuple[in
             dataset[first : first + WRITTEN_AT_ONCE] = stack[tiles_at[first : first + WRITTEN_AT_ONCE]]
         dataset.attrs["axes"] = "tile, section (z-1, z, z+1), y, x"
     # Written last: it is what makes the part count.
-    write_table(path.with_suffix(".parquet"), pa.Table.from_pylist(rows, schema=PART_SCHEMA))
+    size = {BYTES_KEY.decode(): str(path.stat().st_size)}
+    write_table(path.with_suffix(".parquet"), pa.Table.from_pylist(rows, schema=PART_SCHEMA), size)

@@ -25,7 +25,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from lancedb.index import Bitmap, BTree, IvfFlat
 
+from synpipe import index_files
 from synpipe.errors import SynpipeError
+from synpipe.shards import set_aside
 
 CURRENT = "current"
 METADATA_KEY = b"synpipe"
@@ -78,12 +80,13 @@ def publish(table_path: Path, folder: Path, name: str, data_version: str, log: C
     or recall are not as they should be.
     """
     try:
+        _set_aside_unreadable(folder, name, log)
         return _publish(table_path, folder, name, data_version, log)
     except (OSError, RuntimeError, pa.ArrowException) as error:  # what pyarrow and LanceDB raise of files and disks
         reason = " ".join(str(error).partition("Detail: Python exception")[0].split()).rstrip(".")
         raise SynpipeError(
-            f"The index {folder}/{name} cannot be built from {table_path}: {reason}. If that file is damaged, delete it and "
-            "materialise again; else check the space and the permissions of the store."
+            f"The index {folder}/{name} cannot be built from {table_path}: {reason}. If that file is damaged, materialise "
+            "again, which makes it anew; else check the space and the permissions of the store."
         ) from error
 
 
@@ -97,6 +100,7 @@ def _publish(table_path: Path, folder: Path, name: str, data_version: str, log: 
     schema = pa.schema([*source.schema_arrow], metadata={METADATA_KEY: json.dumps(provenance)})
     batches = (_unit(batch).cast(schema) for batch in source.iter_batches(batch_size=8192))
     database = lancedb.connect(folder)
+    before = index_files.written(folder / f"{name}.lance")
     # Overwriting makes a new version and keeps the old ones; dropping would break every reader.
     table = database.create_table(name, pa.RecordBatchReader.from_batches(schema, batches), mode="overwrite")
     log(f"{table.count_rows():,} rows written, building indexes")
@@ -120,9 +124,9 @@ def _publish(table_path: Path, folder: Path, name: str, data_version: str, log: 
             f"The index {folder}/{name} finds {recall:.1%} of the true neighbours, less than {MIN_RECALL:.0%}; the former "
             "version stays current. Are many vectors alike? Look at the check of the embeddings."
         )
-    table.update_field_metadata(
-        {"path": "vector", "metadata": {"synpipe.nprobes": str(nprobes), "synpipe.recall_at_10": f"{recall:.4f}"}}
-    )
+    digests = index_files.digests(folder / f"{name}.lance", index_files.written(folder / f"{name}.lance") - before)
+    told = {"synpipe.nprobes": str(nprobes), "synpipe.recall_at_10": f"{recall:.4f}", index_files.KEY.decode(): digests}
+    table.update_field_metadata({"path": "vector", "metadata": told})
     tag = tag_for(data_version, provenance["encoder_fingerprint"])
     for label in (tag, CURRENT):
         _move_tag(table, label)
@@ -136,11 +140,17 @@ def open_current(folder: Path, name: str) -> Any:
     try:
         table = lancedb.connect(folder, read_consistency_interval=timedelta(0)).open_table(name)
         whole = CURRENT in table.tags.list()
+        if whole:
+            table.checkout(CURRENT)
     except ValueError:  # LanceDB finds no table in the folder: its first build was killed
         whole = False
+    except RuntimeError as error:
+        raise SynpipeError(
+            f"The index {name} in {folder} cannot be read ({' '.join(str(error).split())}): materialise index_{name} again, "
+            "which builds it anew."
+        ) from error
     if not whole:
         raise SynpipeError(f"The index {name} in {folder} was never published: materialise index_{name} again.")
-    table.checkout(CURRENT)
     return table
 
 
@@ -151,8 +161,10 @@ async def open_version(folder: Path, name: str, version: int) -> lancedb.AsyncTa
     return table
 
 
-def republish(folder: Path, name: str, data_version: str, fingerprint: str) -> IndexReport | None:
-    """Let `current` name the version that was published of this data before; None where there is none."""
+def republish(
+    folder: Path, name: str, data_version: str, fingerprint: str, log: Callable[[str], None]
+) -> IndexReport | None:
+    """Let `current` name the version that was published of this data before; None where there is none, or a damaged one."""
     tag = tag_for(data_version, fingerprint)
     try:
         table = open_current(folder, name)
@@ -160,6 +172,10 @@ def republish(folder: Path, name: str, data_version: str, fingerprint: str) -> I
         return None
     tagged = table.tags.list().get(tag)
     if tagged is None:
+        return None
+    table.checkout(tagged["version"])
+    if wrong := index_files.damaged(folder / f"{name}.lance", table.schema):
+        log(f"the index {folder}/{name} is damaged ({', '.join(wrong)}): it is built anew")
         return None
     table.tags.update(CURRENT, tagged["version"])
     return published(folder, name)
@@ -239,6 +255,17 @@ def _tune(table: Any, partitions: int) -> tuple[int, float]:
         if recall >= MIN_RECALL or nprobes >= partitions:
             return nprobes, recall
         nprobes = min(2 * nprobes, partitions)
+
+
+def _set_aside_unreadable(folder: Path, name: str, log: Callable[[str], None]) -> None:
+    """Move a table aside that LanceDB cannot even open: it would build no other version in it."""
+    path = folder / f"{name}.lance"
+    try:
+        lancedb.connect(folder).open_table(name).tags.list()
+    except ValueError:
+        return  # there is none
+    except RuntimeError as error:
+        log(f"{path} cannot be read ({' '.join(str(error).split())}): moved to {set_aside(path).name}, built anew")
 
 
 def _move_tag(table: Any, tag: str) -> None:

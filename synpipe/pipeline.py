@@ -27,11 +27,11 @@ from synpipe.datasets import Dataset
 from synpipe.embedding_cache import EmbeddingCache
 from synpipe.encoders import Encoder, open_encoder
 from synpipe.errors import SynpipeError
-from synpipe.extraction import extract
+from synpipe.extraction import damaged_parts, extract
 from synpipe.fingerprints import file_sha256, status
 from synpipe.links import find_viewer, image_layer
 from synpipe.manifests import find_manifest, read_manifest
-from synpipe.shards import read_table, remove_leftovers, table_writer, write_table
+from synpipe.shards import is_whole, read_table, remove_leftovers, set_aside, table_writer, write_table
 from synpipe.specs import digest
 from synpipe.synthetic import make_demo
 from synpipe.volumes import Volume
@@ -167,6 +167,15 @@ def make_synapses(dataset: Dataset, inputs: Inputs, log: Log) -> Made:
         log(note)
     counts = {"rows": summary.synapses, "rejects": summary.rejects, "classes": summary.classes}
     return Made(version, counts, summary.notes)
+
+
+def lost_tiles(dataset: Dataset, index: Path) -> Path | None:
+    """A file of tiles that this index of stacks or tiles names and that was found to be damaged, or None."""
+    damaged = damaged_parts(dataset.cut_outs_folder)
+    if not damaged:
+        return None
+    named = set(read_table(index, ["file"])["file"].unique().to_pylist())
+    return next((path for path in damaged if str(path.relative_to(dataset.folder)) in named), None)
 
 
 def make_synapse_stacks(dataset: Dataset, inputs: Inputs, log: Log) -> Made:
@@ -331,7 +340,11 @@ def make_embedding_table(dataset: Dataset, name: str, inputs: Inputs, log: Log) 
     made = read_manifest(dataset, f"embeddings_{name}").counts
     version = version_of("embedding_table", inputs, [TABLE_SCHEMA_VERSION])
     path = dataset.table_path(name)
-    if is_of_version(path, version):
+    of_version = is_of_version(path, version)
+    if of_version and not is_whole(path):
+        log(f"{path} is damaged: moved to {set_aside(path).name}, and made anew")
+        of_version = False
+    if of_version:
         log("the table is of this version already")
     else:
         provenance = _provenance(dataset, version, inputs) | {
@@ -379,7 +392,7 @@ def make_index(dataset: Dataset, name: str, inputs: Inputs, log: Log) -> Made:
     version = version_of("index", inputs)
     fingerprint = read_manifest(dataset, f"embeddings_{name}").counts["encoder_fingerprint"]
     # Going back to what was published before, after a swap there and back or a rollback, builds nothing.
-    report = index.republish(dataset.lancedb_folder, name, version, fingerprint)
+    report = index.republish(dataset.lancedb_folder, name, version, fingerprint, log)
     if report:
         log("this version was published before")
     else:

@@ -5,6 +5,7 @@ In: an opened volume and the positions of synapses. Out: tiles, each with its ro
 read back is held against its checksum.
 """
 
+import contextlib
 import hashlib
 import io
 import math
@@ -20,6 +21,7 @@ from PIL import Image
 from pydantic import Field, FiniteFloat, PositiveInt
 
 from synpipe.errors import SynpipeError
+from synpipe.shards import DAMAGED
 from synpipe.specs import Spec, digest
 from synpipe.volume_sources import HDF5_ERRORS
 from synpipe.volumes import MissingChunk, Volume
@@ -235,7 +237,8 @@ class TileReader:
     def read(self, indices: np.ndarray) -> np.ndarray:
         """Tiles at these rows of the index: uint8 (n, 3, 256, 256).
 
-        Raises `SynpipeError` naming the file and the row where a tile is absent or differs from its checksum.
+        Raises `SynpipeError` naming the file and the row where a tile is absent or differs from its checksum. The file is then
+        marked as damaged, and synapse_stacks out of date: made again, it cuts those tiles out anew. The others can be read.
         """
         tiles = np.empty((len(indices), SECTIONS, TILE_PX, TILE_PX), dtype=np.uint8)
         for place, index in enumerate(indices):
@@ -262,17 +265,28 @@ class TileReader:
             if name not in self._parts:
                 self._parts[name] = _map_part(path)
             tile = self._parts[name][row]
-        except (*HDF5_ERRORS, TypeError, IndexError) as error:
+        except FileNotFoundError:
             raise SynpipeError(
-                f"Tiles {path}, row {row}, cannot be read ({' '.join(str(error).split())}): delete that file and "
-                "materialise synapse_stacks again."
+                f"Tiles {path} are not there: materialise synapse_stacks again, which cuts them out anew."
             ) from None
+        except (*HDF5_ERRORS, TypeError, IndexError) as error:
+            raise _damaged(path, f"row {row}, cannot be read ({' '.join(str(error).split())})") from None
         if zlib.crc32(tile.data) != self._crc32[index]:
-            raise SynpipeError(
-                f"Tiles {path}, row {row}, differ from their checksum: the file is damaged. Delete it and materialise "
-                "synapse_stacks again."
-            )
+            raise _damaged(path, f"row {row}, differ from their checksum")
         return np.broadcast_to(tile[1], tile.shape) if self._grey else tile
+
+
+def damage_mark(path: Path) -> Path:
+    """File that says, by being there and empty, that tiles of a part are damaged; the part itself once it is replaced."""
+    return path.with_suffix(f"{path.suffix}{DAMAGED}")
+
+
+def _damaged(path: Path, problem: str) -> SynpipeError:
+    with contextlib.suppress(OSError):  # a reader's, of a store that it may not write
+        damage_mark(path).touch()
+    return SynpipeError(
+        f"Tiles {path}, {problem}: the file is damaged. Materialise again: synapse_stacks cuts its tiles out anew."
+    )
 
 
 def _map_part(path: Path) -> np.ndarray:
