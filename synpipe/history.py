@@ -227,7 +227,8 @@ def _files_of(table: Any) -> set[Path]:
     """Files of the rows and the indexes of an opened version."""
     root = Path(table.uri)
     rows = {root / "data" / file.path for fragment in table.get_fragments() for file in fragment.data_files()}
-    folders = [root / "_indices" / index["uuid"] for index in table.list_indices()]
+    indexes = [segment.uuid for index in table.describe_indices() for segment in index.segments]
+    folders = [root / "_indices" / uuid for uuid in indexes]
     return rows | {file for folder in folders for file in folder.rglob("*")}
 
 

@@ -104,9 +104,9 @@ def _indexes(dataset: Dataset) -> list[Leftover]:
 def _lineage(dataset: Dataset) -> list[Leftover]:
     """Manifests of former versions, but for those that a published version was made of, or what there is now."""
     wanted: list[tuple[str, str]] = []
-    for path in _files(dataset.manifest_path("any").parent, "*.json"):
-        if manifest := find_manifest(dataset, path.stem):
-            wanted += [(path.stem, manifest.data_version), *manifest.inputs.items()]
+    for step in steps(dataset):
+        if manifest := find_manifest(dataset, step.asset):
+            wanted += [(step.asset, manifest.data_version), *manifest.inputs.items()]
     if any(dataset.lancedb_folder.glob("*.lance")):
         from synpipe import history
 
