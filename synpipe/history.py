@@ -22,7 +22,8 @@ from synpipe.annotations import SYNAPSE_SCHEMA
 from synpipe.datasets import Dataset
 from synpipe.errors import SynpipeError
 from synpipe.graph import steps
-from synpipe.index import CURRENT, open_current, read_provenance, read_vectors
+from synpipe.index import CURRENT, list_tags, open_current, read_provenance, read_vectors
+from synpipe.index_files import damaged
 from synpipe.manifests import Manifest, find_version
 from synpipe.shards import read_table
 
@@ -130,9 +131,12 @@ def diff(dataset: Dataset, encoder: str, a: str, b: str) -> Difference:
 def rollback(dataset: Dataset, encoder: str, which: str) -> Version:
     """Let readers see version `which` (a tag or a number) from now on; returns it.
 
-    It holds until the index is materialised again.
+    It holds until the index is materialised again. Raises `SynpipeError` where there is no such version, or it is damaged.
     """
-    number = open_version(dataset, encoder, which).version
+    found = open_version(dataset, encoder, which)
+    number = found.version
+    if wrong := damaged(dataset.lancedb_folder / f"{encoder}.lance", found.schema):
+        raise SynpipeError(f"Version {which} of {encoder} is damaged ({', '.join(wrong)}): choose another.")
     lancedb.connect(dataset.lancedb_folder).open_table(encoder).tags.update(CURRENT, number)
     return next(version for version in versions(dataset, encoder) if version.current)
 
@@ -153,12 +157,12 @@ def forget(dataset: Dataset, encoder: str, tag: str) -> Version:
             f"Readers see {tag} of {encoder}: let them see another version first, by `synpipe rollback` or by materialising, or "
             f"take {encoder} out of {dataset.name}.yaml."
         )
-    tags = lancedb.connect(dataset.lancedb_folder).open_table(encoder).tags
-    tags.delete(tag)
+    table = lancedb.connect(dataset.lancedb_folder).open_table(encoder)
+    table.tags.delete(tag)
     if found.current:
         # Of an encoder that is gone, readers see the newest that is left; with the last one the table goes.
-        left = max((content["version"] for name, content in tags.list().items() if name != CURRENT), default=None)
-        tags.delete(CURRENT) if left is None else tags.update(CURRENT, left)
+        left = max(_tags(table).values(), default=None)
+        table.tags.delete(CURRENT) if left is None else table.tags.update(CURRENT, left)
     return found
 
 
@@ -191,9 +195,8 @@ def untagged(dataset: Dataset, name: str) -> Untagged:
     opened, path = _open(dataset, name), dataset.lancedb_folder / f"{name}.lance"
     if opened is None:
         return Untagged(0, 0, 0)
-    tags = len(_tags(opened))
+    tags, tagged = len(_tags(opened)), set(list_tags(opened).values())
     table = lance.dataset(path)
-    tagged = {content["version"] for content in table.tags.list().values()}
     numbers = {version["version"] for version in table.versions()} - tagged
     files = table.explain_cleanup_old_versions(**_UNTAGGED, include_files=True, max_files=10**9).candidate_files
     found = {file.path: file.size_bytes for file in files}
@@ -209,8 +212,8 @@ def remove_untagged(path: Path) -> None:
     import lance
 
     newest = lance.dataset(path)
-    tags = newest.tags.list()
-    if CURRENT in tags and newest.version not in {content["version"] for content in tags.values()}:
+    tags = list_tags(newest)
+    if CURRENT in tags and newest.version not in tags.values():
         lance.dataset(path, version=CURRENT).restore()  # as the newest, which is never removed: that would stay
     lance.dataset(path).cleanup_old_versions(**_UNTAGGED)
 
@@ -326,7 +329,7 @@ def _open(dataset: Dataset, name: str) -> Any | None:
     """The table with its tags, or None where there is none, as its first build was killed."""
     try:
         table = lancedb.connect(dataset.lancedb_folder).open_table(name)
-        table.tags.list()
+        list_tags(table)
         return table
     except ValueError:
         return None
@@ -339,7 +342,7 @@ def _open(dataset: Dataset, name: str) -> Any | None:
 
 def _tags(table: Any) -> dict[str, int]:
     """Number of each published version by its tag."""
-    return {tag: content["version"] for tag, content in table.tags.list().items() if tag != CURRENT}
+    return {tag: number for tag, number in list_tags(table).items() if tag != CURRENT}
 
 
 def _rows(table: Any) -> pa.Table:

@@ -10,6 +10,7 @@ the same recall; SQ and PQ show approximate distances, HNSW builds four times sl
 `FLAT_ROWS`, where a flat scan is exact and takes a few milliseconds.
 """
 
+import contextlib
 import json
 import math
 import time
@@ -33,6 +34,7 @@ CURRENT = "current"
 METADATA_KEY = b"synpipe"
 FLAT_ROWS = 5_000
 MIN_RECALL = 0.99
+LISTED_AGAIN = 3  # LanceDB lists the names of the tags and then reads each: one may have been taken off in between
 RECALL_QUERIES = 200
 RECALL_K = 10
 TOLERANCE = 1e-6  # of a cosine in float32; LanceDB's were within 2e-7 of those in float64
@@ -139,19 +141,26 @@ def open_current(folder: Path, name: str) -> Any:
         raise SynpipeError(f"There is no index {name} in {folder}: materialise index_{name} first.")
     try:
         table = lancedb.connect(folder, read_consistency_interval=timedelta(0)).open_table(name)
-        whole = CURRENT in table.tags.list()
-        if whole:
-            table.checkout(CURRENT)
-    except ValueError:  # LanceDB finds no table in the folder: its first build was killed
-        whole = False
+        table.checkout(CURRENT)
+    except ValueError:  # LanceDB finds no table in the folder, or no such tag: its first build was killed
+        raise SynpipeError(
+            f"The index {name} in {folder} was never published: materialise index_{name} again."
+        ) from None
     except RuntimeError as error:
         raise SynpipeError(
             f"The index {name} in {folder} cannot be read ({' '.join(str(error).split())}): materialise index_{name} again, "
             "which builds it anew."
         ) from error
-    if not whole:
-        raise SynpipeError(f"The index {name} in {folder} was never published: materialise index_{name} again.")
     return table
+
+
+def list_tags(table: Any) -> dict[str, int]:
+    """Number of the version that each tag names, `current` among them."""
+    for _ in range(LISTED_AGAIN):
+        with contextlib.suppress(RuntimeError):
+            return {tag: content["version"] for tag, content in table.tags.list().items()}
+        time.sleep(0.01)
+    return {tag: content["version"] for tag, content in table.tags.list().items()}
 
 
 async def open_version(folder: Path, name: str, version: int) -> lancedb.AsyncTable:
@@ -170,14 +179,14 @@ def republish(
         table = open_current(folder, name)
     except SynpipeError:
         return None
-    tagged = table.tags.list().get(tag)
-    if tagged is None:
+    number = list_tags(table).get(tag)
+    if number is None:
         return None
-    table.checkout(tagged["version"])
+    table.checkout(number)
     if wrong := index_files.damaged(folder / f"{name}.lance", table.schema):
         log(f"the index {folder}/{name} is damaged ({', '.join(wrong)}): it is built anew")
         return None
-    table.tags.update(CURRENT, tagged["version"])
+    table.tags.update(CURRENT, number)
     return published(folder, name)
 
 
@@ -261,7 +270,7 @@ def _set_aside_unreadable(folder: Path, name: str, log: Callable[[str], None]) -
     """Move a table aside that LanceDB cannot even open: it would build no other version in it."""
     path = folder / f"{name}.lance"
     try:
-        lancedb.connect(folder).open_table(name).tags.list()
+        list_tags(lancedb.connect(folder).open_table(name))
     except ValueError:
         return  # there is none
     except RuntimeError as error:
@@ -269,7 +278,7 @@ def _set_aside_unreadable(folder: Path, name: str, log: Callable[[str], None]) -
 
 
 def _move_tag(table: Any, tag: str) -> None:
-    if tag in table.tags.list():
+    if tag in list_tags(table):
         table.tags.update(tag, table.version)
     else:
         table.tags.create(tag, table.version)

@@ -340,11 +340,9 @@ def make_embedding_table(dataset: Dataset, name: str, inputs: Inputs, log: Log) 
     made = read_manifest(dataset, f"embeddings_{name}").counts
     version = version_of("embedding_table", inputs, [TABLE_SCHEMA_VERSION])
     path = dataset.table_path(name)
-    of_version = is_of_version(path, version)
-    if of_version and not is_whole(path):
+    if path.exists() and not is_whole(path):
         log(f"{path} is damaged: moved to {set_aside(path).name}, and made anew")
-        of_version = False
-    if of_version:
+    if is_of_version(path, version):
         log("the table is of this version already")
     else:
         provenance = _provenance(dataset, version, inputs) | {

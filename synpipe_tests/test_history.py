@@ -1,6 +1,7 @@
 """Versions of an index, how two differ, going back to one, where a row comes from, and what may be thrown away."""
 
 import json
+import os
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -21,7 +22,7 @@ from synpipe.annotations import SYNAPSE_SCHEMA
 from synpipe.encoders import open_encoder
 from synpipe.errors import SynpipeError
 from synpipe.graph import steps
-from synpipe.history import Version, diff, open_version, provenance, rollback, versions
+from synpipe.history import Version, diff, forget, open_version, provenance, remove_untagged, rollback, versions
 from synpipe.housekeeping import Leftover, leftovers
 from synpipe.index import open_current, publish, tag_for
 from synpipe.manifests import read_manifest
@@ -33,6 +34,10 @@ from synpipe_tests.changes import NAME, TRUNK, Killed, Own, branch, killed_at_th
 from synpipe_tests.command import answer, files, invoke, refusal
 from synpipe_tests.tables import PROVENANCE, clustered, synapses, tiles_of
 from synpipe_tests.test_search import make as index_of
+
+VERSIONS = int(
+    os.environ.get("SYNPIPE_TEST_VERSIONS") or 30
+)  # that are published under a reader; more for `make torture`
 
 
 def make(own: Own) -> Version:
@@ -479,12 +484,15 @@ def test_a_vector_of_another_encoder_is_refused(index: SynapseIndex, template: O
 # Readers while versions are published.
 
 
-def test_a_hundred_versions_under_a_reader_that_never_stops(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_readers_that_never_stop_while_tables_are_rebuilt_optimised_and_cleaned(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     """Every row says which version it is of; no answer holds two, and none is of a version that was not current."""
     monkeypatch.setattr(index_module, "RECALL_QUERIES", 5)  # most of the time that publishing takes
     dataset = index_of(tmp_path, clustered(50, 8))
     # By version of the index.
-    dataset_versions = {f"{number:012x}{0:020x}": f"{number:032x}" for number in range(1, 101)}
+    dataset_versions = {f"{number:012x}{0:020x}": f"{number:032x}" for number in range(1, VERSIONS + 1)}
+    path = tmp_path / "table.parquet"
     started, done = threading.Event(), threading.Event()
     seen: list[tuple[str, int]] = []
 
@@ -495,6 +503,9 @@ def test_a_hundred_versions_under_a_reader_that_never_stops(tmp_path: Path, monk
             index = SynapseIndex(dataset, "tiny")
             answer = [one for found in index.search(7, per_class=60).values() for one in found]
             found = table.search().to_arrow(), table.search(np.ones(8, np.float32)).limit(60).to_arrow()
+            (of_file,) = (
+                set(read_table(path, ["dataset_version"])["dataset_version"].to_pylist()) if started.is_set() else ("",)
+            )
             if version != "a" * 32:
                 assert {each for rows in found for each in rows["dataset_version"].to_pylist()} == {
                     dataset_versions[version]
@@ -502,6 +513,7 @@ def test_a_hundred_versions_under_a_reader_that_never_stops(tmp_path: Path, monk
                 # The search may be of a later version, but of one.
                 assert {one.region for one in answer} == {dataset_versions[index.provenance["data_version"]]}
                 assert index.provenance["data_version"] >= version
+                assert not of_file or of_file >= dataset_versions[version]  # the file is there before it is published
                 started.set()
             assert len(found[0]) == len(found[1]) == 50 and len(answer) == 49
             assert table.version == table.tags.list()[tag_for(version, PROVENANCE["encoder_fingerprint"])]["version"]
@@ -513,10 +525,14 @@ def test_a_hundred_versions_under_a_reader_that_never_stops(tmp_path: Path, monk
             for version, dataset_version in dataset_versions.items():
                 rows = synapses(50, region=[dataset_version] * 50)
                 vectors = clustered(50, 8, seed=int(dataset_version, 16))
-                path = tmp_path / "table.parquet"
                 told = {**PROVENANCE, "dataset_version": dataset_version}
                 write_embedding_table(path, rows, tiles_of(rows), lambda *_, found=vectors: found, told)
                 publish(path, dataset.lancedb_folder, "tiny", version, lambda line: None)
+                if int(dataset_version, 16) % 5 == 0:
+                    lancedb.connect(dataset.lancedb_folder).open_table("tiny").optimize()
+                    for old in versions(dataset, "tiny")[5:]:
+                        forget(dataset, "tiny", old.tag)
+                    remove_untagged(dataset.lancedb_folder / "tiny.lance")
                 if reader.done():
                     break
         finally:
@@ -524,5 +540,6 @@ def test_a_hundred_versions_under_a_reader_that_never_stops(tmp_path: Path, monk
         reader.result()
     assert started.is_set()
     assert [number for _, number in seen] == sorted(number for _, number in seen)  # never back
-    assert len(set(seen)) > 30
-    assert len(versions(dataset, "tiny")) == 101
+    assert len(set(seen)) > VERSIONS / 3
+    assert len(versions(dataset, "tiny")) == 5
+    assert len(list((dataset.lancedb_folder / "tiny.lance" / "data").iterdir())) <= 6  # one that was optimised last
