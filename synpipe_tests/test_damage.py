@@ -1,12 +1,15 @@
 """A file of the store with a flipped byte or cut short: found by its checksum, named, and made anew by the same command, with
-nothing deleted by hand."""
+nothing deleted by hand. A disk that is full: the file is named, and with space the same command carries on."""
 
 import logging
+import os
 import shutil
-from collections.abc import Callable
+import subprocess
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import h5py
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
@@ -55,7 +58,7 @@ def is_whole_again(dataset: Dataset, expected: Store) -> None:
     remove(listed)
     assert leftovers(dataset) == []
     Store.read(Project(dataset.weights_base, dataset.folder.parent)).assert_same(expected)
-    assert len(open_tiles(dataset).read(range(12))) == 12  # type: ignore[arg-type]
+    assert len(open_tiles(dataset).read(np.arange(12))) == 12
 
 
 def flip(path: Path, place: int | None = None) -> None:
@@ -134,3 +137,73 @@ def test_a_damaged_version_is_not_gone_back_to(dataset: Dataset, whole: tuple[Pr
     with pytest.raises(SynpipeError, match=r"Version .* of tiny is damaged \(data/.*\): choose another"):
         rollback(dataset, "tiny", first.tag)
     assert open_current(dataset.lancedb_folder, "tiny").count_rows() == 11
+
+
+# A full disk.
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
+    """A folder on a disk of so many kB, which a later call makes larger."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+
+    def sized(kb: int) -> Path:
+        again = "remount," if folder.is_mount() else ""
+        command = ["mount", "-t", "tmpfs", "-o", f"{again}size={kb}k", "tmpfs", str(folder)]
+        try:
+            mounted = subprocess.run(command, capture_output=True, text=True, check=False)
+        except FileNotFoundError:
+            pytest.skip("there is no mount command here")
+        if mounted.returncode:
+            pytest.skip(f"this user may not mount a small disk: {mounted.stderr.strip()}")
+        return folder
+
+    yield sized
+    if folder.is_mount():
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+@pytest.fixture(scope="module")
+def used_kb(whole: tuple[Project, Store], tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, int]]:
+    """What the store takes before and after each step."""
+    dataset = Project(whole[0].data, tmp_path_factory.mktemp("measured")).dataset("demo")
+    found, used = {}, 0
+    for step in steps(dataset):
+        step.run(lambda line: None)
+        now = sum(-(-path.stat().st_size // 4096) * 4 for path in dataset.folder.rglob("*") if path.is_file())
+        found[step.kind], used = (used, now), now
+    return found
+
+
+SHARES = np.linspace(0.1, 0.9, 9).tolist() if "SYNPIPE_TEST_KILLS" in os.environ else [0.5]
+
+
+@pytest.mark.parametrize("share", SHARES)
+@pytest.mark.parametrize("kind", ["synapses", "synapse_stacks", "embeddings", "embedding_table", "index"])
+def test_a_full_disk_is_named_and_with_space_the_same_command_carries_on(
+    whole: tuple[Project, Store],
+    used_kb: dict[str, tuple[int, int]],
+    disk: Callable[[int], Path],
+    kind: str,
+    share: float,
+) -> None:
+    before, after = used_kb[kind]
+    project = Project(whole[0].data, disk(round(before + share * (after - before))))
+    dataset = project.dataset("demo")
+    with pytest.raises(SynpipeError, match="No space left on device") as caught:
+        materialise(dataset)
+    message = str(caught.value)
+    assert str(dataset.folder) in message and "space" in message and "\n" not in message
+    assert list(dataset.folder.rglob(".tmp-*")) == []
+    outdated = [state.asset for state in states(dataset) if state.state != "fresh"]
+    order = [step.kind for step in steps(dataset)]
+    # Files of LanceDB that are half written, or a manifest that did not fit, are of the step or of the one before.
+    assert abs(order.index(outdated[0].removesuffix("_tiny")) - order.index(kind)) <= 1
+    kept = [path.stat().st_mtime_ns for path in sorted(dataset.cut_outs_folder.rglob("*.h5"))]
+
+    disk(65_536)
+    materialise(dataset)
+    whole[1].assert_same(Store.read(project))
+    assert {state.state for state in states(dataset)} == {"fresh"}
+    assert set(kept) <= {path.stat().st_mtime_ns for path in dataset.cut_outs_folder.rglob("*.h5")}
