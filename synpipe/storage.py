@@ -270,9 +270,10 @@ def lance_options(folder: BulkPath) -> dict[str, str] | None:
 def _file_system(scheme: str, endpoint_s3: str | None, endpoint: str | None, *regions: str | None) -> pafs.FileSystem:
     if scheme == "gs":
         return pafs.GcsFileSystem(retry_time_limit=timedelta(seconds=SILENCE_S))
-    address = urlsplit(endpoint_s3 or endpoint or "")
-    if address.scheme not in ("http", "https", ""):
-        raise SynpipeError(f"AWS_ENDPOINT_URL is {address.geturl()!r}: it should begin with http:// or https://.")
+    named = endpoint_s3 or endpoint or ""
+    address = urlsplit(named)
+    if named and (address.scheme not in ("http", "https") or not address.netloc):
+        raise SynpipeError(f"AWS_ENDPOINT_URL is {named!r}: it should begin with http:// or https://.")
     region = next(filter(None, regions), None)
     return pafs.S3FileSystem(
         # Without a region the SDK would ask a server that only Amazon's own machines have.
