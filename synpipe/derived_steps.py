@@ -17,6 +17,7 @@ from synpipe.datasets import Dataset
 from synpipe.embedding_cache import EmbeddingCache
 from synpipe.encoders import Encoder, open_encoder
 from synpipe.errors import SynpipeError
+from synpipe.forward import Computed
 from synpipe.manifests import find_manifest, read_manifest
 from synpipe.pipeline import Inputs, Log, Made, is_of_version, metadata_of, shard_name, version_of
 from synpipe.shards import atomic_path, read_table, write_table
@@ -99,7 +100,7 @@ def open_branch(dataset: Dataset, name: str, device: str = "auto") -> Encoder:
         weights=made["encoder"]["weights"],
         fingerprint=made["encoder_fingerprint"],
         dim=spec.dimensions,
-        _forward=lambda tiles: fitted.compress(base.embed(tiles)),
+        forward=Computed(lambda tiles: fitted.compress(base.embed(tiles))),
     )
 
 

@@ -10,9 +10,10 @@ A data version is a digest of the inputs' versions and of the step's own descrip
 
 import json
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
+from itertools import starmap
 from pathlib import Path
 from typing import Any
 
@@ -26,15 +27,16 @@ from synpipe.annotations import REJECT_SCHEMA, SYNAPSE_SCHEMA, convert_annotatio
 from synpipe.compression import CompressedSpec
 from synpipe.datasets import Dataset
 from synpipe.embedding_cache import EmbeddingCache
-from synpipe.encoders import Encoder, open_encoder
+from synpipe.encoders import Encoder, open_on_all_devices
 from synpipe.engines import on_cluster
 from synpipe.errors import SynpipeError
-from synpipe.extraction import extract
+from synpipe.extraction import damaged_parts, extract
 from synpipe.fingerprints import file_sha256, status
 from synpipe.links import find_viewer, image_layer
 from synpipe.manifests import find_manifest, read_manifest
-from synpipe.shards import read_table, remove_leftovers, table_writer, write_table
+from synpipe.shards import is_whole, read_table, remove_leftovers, set_aside, table_writer, write_table
 from synpipe.specs import digest
+from synpipe.storage import BulkPath
 from synpipe.synthetic import make_demo
 from synpipe.volumes import Volume
 from synpipe.workers import shard_name
@@ -173,6 +175,15 @@ def make_synapses(dataset: Dataset, inputs: Inputs, log: Log) -> Made:
     return Made(version, counts, summary.notes)
 
 
+def lost_tiles(dataset: Dataset, index: Path) -> BulkPath | None:
+    """A file of tiles that this index of stacks or tiles names and that was found to be damaged, or None."""
+    damaged = damaged_parts(dataset.cut_outs_folder)
+    if not damaged:
+        return None
+    named = set(read_table(index, ["file"])["file"].unique().to_pylist())
+    return next((path for path in damaged if str(path).removeprefix(f"{dataset.bulk_folder}/") in named), None)
+
+
 def make_synapse_stacks(dataset: Dataset, inputs: Inputs, log: Log) -> Made:
     """Cut the three sections around every synapse out of the volume."""
     spec = dataset.spec.tiles
@@ -193,6 +204,7 @@ def make_synapse_stacks(dataset: Dataset, inputs: Inputs, log: Log) -> Made:
         plan = workers.Cutting(dataset.spec.volume, dataset.base, inputs["volume"], spec, folder)
         elsewhere = partial(workers.cut_out, plan, progress=progress, log=log) if on_cluster() else None
         cut, made = extract(volume, spec, folder, starts[rows], progress, elsewhere)
+        bytes_read = volume.bytes_read
     place = {
         "synapse_id": synapses["synapse_id"].take(rows),
         "shard": cut["shard"],
@@ -209,6 +221,7 @@ def make_synapse_stacks(dataset: Dataset, inputs: Inputs, log: Log) -> Made:
         "rejects": len(stack_table) - stack_table["reason"].null_count,
         "cut_outs_made": made,
         "cut_outs_per_second": round(made / elapsed, 1),
+        **({} if on_cluster() else {"bytes_read": bytes_read}),
         "shards": pc.count_distinct(stack_table["shard"]).as_py(),
         "recipe": recipe,
     }
@@ -279,12 +292,14 @@ def make_embeddings(dataset: Dataset, name: str, inputs: Inputs, log: Log) -> Ma
             # Opening the network takes ten seconds, most of it to import torch, and would change nothing.
             log(f"0 tiles embedded, {len(hashes):,} were there")
             version = version_of("embeddings", inputs, [made.counts["encoder_fingerprint"]])
-            return Made(version, made.counts | {"tiles_embedded": 0})
+            kept = {name: value for name, value in made.counts.items() if name not in OF_THE_WORK}
+            return Made(version, kept | {"tiles_embedded": 0})
 
-    encoder = open_encoder(spec, dataset.weights_base)
-    log(f"{encoder.spec.model} on {encoder.device}, {encoder.dim} dimensions, fingerprint {encoder.fingerprint[:12]}")
-    counts = embed_tiles(dataset, encoder, log) | {
-        "device": str(encoder.device),
+    encoders = open_on_all_devices(spec, dataset.weights_base)
+    encoder, devices = encoders[0], ", ".join(str(one.device) for one in encoders)
+    log(f"{encoder.spec.model} on {devices}, {encoder.dim} dimensions, fingerprint {encoder.fingerprint[:12]}")
+    counts = embed_tiles(dataset, encoders, log) | {
+        "device": devices,
         "encoder_identity": who,
         "encoder_fingerprint": encoder.fingerprint,
         "encoder": {
@@ -297,42 +312,49 @@ def make_embeddings(dataset: Dataset, name: str, inputs: Inputs, log: Log) -> Ma
     return Made(version, counts)
 
 
-def embed_tiles(dataset: Dataset, encoder: Encoder, log: Log) -> dict[str, Any]:
-    """Embed the tiles that are not in the encoder's cache; `rows`, `dimensions`, `tiles_embedded`, `tiles_per_second`."""
-    if on_cluster():
-        return _embed_elsewhere(dataset, encoder, log)
+# Figures of embedding that a run without a forward pass has none of.
+OF_THE_WORK = ("tiles_per_second", "bytes_read", "device_waited", "gpu_memory_bytes")
+
+
+def embed_tiles(dataset: Dataset, encoders: Sequence[Encoder], log: Log) -> dict[str, Any]:
+    """Embed the tiles that are not in the encoder's cache, and say how that went, in figures.
+
+    encoders: the same one on each device that is to work; on a cluster its workers open their own.
+    """
+    started, embed = time.monotonic(), _embed_elsewhere if on_cluster() else _embed_here
+    rows, done = embed(dataset, encoders, log)
+    elapsed = time.monotonic() - started
+    log(f"{done.tiles:,} tiles embedded, {rows - done.tiles:,} were there")
+    counts: dict[str, Any] = {"rows": rows, "dimensions": encoders[0].dim, "tiles_embedded": done.tiles}
+    if done.tiles:
+        waited = sum(done.waited_s.values())
+        counts |= {"tiles_per_second": round(done.tiles / elapsed, 1), "bytes_read": done.bytes_read}
+        counts |= {"device_waited": round(waited / (waited + done.computed_s), 4)}
+    if done.gpu_bytes:
+        counts["gpu_memory_bytes"] = done.gpu_bytes
+    return counts
+
+
+def _embed_here(dataset: Dataset, encoders: Sequence[Encoder], log: Log) -> tuple[int, embedding.Embedded]:
+    """Number of tiles, and what has been done for them."""
     shards, hashes = _tiles_to_embed(dataset)
     reader = open_tiles(dataset)
-    cache = EmbeddingCache(dataset.embeddings_folder, encoder.fingerprint)
+    cache = EmbeddingCache(dataset.embeddings_folder, encoders[0].fingerprint)
     progress = Progress(log, _missing_from(cache, shards, hashes), "tiles")
-    started, embedded = time.monotonic(), 0
-    for shard, rows in tiles.rows_by_shard(shards):
 
-        def read_tiles(picked: np.ndarray, rows: np.ndarray = rows) -> np.ndarray:
-            return reader.read(rows[picked])
+    def shard_of(number: int, rows: np.ndarray) -> embedding.Shard:
+        return embedding.Shard(shard_name(number), hashes[rows].tolist(), lambda picked: reader.read(rows[picked]))
 
-        wanted = hashes[rows].tolist()
-        embedded += embedding.embed_missing(encoder, cache, shard_name(shard), wanted, read_tiles, progress=progress)
-    return _told_of(embedded, len(hashes), encoder, started, log)
+    work = starmap(shard_of, tiles.rows_by_shard(shards))
+    return len(hashes), embedding.embed_missing(encoders, cache, work, progress=progress)
 
 
-def _embed_elsewhere(dataset: Dataset, encoder: Encoder, log: Log) -> dict[str, Any]:
+def _embed_elsewhere(dataset: Dataset, encoders: Sequence[Encoder], log: Log) -> tuple[int, embedding.Embedded]:
     """The same by the workers of a cluster, which look themselves for what is missing."""
     index = read_table(dataset.tiles_path, ["shard", *workers.NEEDED_COLUMNS])
-    stacking = read_manifest(dataset, "rgb_tiles").counts["stacking"]
-    progress, started = Progress(log, len(index), "tiles"), time.monotonic()
-    embedded = workers.embed(encoder, dataset.weights_base, index, dataset.bulk_folder, stacking, progress, log)
-    return _told_of(embedded, len(index), encoder, started, log)
-
-
-def _told_of(embedded: int, rows: int, encoder: Encoder, started: float, log: Log) -> dict[str, Any]:
-    log(f"{embedded:,} tiles embedded, {rows - embedded:,} were there")
-    return {
-        "rows": rows,
-        "dimensions": encoder.dim,
-        "tiles_embedded": embedded,
-        "tiles_per_second": round(embedded / (time.monotonic() - started), 1),
-    }
+    stacking, progress = read_manifest(dataset, "rgb_tiles").counts["stacking"], Progress(log, len(index), "tiles")
+    bulk = dataset.bulk_folder
+    return len(index), workers.embed(encoders[0], dataset.weights_base, index, bulk, stacking, progress, log)
 
 
 def _tiles_to_embed(dataset: Dataset) -> tuple[np.ndarray, np.ndarray]:
@@ -351,6 +373,8 @@ def make_embedding_table(dataset: Dataset, name: str, inputs: Inputs, log: Log) 
     made = read_manifest(dataset, f"embeddings_{name}").counts
     version = version_of("embedding_table", inputs, [TABLE_SCHEMA_VERSION])
     path = dataset.table_path(name)
+    if path.exists() and not is_whole(path):
+        log(f"{path} is damaged: moved to {set_aside(path).name}, and made anew")
     if is_of_version(path, version):
         log("the table is of this version already")
     else:
@@ -399,7 +423,7 @@ def make_index(dataset: Dataset, name: str, inputs: Inputs, log: Log) -> Made:
     version = version_of("index", inputs)
     fingerprint = read_manifest(dataset, f"embeddings_{name}").counts["encoder_fingerprint"]
     # Going back to what was published before, after a swap there and back or a rollback, builds nothing.
-    report = index.republish(dataset.lancedb_folder, name, version, fingerprint)
+    report = index.republish(dataset.lancedb_folder, name, version, fingerprint, log)
     if report:
         log("this version was published before")
     else:

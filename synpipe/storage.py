@@ -12,6 +12,7 @@ GOOGLE_APPLICATION_CREDENTIALS for GCS. They are never part of an address, a man
 
 import os
 import re
+import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -211,6 +212,26 @@ class ObjectPath:
 
 
 BulkPath = Path | ObjectPath
+
+
+def move_tree(path: BulkPath, target: BulkPath) -> None:
+    """Move a file, or a folder with all that is in it; on an object store one object after the other."""
+    if isinstance(path, ObjectPath) and isinstance(target, ObjectPath):
+        for each in [*path.rglob("*")] or [path]:
+            if each.is_file():
+                each.replace(target if each == path else target / each.relative_to(path))
+    else:
+        path.replace(target)  # type: ignore[arg-type]  # both of one kind
+
+
+def remove_tree(path: BulkPath) -> None:
+    """Remove a folder with all that is in it."""
+    if isinstance(path, Path):
+        shutil.rmtree(path)
+    else:
+        for each in [*path.rglob("*")]:
+            if each.is_file():
+                each.unlink()
 
 
 def listed(folder: BulkPath, pattern: str) -> list[BulkPath]:

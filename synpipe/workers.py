@@ -110,8 +110,8 @@ def embed(
     stacking: str,
     progress: Callable[[int], None],
     log: Log,
-) -> int:
-    """Embed the tiles of `index` that are in no part yet; return how many went through the model.
+) -> embedding.Embedded:
+    """Embed the tiles of `index` that are in no part yet.
 
     weights_base: where the encoder's relative paths start. index, stacking: see `TileReader`.
     Raises `SynpipeError` where a shard failed, after all others have been embedded.
@@ -136,13 +136,13 @@ def embed(
         for shard, rows in by_shard:
             yield shard_name(shard), (shard_name(shard), columns.take(rows))
 
-    embedded, failed = 0, {}
+    embedded, failed = embedding.Embedded(), {}
     rows_of = {shard_name(shard): len(rows) for shard, rows in by_shard}
     for name, result in cluster.run(prepare_embedding, plan, needs(), len(by_shard), log, on_gpus):
         if isinstance(result, SynpipeError):
             failed[name] = result
             continue
-        embedded += result
+        embedded.add(result)
         progress(rows_of[name])
     if failed:
         named = ", ".join(sorted(failed)[:SHARDS_NAMED]) + (", …" if len(failed) > SHARDS_NAMED else "")
@@ -171,12 +171,14 @@ def prepare_embedding(plan: Embedding) -> Work:
     encoder = replace(opened, spec=plan.spec)  # parts say what made them, and not where its weights lay for a moment
     cache = EmbeddingCache(plan.embeddings, plan.fingerprint)
 
-    def work(needs: tuple[str, pa.Table], again: bool) -> int:
+    def work(needs: tuple[str, pa.Table], again: bool) -> embedding.Embedded:
         nonlocal cache
         shard, index = needs
         if again:  # whoever was at it before may have finished some parts
             cache = EmbeddingCache(plan.embeddings, plan.fingerprint)
         reader = TileReader(index, plan.bulk, plan.stacking)
-        return embedding.embed_missing(encoder, cache, shard, index["content_hash"].to_pylist(), reader.read)
+        return embedding.embed_missing(
+            [encoder], cache, [embedding.Shard(shard, index["content_hash"].to_pylist(), reader.read)]
+        )
 
     return work
