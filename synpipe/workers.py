@@ -83,7 +83,7 @@ def prepare_cutting(plan: Cutting) -> Work:
         shard, starts = needs
         if again:
             starts = extraction.missing_windows(plan.folder, shard, starts)
-        return extraction.cut_out_windows(volume, plan.tiles, plan.folder, starts)
+        return extraction.cut_out_windows(volume, plan.tiles, plan.folder, starts) if len(starts) else Failures()
 
     return work
 
@@ -128,7 +128,7 @@ def embed(
         bulk=bulk,
         embeddings=bulk / "embeddings",
         stacking=stacking,
-        device="cuda" if on_gpus else "cpu",
+        device="auto" if on_gpus else "cpu",
     )
     columns = index.select(NEEDED_COLUMNS)
 

@@ -37,7 +37,7 @@ SPEC: dict[str, Any] = {"encoders": ["tiny"], "classifier": None, "evaluation": 
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
-    """Two workers on this machine, and the S3 server that they and the driver share."""
+    """Two workers, a GPU each, on this machine, and the S3 server that they and the driver share."""
     ray = pytest.importorskip("ray", reason="ray is not installed")
     with serve(), pytest.MonkeyPatch.context() as patch:
         for name in ("RAY_ADDRESS", "SYNPIPE_BULK"):
@@ -45,7 +45,8 @@ def cluster() -> Iterator[Cluster]:
         patch.setenv("SYNPIPE_ENGINE", "ray")
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
         patch.setenv("OMP_NUM_THREADS", "1")
-        ray.init(num_cpus=2, include_dashboard=False, object_store_memory=80 * 2**20, logging_level="ERROR")
+        # Ray gives each worker a GPU of its own, or what it takes for one: there are none, so they compute on the CPU.
+        ray.init(num_cpus=2, num_gpus=2, include_dashboard=False, object_store_memory=80 * 2**20, logging_level="ERROR")
         yield connect()
         ray.shutdown()
 
@@ -234,9 +235,9 @@ def collect(cluster: Cluster, prepare: Any, shards: int, log: list[str]) -> dict
 
 def test_both_workers_work_and_no_more_shards_are_under_way_than_workers(cluster: Cluster) -> None:
     def prepare(told: str) -> Any:
-        def work(number: int, again: bool) -> tuple[int, int, bool]:
+        def work(number: int, again: bool) -> tuple[str, int]:
             time.sleep(0.02)
-            return os.getpid(), number, again
+            return os.environ["CUDA_VISIBLE_DEVICES"], number
 
         return work
 
@@ -250,12 +251,12 @@ def test_both_workers_work_and_no_more_shards_are_under_way_than_workers(cluster
             yield str(number), number
 
     found = {}
-    for name, result in cluster.run(prepare, "told", needs(), 60, log.append):
+    for name, result in cluster.run(prepare, "told", needs(), 60, log.append, on_gpus=True):
         found[name] = result
         most = max(most, taken - len(found))
-    assert {name: number for name, (_, number, _) in found.items()} == {str(number): number for number in range(60)}
+    assert {name: number for name, (_, number) in found.items()} == {str(number): number for number in range(60)}
     assert most <= 2
-    assert len({pid for pid, _, _ in found.values()}) == 2 and os.getpid() not in {pid for pid, _, _ in found.values()}
+    assert {gpu for gpu, _ in found.values()} == {"0", "1"}
     assert "60 shards by 2 workers" in log[-1]
 
 
