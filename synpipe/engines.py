@@ -191,9 +191,10 @@ class Cluster:
         """Those that are finished: one, or none within `CHECK_S`."""
         try:
             return self._ray.wait(for_any_of, timeout=CHECK_S)[0]
-        except SystemError as error:  # how Ctrl-C arrives out of Ray's C++
-            if isinstance(error.__cause__, KeyboardInterrupt):
-                raise KeyboardInterrupt from None
+        except SystemError as error:
+            # How Ctrl-C, or what a signal's handler makes of it, arrives out of Ray's C++.
+            if error.__cause__ is not None and not isinstance(error.__cause__, Exception):
+                raise error.__cause__ from None
             raise
 
 

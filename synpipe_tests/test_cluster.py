@@ -297,6 +297,20 @@ def test_a_worker_that_cannot_begin_is_an_error_at_once(cluster: Cluster, monkey
         collect(cluster, die, 1, [])
 
 
+def test_interrupted_the_workers_end(cluster: Cluster) -> None:
+    def prepare(told: str) -> Any:
+        os.kill(driver, signal.SIGINT)
+        return lambda number, again: time.sleep(600)
+
+    driver = os.getpid()
+    with pytest.raises(KeyboardInterrupt):
+        collect(cluster, prepare, 1, [])
+    deadline = time.monotonic() + 60
+    while workers_at_work():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
 def test_what_the_environment_asks_for(monkeypatch: pytest.MonkeyPatch) -> None:
     for value, expected in (("", False), ("local", False), ("ray", True)):
         monkeypatch.setenv("SYNPIPE_ENGINE", value)
