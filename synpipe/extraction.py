@@ -22,6 +22,7 @@ from synpipe.chunk_plan import Chunk, plan
 from synpipe.errors import SynpipeError
 from synpipe.shards import atomic_path, read_table, write_table
 from synpipe.specs import digest
+from synpipe.streams import rows_of_each
 from synpipe.tiles import PART_SCHEMA, SECTIONS, TILE_PX, CutOut, TileSpec, shard_of
 from synpipe.volumes import AccessDenied, Volume
 
@@ -42,33 +43,45 @@ def extract(
     starts_zyx: np.ndarray,
     progress: Callable[[int], None] = lambda count: None,
 ) -> tuple[pa.Table, int]:
+    """`extract_shards` into memory, for some 100,000 windows: a row per window, in their order."""
+    found, made = extract_shards(volume, spec, folder, starts_zyx, progress)
+    order, tables = [np.zeros(0, np.int64)], [FOUND_SCHEMA.empty_table()]
+    for rows, table in found:
+        order.append(rows)
+        tables.append(table)
+    return pa.concat_tables(tables).take(np.argsort(np.concatenate(order))), made
+
+
+def extract_shards(
+    volume: Volume,
+    spec: TileSpec,
+    folder: Path,
+    starts_zyx: np.ndarray,
+    progress: Callable[[int], None] = lambda count: None,
+) -> tuple[Iterator[tuple[np.ndarray, pa.Table]], int]:
     """Tiles of all windows, cut out where `folder` does not hold them yet.
 
     folder: the folder of `spec.recipe(…)`. starts_zyx: int64 (n, 3), first voxels of the windows. progress: called with
-    numbers of cut-outs done. Returns one row per window, in their order (`PART_SCHEMA` plus `part`, the file's name, and
-    `shard`), and the number of cut-outs made.
+    numbers of cut-outs done. Returns, shard by shard, the numbers of its windows, which ascend, and a row for each of them
+    (`PART_SCHEMA` plus `part`, the file's name, and `shard`); and the number of cut-outs made.
 
     Raises `SynpipeError` where the volume could not be read everywhere, after all other shards have been cut out;
     `AccessDenied` at once where it may not be read.
     """
-    shards = shard_of(starts_zyx, spec)
-    numbers = np.unique(shards).tolist()
-    known = {shard: _read_parts(folder, shard) for shard in numbers}
-    missing = [_missing(known[shard], starts_zyx[shards == shard]) for shard in numbers]
+    windows = rows_of_each(shard_of(starts_zyx, spec))
+    missing = [_missing(_read_parts(folder, shard), starts_zyx[rows]) for shard, rows in windows.items()]
     made = sum(map(len, missing))
     progress(len(starts_zyx) - made)
     if made:
         _cut_out_missing(volume, spec, folder, np.concatenate(missing), progress)
-    order, found = [], []
-    for shard, absent in zip(numbers, missing, strict=True):
-        table = _read_parts(folder, shard) if len(absent) else known[shard]
-        rows = np.flatnonzero(shards == shard)
-        place = {key: row for row, key in enumerate(_keys(table))}
-        found.append(table.take([place[key] for key in map(tuple, starts_zyx[rows].tolist())]))
-        order.append(rows)
-    if not found:
-        return FOUND_SCHEMA.empty_table(), 0
-    return pa.concat_tables(found).take(np.argsort(np.concatenate(order))), made
+
+    def found() -> Iterator[tuple[np.ndarray, pa.Table]]:
+        for shard, rows in windows.items():
+            table = _read_parts(folder, shard)
+            place = {key: row for row, key in enumerate(_keys(table))}
+            yield rows, table.take([place[key] for key in map(tuple, starts_zyx[rows].tolist())])
+
+    return found(), made
 
 
 def _missing(known: pa.Table, starts_zyx: np.ndarray) -> np.ndarray:

@@ -135,9 +135,10 @@ def _publish(table_path: Path, folder: Path, name: str, data_version: str, log: 
                 f"than {MIN_RECALL:.0%}; the former version stays current. Are many vectors alike? Look at the check of the "
                 "embeddings."
             )
-    settings = {"synpipe.nprobes": str(nprobes), "synpipe.recall_at_10": f"{recalls.pop(None):.4f}"}
-    for rarest, recall in recalls.items():
-        settings |= {"synpipe.rarest_class": rarest, "synpipe.rarest_class_recall_at_10": f"{recall:.4f}"}
+    settings = {"synpipe.nprobes": str(nprobes)}
+    for queries, recall in recalls.items():
+        settings["synpipe.rarest_class_recall_at_10" if queries else "synpipe.recall_at_10"] = f"{recall:.4f}"
+        settings |= {"synpipe.rarest_class": queries} if queries else {}
     table.update_field_metadata({"path": "vector", "metadata": settings})
     tag = tag_for(data_version, provenance["encoder_fingerprint"])
     for label in (tag, CURRENT):
@@ -243,7 +244,9 @@ def _tune(table: Any, table_path: Path, partitions: int) -> tuple[int, dict[str 
     A query finds itself, in the exact search too. Of the vectors a batch is in memory at a time, and the queries.
     """
     drawn = _draw_queries(table_path)
-    queries = {name: read_vectors(table.take_offsets(rows).select(["vector"]).to_arrow()) for name, rows in drawn.items()}
+    queries = {
+        name: read_vectors(table.take_offsets(rows).select(["vector"]).to_arrow()) for name, rows in drawn.items()
+    }
     k = min(RECALL_K, table.count_rows())
     kth = dict(zip(queries, _kth_similarities(table_path, list(queries.values()), k), strict=True))
     nprobes = max(1, min(FIRST_NPROBES, partitions))

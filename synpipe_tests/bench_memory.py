@@ -68,7 +68,10 @@ def tell(sizes: list[int], small: dict[str, tuple[float, float]], large: dict[st
             f"{asset:<34} {peak:>7.0f} {more:>7.0f} {more / peak:>6.2f} {growth[asset]:>9.0f}   "
             f"{1e3 * seconds / sizes[0]:>7.2f} {1e3 * longer / sizes[1]:>7.2f}"
         )
-    steepest, worst = max(growth, key=growth.__getitem__), max(small, key=lambda asset: large[asset][0] / small[asset][0])
+    steepest, worst = (
+        max(growth, key=growth.__getitem__),
+        max(small, key=lambda asset: large[asset][0] / small[asset][0]),
+    )
     seconds = [sum(one for _, one in found.values()) for found in (small, large)]
     print()
     row(f"peak memory at {sizes[1]:,} tiles ÷ at {sizes[0]:,}: {worst}", large[worst][0] / small[worst][0], RATIO_BAR)
@@ -92,9 +95,7 @@ def make_project(folder: Path, tiles: int) -> Project:
     spec = {
         "title": "Made up",
         "volume": {"path": str(volume)},
-        "annotations": [
-            {"format": "table", "path": str(synapses), "columns": {"x": "x_nm", "y": "y_nm", "z": "z_nm"}}
-        ],
+        "annotations": [{"format": "table", "path": str(synapses), "columns": {"x": "x_nm", "y": "y_nm", "z": "z_nm"}}],
         "classes": [*FREQUENCY],
         # Small blocks: the shards of so small a volume would not be alike.
         "tiles": {"shards": -(-tiles // TILES_PER_SHARD), "block_voxels_zyx": [8, 64, 64]},

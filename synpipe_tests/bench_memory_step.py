@@ -5,7 +5,7 @@ import sys
 import time
 from pathlib import Path
 
-from synpipe import classifier, compression, projection
+from synpipe import classifier_steps, compression, projection
 from synpipe.datasets import Project
 from synpipe.defs.assets import CHECKS
 from synpipe.defs.show import SHOW
@@ -14,7 +14,7 @@ from synpipe_tests.bench_memory import SAMPLE
 
 
 def main(data: str, store: str, asset: str) -> None:
-    classifier.MAX_ROWS = classifier.MAX_VALIDATION_ROWS = compression.SAMPLE_ROWS = projection.FIT_ROWS = SAMPLE
+    classifier_steps.MAX_ROWS = compression.SAMPLE_ROWS = projection.FIT_ROWS = SAMPLE
     dataset = Project(Path(data), Path(store)).dataset("bench")
     step = next(step for step in steps(dataset) if step.asset == asset)
     began = time.perf_counter()

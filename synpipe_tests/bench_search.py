@@ -132,9 +132,7 @@ def faiss_indexes(vectors: np.ndarray) -> dict[str, tuple[Ask, float, int]]:
 
     rows, dimensions = vectors.shape
     flat, partitions = faiss.IndexFlatIP(dimensions), partitions_for(rows)
-    inverted = faiss.IndexIVFFlat(
-        faiss.IndexFlatIP(dimensions), dimensions, partitions, faiss.METRIC_INNER_PRODUCT
-    )
+    inverted = faiss.IndexIVFFlat(faiss.IndexFlatIP(dimensions), dimensions, partitions, faiss.METRIC_INNER_PRODUCT)
     inverted.nprobe = FIRST_NPROBES
     found: dict[str, tuple[Ask, float, int]] = {}
     for name, index in (("FAISS flat", flat), (f"FAISS IVF, {partitions}, {FIRST_NPROBES} probes", inverted)):

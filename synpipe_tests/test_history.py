@@ -450,7 +450,7 @@ def test_a_hundred_versions_under_a_reader_that_never_stops(tmp_path: Path, monk
                 vectors = clustered(50, 8, seed=int(dataset_version, 16))
                 path = tmp_path / "table.parquet"
                 told = {**PROVENANCE, "dataset_version": dataset_version}
-                write_embedding_table(path, rows, tiles_of(rows), lambda *_, found=vectors: found, told)
+                write_embedding_table(path, [rows], [tiles_of(rows)], lambda *_, found=vectors: found, told)
                 publish(path, dataset.lancedb_folder, "tiny", version, lambda line: None)
                 if reader.done():
                     break
