@@ -186,9 +186,14 @@ def read_table(path: BulkPath, columns: list[str] | None = None) -> pa.Table:
     except FileNotFoundError:
         raise SynpipeError(f"{path} does not exist: materialise the asset that makes it.") from None
     except (pa.ArrowInvalid, OSError) as error:
-        if isinstance(error, OSError) and error.errno:  # a wrong checksum is an OSError without a number
-            raise SynpipeError(f"Cannot read {path}: {error.strerror}. Check that file.") from None
-        raise damaged(path, error) from None
+        raise unreadable(path, error) from None
+
+
+def unreadable(path: BulkPath, error: Exception) -> SynpipeError:
+    """The error to raise for what pyarrow says of a Parquet file: it is out of reach, or damaged, see `damaged`."""
+    if isinstance(error, OSError) and error.errno:  # a wrong checksum is an OSError without a number
+        return SynpipeError(f"Cannot read {path}: {error.strerror}. Check that file.")
+    return damaged(path, error)
 
 
 def is_whole(path: BulkPath) -> bool:
