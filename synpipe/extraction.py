@@ -8,9 +8,10 @@ windows, but for a few numbers each; what cannot be read costs the cut-outs of i
 A part is `<shard>-<digest>.h5` with `tiles` uint8 (n, 3, 256, 256), contiguous: any reader can map it into memory.
 """
 
+import re
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import h5py
@@ -22,8 +23,8 @@ from synpipe.chunk_plan import Chunk, plan
 from synpipe.errors import SynpipeError
 from synpipe.shards import atomic_path, read_table, write_table
 from synpipe.specs import digest
-from synpipe.streams import rows_of_each
-from synpipe.tiles import PART_SCHEMA, SECTIONS, TILE_PX, CutOut, TileSpec, shard_of
+from synpipe.storage import BulkPath, listed
+from synpipe.tiles import PART_SCHEMA, SECTIONS, TILE_PX, CutOut, TileSpec, rows_by_shard, shard_of
 from synpipe.volumes import AccessDenied, Volume
 
 PART_TILES = 512  # 100 MB at 256 px: the memory that tiles need until they are written, and what a kill can cost
@@ -33,13 +34,14 @@ READ_AHEAD_BYTES = 64 * 2**20  # decoded chunks and voxels of the cut-outs that 
 GIVE_UP_AFTER = 8
 SHARDS_NAMED = 10
 
+PART_NAME = re.compile("[0-9]{5}-[0-9a-f]{12}")
 FOUND_SCHEMA = PART_SCHEMA.append(pa.field("part", pa.string())).append(pa.field("shard", pa.int32()))
 
 
 def extract(
     volume: Volume,
     spec: TileSpec,
-    folder: Path,
+    folder: BulkPath,
     starts_zyx: np.ndarray,
     progress: Callable[[int], None] = lambda count: None,
 ) -> tuple[pa.Table, int]:
@@ -55,29 +57,34 @@ def extract(
 def extract_shards(
     volume: Volume,
     spec: TileSpec,
-    folder: Path,
+    folder: BulkPath,
     starts_zyx: np.ndarray,
     progress: Callable[[int], None] = lambda count: None,
+    cut_out_all: "Callable[[np.ndarray], Failures] | None" = None,
 ) -> tuple[Iterator[tuple[np.ndarray, pa.Table]], int]:
     """Tiles of all windows, cut out where `folder` does not hold them yet.
 
     folder: the folder of `spec.recipe(…)`. starts_zyx: int64 (n, 3), first voxels of the windows. progress: called with
-    numbers of cut-outs done. Returns, shard by shard, the numbers of its windows, which ascend, and a row for each of them
-    (`PART_SCHEMA` plus `part`, the file's name, and `shard`); and the number of cut-outs made.
+    numbers of cut-outs done. cut_out_all: has windows cut out elsewhere; None: here. Returns, shard by shard, the numbers of
+    its windows, which ascend, and a row for each of them (`PART_SCHEMA` plus `part`, the file's name, and `shard`); and the
+    number of cut-outs made.
 
     Raises `SynpipeError` where the volume could not be read everywhere, after all other shards have been cut out;
     `AccessDenied` at once where it may not be read.
     """
-    windows = rows_of_each(shard_of(starts_zyx, spec))
-    missing = [_missing(_read_parts(folder, shard), starts_zyx[rows]) for shard, rows in windows.items()]
+    windows = rows_by_shard(shard_of(starts_zyx, spec))
+    parts = _list_parts(folder)
+    missing = [_missing(_read_parts(parts, shard), starts_zyx[rows]) for shard, rows in windows]
     made = sum(map(len, missing))
     progress(len(starts_zyx) - made)
     if made:
-        _cut_out_missing(volume, spec, folder, np.concatenate(missing), progress)
+        cut_out_all = cut_out_all or (lambda starts: cut_out_windows(volume, spec, folder, starts, progress))
+        cut_out_all(np.concatenate(missing)).check(of=sum(len(absent) > 0 for absent in missing))
+        parts = _list_parts(folder)
 
     def found() -> Iterator[tuple[np.ndarray, pa.Table]]:
-        for shard, rows in windows.items():
-            table = _read_parts(folder, shard)
+        for shard, rows in windows:
+            table = _read_parts(parts, shard)
             place = {key: row for row, key in enumerate(_keys(table))}
             yield rows, table.take([place[key] for key in map(tuple, starts_zyx[rows].tolist())])
 
@@ -94,17 +101,52 @@ def _keys(table: pa.Table) -> Iterator[tuple[int, int, int]]:
     return zip(*(table[f"start_{axis}"].to_pylist() for axis in "zyx"), strict=True)
 
 
-def _cut_out_missing(volume: Volume, spec: TileSpec, folder: Path, starts: np.ndarray, progress) -> None:
-    """Cut out windows, each of them given once, and write them as parts."""
+@dataclass
+class Failures:
+    """Shards that could not be cut out, each with its first error.
+
+    lost: cut-outs that were therefore not made. made: those that were. in_a_row: of the shards that failed last.
+    """
+
+    by_shard: dict[int, SynpipeError] = field(default_factory=dict)
+    lost: int = 0
+    made: int = 0
+    in_a_row: int = 0
+
+    @property
+    def gave_up(self) -> bool:
+        return self.in_a_row >= GIVE_UP_AFTER
+
+    def check(self, of: int) -> None:
+        """Raises `SynpipeError` where there is one. of: number of shards that were to be cut out."""
+        if not self.by_shard:
+            return
+        failed = sorted(self.by_shard)
+        named = ", ".join(map(str, failed[:SHARDS_NAMED])) + (", …" if len(failed) > SHARDS_NAMED else "")
+        raise SynpipeError(
+            f"{self.lost:,} cut-outs were not made: {len(failed)} of {of} shards failed ({named})"
+            f"{', one after the other, and the rest was not tried' if self.gave_up else ''}. The first error: "
+            f"{next(iter(self.by_shard.values()))} All other cut-outs are kept: run the same command again, and only those "
+            "that are not there are fetched."
+        )
+
+
+def cut_out_windows(
+    volume: Volume,
+    spec: TileSpec,
+    folder: BulkPath,
+    starts: np.ndarray,
+    progress: Callable[[int], None] = lambda count: None,
+) -> Failures:
+    """Cut out windows, each of them given once, and write them as parts. Raises `AccessDenied`."""
     shards = shard_of(starts, spec)
     low = np.clip(starts, 0, volume.shape_zyx)
     high = np.clip(starts + spec.window_zyx(volume.voxel_size_nm_zyx), 0, volume.shape_zyx)
     batches = plan(low, high, shards, volume.chunking, PART_TILES)
-    failed: dict[int, SynpipeError] = {}
-    lost = in_a_row = 0
+    failures = Failures()
 
     def wanted(window: int) -> bool:
-        return shards[window] not in failed and in_a_row < GIVE_UP_AFTER
+        return shards[window] not in failures.by_shard and not failures.gave_up
 
     def needs(window: int) -> list[Chunk]:
         return list(volume.chunking.chunks(low[window], high[window]))
@@ -119,26 +161,26 @@ def _cut_out_missing(volume: Volume, spec: TileSpec, folder: Path, starts: np.nd
             finish = next(ahead)
             shard = int(shards[window])
             if finish is None or not wanted(window):
-                lost += 1
+                failures.lost += 1
                 continue
             try:
                 tile, row = finish()
             except AccessDenied:  # to the other shards as well
                 raise
             except SynpipeError as error:
-                failed[shard] = error
-                in_a_row += 1
-                lost += 1
+                failures.by_shard[shard] = error
+                failures.in_a_row += 1
+                failures.lost += 1
                 continue
             if tile is not None:
                 stack[place] = tile
             made.setdefault(shard, []).append((place, row))
-            in_a_row = 0
+            failures.in_a_row = 0
+            failures.made += 1
             progress(1)
         for shard in sorted(made):
             _write_part(folder, shard, stack, made[shard])
-    if failed:
-        raise _failure(failed, lost, len(np.unique(shards)), in_a_row >= GIVE_UP_AFTER)
+    return failures
 
 
 def _read_ahead(
@@ -173,29 +215,37 @@ def _read_ahead(
         yield begun.popleft()[0]
 
 
-def _failure(failed: dict[int, SynpipeError], lost: int, of: int, gave_up: bool) -> SynpipeError:
-    named = ", ".join(map(str, sorted(failed)[:SHARDS_NAMED])) + (", …" if len(failed) > SHARDS_NAMED else "")
-    first = next(iter(failed.values()))
-    return SynpipeError(
-        f"{lost:,} cut-outs were not made: {len(failed)} of {of} shards failed ({named})"
-        f"{', one after the other, and the rest was not tried' if gave_up else ''}. The first error: {first} All other "
-        "cut-outs are kept: run the same command again, and only those that are not there are fetched."
-    )
+def missing_windows(folder: BulkPath, shard: int, starts_zyx: np.ndarray) -> np.ndarray:
+    """Of these windows of a shard, those that no part holds now: int64 (m, 3)."""
+    return _missing(_read_parts(_list_parts(folder), shard), starts_zyx)
 
 
-def _read_parts(folder: Path, shard: int) -> pa.Table:
+def _list_parts(folder: BulkPath) -> dict[int, list[BulkPath]]:
+    """Indexes of the parts by shard, of parts whose tiles are there.
+
+    Tiles are gone only if somebody deleted them: the cut-outs are then made again.
+    """
+    found = listed(folder, "*")
+    tiles_of = {path.stem for path in found if path.suffix == ".h5"}
+    parts: dict[int, list[BulkPath]] = {}
+    for path in found:
+        if path.suffix == ".parquet" and path.stem in tiles_of and PART_NAME.fullmatch(path.stem):
+            parts.setdefault(int(path.stem[:5]), []).append(path)
+    return parts
+
+
+def _read_parts(parts: Mapping[int, list[BulkPath]], shard: int) -> pa.Table:
     tables = []
-    for path in sorted(folder.glob(f"{shard:05d}-*.parquet")):
-        tiles_path = path.with_suffix(".h5")
-        if tiles_path.exists():  # gone only if somebody deleted it: the cut-outs are then made again
-            table = read_table(path)
-            for name, value in (("part", pa.scalar(tiles_path.name)), ("shard", pa.scalar(shard, pa.int32()))):
-                table = table.append_column(name, pa.repeat(value, len(table)))
-            tables.append(table.cast(FOUND_SCHEMA))
+    for path in parts.get(shard, []):
+        table = read_table(path)
+        part = path.with_suffix(".h5").name
+        for name, value in (("part", pa.scalar(part)), ("shard", pa.scalar(shard, pa.int32()))):
+            table = table.append_column(name, pa.repeat(value, len(table)))
+        tables.append(table.cast(FOUND_SCHEMA))
     return pa.concat_tables(tables) if tables else FOUND_SCHEMA.empty_table()
 
 
-def _write_part(folder: Path, shard: int, stack: np.ndarray, made: list[tuple[int, dict[str, Any]]]) -> None:
+def _write_part(folder: BulkPath, shard: int, stack: np.ndarray, made: list[tuple[int, dict[str, Any]]]) -> None:
     """made: for each cut-out the place of its tile in the stack, and its row, which has a reason where there is no tile."""
     tiles_at = [place for place, row in made if "reason" not in row]
     number = {place: count for count, place in enumerate(tiles_at)}

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from datetime import UTC
 from typing import Any
 
-import lancedb
 import lancedb.expr
 import numpy as np
 import pyarrow as pa
@@ -20,7 +19,7 @@ from synpipe.annotations import SYNAPSE_SCHEMA
 from synpipe.datasets import Dataset
 from synpipe.errors import SynpipeError
 from synpipe.graph import steps
-from synpipe.index import CURRENT, open_current, read_provenance, read_vectors
+from synpipe.index import CURRENT, connect, open_current, read_provenance, read_vectors
 from synpipe.manifests import Manifest, find_version
 from synpipe.shards import read_table
 
@@ -124,7 +123,7 @@ def rollback(dataset: Dataset, encoder: str, which: str) -> Version:
     It holds until the index is materialised again.
     """
     number = open_version(dataset, encoder, which).version
-    lancedb.connect(dataset.lancedb_folder).open_table(encoder).tags.update(CURRENT, number)
+    connect(dataset.lancedb_folder).open_table(encoder).tags.update(CURRENT, number)
     return next(version for version in versions(dataset, encoder) if version.current)
 
 

@@ -15,13 +15,14 @@ from synpipe.errors import SynpipeError
 from synpipe.graph import states, steps
 from synpipe.manifests import find_manifest, read_manifest
 from synpipe.shards import TEMPORARY_PREFIX, read_table
+from synpipe.storage import BulkPath, listed
 
 
 @dataclass(frozen=True)
 class Leftover:
     """A file that nothing refers to. reason: a phrase for people."""
 
-    path: Path
+    path: BulkPath
     bytes: int
     reason: str
 
@@ -81,7 +82,7 @@ def _tiles(dataset: Dataset) -> list[Leftover]:
     return [
         _leftover(path, "tiles of no synapse")
         for path in _files(dataset.cut_outs_folder, "*/*")
-        if str(path.with_suffix(".h5").relative_to(dataset.folder)) not in used
+        if f"tiles/{path.parent.name}/{path.stem}.h5" not in used
     ]
 
 
@@ -121,10 +122,10 @@ def _trainings(dataset: Dataset) -> list[Leftover]:
     ]
 
 
-def _files(folder: Path, pattern: str) -> Iterator[Path]:
+def _files(folder: BulkPath, pattern: str) -> Iterator[BulkPath]:
     """Files that are whole, in order: a writer may be at work on the others."""
-    return (path for path in sorted(folder.glob(pattern)) if not path.name.startswith(TEMPORARY_PREFIX))
+    return (path for path in listed(folder, pattern) if not path.name.startswith(TEMPORARY_PREFIX))
 
 
-def _leftover(path: Path, reason: str) -> Leftover:
+def _leftover(path: BulkPath, reason: str) -> Leftover:
     return Leftover(path, path.stat().st_size, reason)

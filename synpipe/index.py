@@ -31,6 +31,7 @@ import pyarrow.parquet as pq
 from lancedb.index import Bitmap, BTree, IvfFlat
 
 from synpipe.errors import SynpipeError
+from synpipe.storage import BulkPath, lance_options
 
 CURRENT = "current"
 METADATA_KEY = b"synpipe"
@@ -82,7 +83,9 @@ def tag_for(data_version: str, fingerprint: str) -> str:
     return f"data-{data_version[:12]}-encoder-{fingerprint[:12]}"
 
 
-def publish(table_path: Path, folder: Path, name: str, data_version: str, log: Callable[[str], None]) -> IndexReport:
+def publish(
+    table_path: Path, folder: BulkPath, name: str, data_version: str, log: Callable[[str], None]
+) -> IndexReport:
     """Build table `name` of the LanceDB database `folder` from a Parquet file, verify it, and move the tag `current`.
 
     data_version: version of the index, kept with the provenance of the Parquet file in the schema's metadata.
@@ -100,7 +103,9 @@ def publish(table_path: Path, folder: Path, name: str, data_version: str, log: C
         ) from error
 
 
-def _publish(table_path: Path, folder: Path, name: str, data_version: str, log: Callable[[str], None]) -> IndexReport:
+def _publish(
+    table_path: Path, folder: BulkPath, name: str, data_version: str, log: Callable[[str], None]
+) -> IndexReport:
     source = pq.ParquetFile(table_path, page_checksum_verification=True)
     # Nothing to embed is stopped long before; LanceDB itself would accept an empty table and fail at the index.
     if source.metadata.num_rows == 0:
@@ -109,7 +114,7 @@ def _publish(table_path: Path, folder: Path, name: str, data_version: str, log: 
     provenance |= {"table_data_version": provenance["data_version"], "data_version": data_version}
     schema = pa.schema([*source.schema_arrow], metadata={METADATA_KEY: json.dumps(provenance)})
     batches = (_unit(batch).cast(schema) for batch in source.iter_batches(batch_size=8192))
-    database = lancedb.connect(folder)
+    database = connect(folder)
     # Overwriting makes a new version and keeps the old ones; dropping would break every reader.
     table = database.create_table(name, pa.RecordBatchReader.from_batches(schema, batches), mode="overwrite")
     log(f"{table.count_rows():,} rows written, building indexes")
@@ -146,12 +151,17 @@ def _publish(table_path: Path, folder: Path, name: str, data_version: str, log: 
     return published(folder, name)
 
 
-def open_current(folder: Path, name: str) -> Any:
+def connect(folder: BulkPath, **options: Any) -> lancedb.DBConnection:
+    """The LanceDB database in a folder, local or on an object store."""
+    return lancedb.connect(str(folder), storage_options=lance_options(folder), **options)
+
+
+def open_current(folder: BulkPath, name: str) -> Any:
     """The published version of a LanceDB table, read-only. Raises `SynpipeError` where there is none."""
     if not (folder / f"{name}.lance").is_dir():
         raise SynpipeError(f"There is no index {name} in {folder}: materialise index_{name} first.")
     try:
-        table = lancedb.connect(folder, read_consistency_interval=timedelta(0)).open_table(name)
+        table = connect(folder, read_consistency_interval=timedelta(0)).open_table(name)
         whole = CURRENT in table.tags.list()
     except ValueError:  # LanceDB finds no table in the folder: its first build was killed
         whole = False
@@ -161,14 +171,15 @@ def open_current(folder: Path, name: str) -> Any:
     return table
 
 
-async def open_version(folder: Path, name: str, version: int) -> lancedb.AsyncTable:
+async def open_version(folder: BulkPath, name: str, version: int) -> lancedb.AsyncTable:
     """A version of a LanceDB table, to be asked asynchronously."""
-    table = await (await lancedb.connect_async(folder)).open_table(name)
+    database = await lancedb.connect_async(str(folder), storage_options=lance_options(folder))
+    table = await database.open_table(name)
     await table.checkout(version)
     return table
 
 
-def republish(folder: Path, name: str, data_version: str, fingerprint: str) -> IndexReport | None:
+def republish(folder: BulkPath, name: str, data_version: str, fingerprint: str) -> IndexReport | None:
     """Let `current` name the version that was published of this data before; None where there is none."""
     tag = tag_for(data_version, fingerprint)
     try:
@@ -182,7 +193,7 @@ def republish(folder: Path, name: str, data_version: str, fingerprint: str) -> I
     return published(folder, name)
 
 
-def published(folder: Path, name: str) -> IndexReport:
+def published(folder: BulkPath, name: str) -> IndexReport:
     """What `current` names. Raises `SynpipeError` where nothing has been published."""
     table = open_current(folder, name)
     provenance = read_provenance(table.schema)
@@ -202,7 +213,7 @@ def published(folder: Path, name: str) -> IndexReport:
     )
 
 
-def cost(folder: Path, name: str, queries: int = 20) -> Cost:
+def cost(folder: BulkPath, name: str, queries: int = 20) -> Cost:
     """Size of what `current` names, and the time that it takes to answer."""
     table = open_current(folder, name)
     nprobes = published(folder, name).nprobes

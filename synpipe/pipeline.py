@@ -13,8 +13,9 @@ A data version is a digest of the inputs' versions and of the step's own descrip
 
 import json
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +24,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from synpipe import __version__, drift, embedding, table, tiles
+from synpipe import __version__, drift, embedding, table, tiles, workers
 from synpipe.annotation_sorting import SetAside
 from synpipe.annotations import REJECT_SCHEMA, SYNAPSE_SCHEMA, convert_annotations
 from synpipe.compression import CompressedSpec
 from synpipe.datasets import Dataset
 from synpipe.embedding_cache import EmbeddingCache
-from synpipe.encoders import Encoder, open_encoder
+from synpipe.encoders import Encoder, open_on_all_devices
+from synpipe.engines import on_cluster
 from synpipe.errors import SynpipeError
 from synpipe.extraction import extract_shards
 from synpipe.fingerprints import file_sha256, status
@@ -40,6 +42,7 @@ from synpipe.specs import digest
 from synpipe.streams import ContentDigest, by_shard, read_parts
 from synpipe.synthetic import make_demo
 from synpipe.volumes import Volume
+from synpipe.workers import shard_name
 
 Log = Callable[[str], None]
 Inputs = Mapping[str, str]  # data version by asset
@@ -104,7 +107,8 @@ class Progress:
 
 def make_volume(dataset: Dataset, inputs: Inputs, log: Log) -> Made:
     """Open the volume (making it first where it is synthetic) and take its fingerprint."""
-    remove_leftovers(dataset.folder)
+    for folder in {dataset.folder, dataset.bulk_folder}:
+        remove_leftovers(folder)
     if dataset.spec.synthetic is not None:
         make_demo(dataset.base, dataset.spec.synthetic, log)
     with Volume(dataset.spec.volume, dataset.base) as volume:
@@ -195,7 +199,10 @@ def make_synapse_stacks(dataset: Dataset, inputs: Inputs, log: Log) -> Made:
     with Volume(dataset.spec.volume, dataset.base) as volume, SetAside(STACKS_SCHEMA, dataset.folder) as stacks:
         starts = volume.window_starts(positions, spec.window_zyx(volume.voxel_size_nm_zyx))
         progress = Progress(log, len(starts), "cut-outs")
-        found, made = extract_shards(volume, spec, dataset.cut_outs_folder / recipe, starts, progress)
+        folder = dataset.cut_outs_folder / recipe
+        plan = workers.Cutting(dataset.spec.volume, dataset.base, inputs["volume"], spec, folder)
+        elsewhere = partial(workers.cut_out, plan, progress=progress, log=log) if on_cluster() else None
+        found, made = extract_shards(volume, spec, folder, starts, progress, elsewhere)
         for rows, cut in found:
             files = pc.binary_join_element_wise(f"tiles/{recipe}", cut["part"], "/")
             place = {"synapse_id": ids[rows], "shard": cut["shard"], "file": files}
@@ -204,6 +211,7 @@ def make_synapse_stacks(dataset: Dataset, inputs: Inputs, log: Log) -> Made:
             rejected += len(stack_table) - stack_table["reason"].null_count
             shards += 1
             stacks.add(stack_table)
+        bytes_read = volume.bytes_read
         # Of the content, not of the inputs: a changed label or a file that was only copied leads to the same stacks.
         version = version_of("synapse_stacks", {}, content.value())
         with table_writer(dataset.stacks_path, STACKS_SCHEMA, metadata_of(dataset, version, inputs)) as writer:
@@ -216,6 +224,7 @@ def make_synapse_stacks(dataset: Dataset, inputs: Inputs, log: Log) -> Made:
         "rejects": rejected,
         "cut_outs_made": made,
         "cut_outs_per_second": round(made / elapsed, 1),
+        **({} if on_cluster() else {"bytes_read": bytes_read}),
         "shards": shards,
         "recipe": recipe,
     }
@@ -232,7 +241,7 @@ def make_rgb_tiles(dataset: Dataset, inputs: Inputs, log: Log) -> Made:
         for _, stacks in by_shard(read_parts(dataset.stacks_path)):
             good = stacks.filter(pc.is_null(stacks["reason"])).select(schema.names)
             if stacking == "grey":
-                hashes = tiles.content_hashes(tiles.TileReader(good, dataset.folder, stacking), len(good))
+                hashes = tiles.content_hashes(tiles.TileReader(good, dataset.bulk_folder, stacking), len(good))
                 good = good.set_column(schema.get_field_index("content_hash"), "content_hash", hashes)
             counts["rows"] += len(good)
             counts["padded"] += int(pc.sum(pc.greater(good["pad_fraction"], 0)).as_py() or 0)
@@ -253,10 +262,10 @@ def open_tiles(dataset: Dataset, synapse_ids: Sequence[int] | None = None) -> ti
     """
     stacking = read_manifest(dataset, "rgb_tiles").counts["stacking"]
     if synapse_ids is None:
-        return tiles.TileReader(read_table(dataset.tiles_path), dataset.folder, stacking)
+        return tiles.TileReader(read_table(dataset.tiles_path), dataset.bulk_folder, stacking)
     wanted = pa.array(synapse_ids, pa.int64())
     parts = (part.filter(pc.is_in(part["synapse_id"], value_set=wanted)) for part in read_parts(dataset.tiles_path))
-    return tiles.TileReader(pa.concat_tables(parts), dataset.folder, stacking)
+    return tiles.TileReader(pa.concat_tables(parts), dataset.bulk_folder, stacking)
 
 
 def make_rejects(dataset: Dataset, inputs: Inputs, log: Log) -> Made:
@@ -297,12 +306,14 @@ def make_embeddings(dataset: Dataset, name: str, inputs: Inputs, log: Log) -> Ma
             # Opening the network takes ten seconds, most of it to import torch, and would change nothing.
             log(f"0 tiles embedded, {count:,} were there")
             version = version_of("embeddings", inputs, [made.counts["encoder_fingerprint"]])
-            return Made(version, made.counts | {"tiles_embedded": 0})
+            kept = {name: value for name, value in made.counts.items() if name not in OF_THE_WORK}
+            return Made(version, kept | {"tiles_embedded": 0})
 
-    encoder = open_encoder(spec, dataset.weights_base)
-    log(f"{encoder.spec.model} on {encoder.device}, {encoder.dim} dimensions, fingerprint {encoder.fingerprint[:12]}")
-    counts = embed_tiles(dataset, encoder, log) | {
-        "device": str(encoder.device),
+    encoders = open_on_all_devices(spec, dataset.weights_base)
+    encoder, devices = encoders[0], ", ".join(str(one.device) for one in encoders)
+    log(f"{encoder.spec.model} on {devices}, {encoder.dim} dimensions, fingerprint {encoder.fingerprint[:12]}")
+    counts = embed_tiles(dataset, encoders, log) | {
+        "device": devices,
         "encoder_identity": who,
         "encoder_fingerprint": encoder.fingerprint,
         "encoder": {
@@ -315,25 +326,51 @@ def make_embeddings(dataset: Dataset, name: str, inputs: Inputs, log: Log) -> Ma
     return Made(version, counts)
 
 
-def embed_tiles(dataset: Dataset, encoder: Encoder, log: Log) -> dict[str, Any]:
-    """Embed the tiles that are not in the encoder's cache; `rows`, `dimensions`, `tiles_embedded`, `tiles_per_second`."""
-    count, missing = _tiles_to_embed(dataset, encoder.fingerprint)
-    cache = EmbeddingCache(dataset.embeddings_folder, encoder.fingerprint)
-    stacking = read_manifest(dataset, "rgb_tiles").counts["stacking"]
-    progress = Progress(log, missing, "tiles")
-    started, embedded = time.monotonic(), 0
-    for shard, index in by_shard(read_parts(dataset.tiles_path)):
-        wanted = index["content_hash"].to_pylist()
-        reader = tiles.TileReader(index, dataset.folder, stacking)
-        embedded += embedding.embed_missing(encoder, cache, shard_name(shard), wanted, reader.read, progress=progress)
+# Figures of embedding that a run without a forward pass has none of.
+OF_THE_WORK = ("tiles_per_second", "bytes_read", "device_waited", "gpu_memory_bytes")
+
+
+def embed_tiles(dataset: Dataset, encoders: Sequence[Encoder], log: Log) -> dict[str, Any]:
+    """Embed the tiles that are not in the encoder's cache, and say how that went, in figures.
+
+    encoders: the same one on each device that is to work; on a cluster its workers open their own.
+    """
+    started, embed = time.monotonic(), _embed_elsewhere if on_cluster() else _embed_here
+    rows, done = embed(dataset, encoders, log)
     elapsed = time.monotonic() - started
-    log(f"{embedded:,} tiles embedded, {count - embedded:,} were there")
-    return {
-        "rows": count,
-        "dimensions": encoder.dim,
-        "tiles_embedded": embedded,
-        "tiles_per_second": round(embedded / elapsed, 1),
-    }
+    log(f"{done.tiles:,} tiles embedded, {rows - done.tiles:,} were there")
+    counts: dict[str, Any] = {"rows": rows, "dimensions": encoders[0].dim, "tiles_embedded": done.tiles}
+    if done.tiles:
+        waited = sum(done.waited_s.values())
+        counts |= {"tiles_per_second": round(done.tiles / elapsed, 1), "bytes_read": done.bytes_read}
+        counts |= {"device_waited": round(waited / (waited + done.computed_s), 4)}
+    if done.gpu_bytes:
+        counts["gpu_memory_bytes"] = done.gpu_bytes
+    return counts
+
+
+def _embed_here(dataset: Dataset, encoders: Sequence[Encoder], log: Log) -> tuple[int, embedding.Embedded]:
+    """Number of tiles, and what has been done for them."""
+    count, missing = _tiles_to_embed(dataset, encoders[0].fingerprint)
+    cache = EmbeddingCache(dataset.embeddings_folder, encoders[0].fingerprint)
+    stacking = read_manifest(dataset, "rgb_tiles").counts["stacking"]
+
+    def shards() -> Iterator[embedding.Shard]:
+        for number, index in by_shard(read_parts(dataset.tiles_path)):
+            reader = tiles.TileReader(index, dataset.bulk_folder, stacking)
+            yield embedding.Shard(shard_name(number), index["content_hash"].to_pylist(), reader.read)
+
+    return count, embedding.embed_missing(encoders, cache, shards(), progress=Progress(log, missing, "tiles"))
+
+
+def _embed_elsewhere(dataset: Dataset, encoders: Sequence[Encoder], log: Log) -> tuple[int, embedding.Embedded]:
+    """The same by the workers of a cluster, which look themselves for what is missing."""
+    rows = {shard: len(index) for shard, index in by_shard(read_parts(dataset.tiles_path, ["shard"]))}
+    shards = by_shard(read_parts(dataset.tiles_path, ["shard", *workers.NEEDED_COLUMNS]))
+    count, stacking = sum(rows.values()), read_manifest(dataset, "rgb_tiles").counts["stacking"]
+    progress = Progress(log, count, "tiles")
+    bulk = dataset.bulk_folder
+    return count, workers.embed(encoders[0], dataset.weights_base, rows, shards, bulk, stacking, progress, log)
 
 
 def _tiles_to_embed(dataset: Dataset, fingerprint: str) -> tuple[int, int]:
@@ -422,10 +459,6 @@ def _annotations_version(dataset: Dataset) -> str:
 def status_of(files: Iterable[Path]) -> list[list[Any]]:
     """Size and time of each file or folder: while they stay, its content is not read again."""
     return [[str(file), *status(file)] for file in files if file.exists()]
-
-
-def shard_name(shard: int) -> str:
-    return f"{shard:05d}"
 
 
 def _column_bytes(metadata: pq.FileMetaData, name: str) -> int:

@@ -76,12 +76,6 @@ def by_shard(parts: Iterable[pa.Table]) -> Iterator[tuple[int, pa.Table]]:
         yield number, pa.concat_tables(held).combine_chunks()
 
 
-def rows_of_each(numbers: np.ndarray) -> dict[int, np.ndarray]:
-    """Rows, ascending, by number, int (n,), in the order of the numbers; in one sort, however many numbers there are."""
-    order = np.argsort(numbers, kind="stable")
-    return {number: order[rows] for number, rows in _runs(numbers[order])}
-
-
 def _runs(numbers: np.ndarray) -> Iterator[tuple[int, slice]]:
     """Each number, int (n,), and where it stands, with its like beside it."""
     starts = np.flatnonzero(np.diff(numbers, prepend=numbers[:1] - 1))
@@ -132,12 +126,14 @@ class RowsById:
         """The rows of these ids, int64 (n,), in their order; all null for one that has none."""
         known = self.knows(ids)
         wanted = self._order[np.searchsorted(self._ids, ids[known])]
-        parts = np.searchsorted(self._starts, wanted, side="right") - 1
-        taken, place, count = [], np.zeros(len(ids), np.int64), 0
-        for part, rows in rows_of_each(parts).items():
-            taken.append(self._reader.get_batch(part).take(pa.array(wanted[rows] - self._starts[part])))
-            place[np.flatnonzero(known)[rows]] = count + np.arange(len(rows))
-            count += len(rows)
+        part_of = np.searchsorted(self._starts, wanted, side="right") - 1
+        order = np.argsort(part_of, kind="stable")
+        taken = [
+            self._reader.get_batch(part).take(pa.array(wanted[order[rows]] - self._starts[part]))
+            for part, rows in _runs(part_of[order])
+        ]
+        place = np.zeros(len(ids), np.int64)
+        place[np.flatnonzero(known)[order]] = np.arange(len(order))
         found = pa.Table.from_batches(taken, self.schema).combine_chunks()
         return found.take(pa.array(place, mask=~known))
 

@@ -26,6 +26,7 @@ from synpipe.explorer.answers import Explorer
 from synpipe.index import publish
 from synpipe.manifests import Manifest, write_manifest
 from synpipe.table import table_schema
+from synpipe_tests.bars import row
 from synpipe_tests.tables import PROVENANCE
 
 DIMENSIONS = 128
@@ -66,8 +67,7 @@ def main() -> None:
         (f"{sizes[1]:,} rows: recall of the worst class", large["worst"], CLASS_BAR, True),
         (f"time at {sizes[1]:,} ÷ at {sizes[0]:,}", large["ms"] / small["ms"], GROWTH_BAR, False),
     ):
-        met = figure >= bar if at_least else figure <= bar
-        print(f"{what:<60} {figure:6.3f}  bar {'≥' if at_least else '≤'} {bar:<4} {'ok' if met else 'MISSED'}")
+        row(f"explorer, {what}", figure, bar, at_most=not at_least)
 
 
 def measure(folder: Path, rows: int) -> dict[str, Any]:
