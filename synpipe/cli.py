@@ -357,10 +357,11 @@ def versions(project: "Project", dataset: str, encoder: str | None, as_json: boo
 
     Readers see the one marked `current`; `synpipe rollback TAG` goes back to another.
     """
+    from synpipe.history import index_name
     from synpipe.history import versions as list_versions
 
     chosen = project.dataset(dataset)
-    found = list_versions(chosen, chosen.encoder(encoder))
+    found = list_versions(chosen, index_name(chosen, encoder))
     if as_json:
         _print_json([asdict(version) for version in found])
         return
@@ -533,6 +534,28 @@ def rollback(project: "Project", version: str, dataset: str, encoder: str | None
 
 
 @main.command()
+@click.argument("tags", nargs=-1, required=True, metavar="TAG…")
+@dataset_option
+@encoder_option
+@click.pass_obj
+def forget(project: "Project", tags: tuple[str, ...], dataset: str, encoder: str | None) -> None:
+    """Let go of published versions of an index: `synpipe gc --delete` then removes their rows.
+
+    Not of the version that readers see, unless the data set no longer has that encoder.
+    """
+    from synpipe.defs.locks import one_step_at_a_time
+    from synpipe.history import forget as let_go
+    from synpipe.history import index_name
+
+    chosen = project.dataset(dataset)
+    name = index_name(chosen, encoder)
+    with one_step_at_a_time(project.store, lambda line: click.echo(line, err=True)):
+        for tag in tags:
+            gone = let_go(chosen, name, tag)
+            click.echo(f"Forgotten: version {gone.number} of {name}, {gone.rows:,} rows, made {gone.made_at}.")
+
+
+@main.command()
 @click.argument("synapse_id", type=int, metavar="ID")
 @dataset_option
 @encoder_option
@@ -558,14 +581,16 @@ def provenance(project: "Project", synapse_id: int, dataset: str, encoder: str |
 @json_option
 @click.pass_obj
 def gc(project: "Project", dataset: str, delete: bool, as_json: bool) -> None:
-    """List the files of a data set that nothing refers to any more; remove them with --delete.
+    """List what nothing in a data set refers to any more, files and versions of indexes; remove it with --delete.
 
-    Among them are vectors of encoders no longer used: going back to such an encoder embeds its tiles again.
+    Among it are vectors of encoders no longer used: going back to such an encoder embeds its tiles again. A version of an
+    index that a tag names stays until `synpipe forget TAG`.
     """
     from contextlib import nullcontext
 
     from synpipe.defs.locks import one_step_at_a_time
     from synpipe.graph import states
+    from synpipe.history import former_encoders
     from synpipe.housekeeping import leftovers, remove
 
     chosen = project.dataset(dataset)
@@ -576,14 +601,20 @@ def gc(project: "Project", dataset: str, delete: bool, as_json: bool) -> None:
         if delete:
             remove(found)
     if as_json:
-        _print_json([{"path": str(one.path), "bytes": one.bytes, "reason": one.reason} for one in found])
+        _print_json([asdict(one) | {"path": str(one.path)} for one in found])
         return
     for one in found:
-        click.echo(f"{one.bytes / 1e6:>10.1f} MB  {one.reason:<44} {_short(one.path)}")
+        what = "" if one.versions is None else f", {one.versions:,} versions"
+        click.echo(f"{one.bytes / 1e6:>10.1f} MB  {one.reason:<44} {_short(one.path)}{what}")
     total = sum(one.bytes for one in found) / 1e6
-    click.echo(f"{len(found):,} files, {total:.1f} MB{', removed' if delete else '; remove them with --delete'}")
+    click.echo(f"{len(found):,} entries, {total:.1f} MB{', removed' if delete else '; remove them with --delete'}")
     if any(state.state != "fresh" for state in states(chosen)):
         click.echo("Some assets are out of date: materialise them, and what only they still need is listed too.")
+    for name, count in former_encoders(chosen).items():
+        click.echo(
+            f"{name} is no longer an encoder of {dataset} and has {count} published versions: `synpipe forget TAG -d {dataset} "
+            f"-e {name}` lets go of one."
+        )
 
 
 @main.command("export-annotations")

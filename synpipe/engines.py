@@ -14,7 +14,7 @@ import os
 import re
 import socket
 import warnings
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -29,6 +29,7 @@ ATTEMPTS = 3  # workers that a shard may cost: one that is out of memory would b
 FAILED_STARTS = 10  # of workers that die before they have begun; after that no more are started
 CHECK_S = 10.0  # how often the size of the cluster is looked at
 REACH_S = 5.0
+WORKERS_TOLD = 8
 
 
 def on_cluster() -> bool:
@@ -132,6 +133,7 @@ class Cluster:
         new, again, left = iter(shards), deque[_Job](), count
         busy: dict[Any, tuple[Any, _Job | None]] = {}  # by what is waited for; without a job: a worker that begins
         idle: list[Any] = []
+        finished_by: Counter[Any] = Counter()
         failed_starts, reason = 0, ""
         try:
             while left:
@@ -174,8 +176,11 @@ class Cluster:
                             if result is not None:
                                 raise result
                             continue
+                        finished_by[worker] += 1
                     left -= 1
                     yield job.name, result
+            shares = ", ".join(f"{shards:,}" for _, shards in finished_by.most_common(WORKERS_TOLD))
+            log(f"{count:,} shards by {len(finished_by):,} workers of the cluster: {shares}")
         finally:
             for worker in [*idle, *(worker for worker, _ in busy.values())]:
                 ray.kill(worker)

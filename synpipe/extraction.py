@@ -8,6 +8,7 @@ windows, but for a few numbers each; what cannot be read costs the cut-outs of i
 A part is `<shard>-<digest>.h5` with `tiles` uint8 (n, 3, 256, 256), contiguous: any reader can map it into memory.
 """
 
+import logging
 import re
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping
@@ -21,10 +22,10 @@ import pyarrow as pa
 from synpipe import tiles
 from synpipe.chunk_plan import Chunk, plan
 from synpipe.errors import SynpipeError
-from synpipe.shards import atomic_path, read_table, write_table
+from synpipe.shards import DAMAGED, atomic_path, read_table, set_aside, write_table
 from synpipe.specs import digest
 from synpipe.storage import BulkPath, listed
-from synpipe.tiles import PART_SCHEMA, SECTIONS, TILE_PX, CutOut, TileSpec, rows_by_shard, shard_of
+from synpipe.tiles import PART_SCHEMA, SECTIONS, TILE_PX, CutOut, TileSpec, damage_mark, rows_by_shard, shard_of
 from synpipe.volumes import AccessDenied, Volume
 
 PART_TILES = 512  # 100 MB at 256 px: the memory that tiles need until they are written, and what a kill can cost
@@ -35,6 +36,9 @@ GIVE_UP_AFTER = 8
 SHARDS_NAMED = 10
 
 PART_NAME = re.compile("[0-9]{5}-[0-9a-f]{12}")
+BYTES_KEY = b"synpipe.bytes"  # size of the tiles' file, in the metadata of its index
+logger = logging.getLogger(__name__)
+
 FOUND_SCHEMA = PART_SCHEMA.append(pa.field("part", pa.string())).append(pa.field("shard", pa.int32()))
 
 
@@ -220,29 +224,61 @@ def missing_windows(folder: BulkPath, shard: int, starts_zyx: np.ndarray) -> np.
     return _missing(_read_parts(_list_parts(folder), shard), starts_zyx)
 
 
-def _list_parts(folder: BulkPath) -> dict[int, list[BulkPath]]:
-    """Indexes of the parts by shard, of parts whose tiles are there.
+@dataclass(frozen=True)
+class _Files:
+    """A part as the listing has it. marked: whether its tiles were found to be damaged."""
 
-    Tiles are gone only if somebody deleted them: the cut-outs are then made again.
+    index: BulkPath
+    tiles: BulkPath
+    marked: bool
+
+
+def damaged_parts(folder: BulkPath) -> list[BulkPath]:
+    """Files of tiles, below the folders of all recipes, that were found to be damaged and are not there again."""
+    found = {str(path): path for path in listed(folder, "*/*.h5*")}
+    marks = {name.removesuffix(DAMAGED): mark for name, mark in found.items() if name.endswith(DAMAGED)}
+    return [mark.with_suffix("") for name, mark in marks.items() if name not in found or not mark.stat().st_size]
+
+
+def _list_parts(folder: BulkPath) -> dict[int, list[_Files]]:
+    """The parts by shard.
+
+    Tiles are gone where somebody deleted them, or where they were damaged and moved aside: the cut-outs are then made again.
     """
-    found = listed(folder, "*")
-    tiles_of = {path.stem for path in found if path.suffix == ".h5"}
-    parts: dict[int, list[BulkPath]] = {}
-    for path in found:
-        if path.suffix == ".parquet" and path.stem in tiles_of and PART_NAME.fullmatch(path.stem):
-            parts.setdefault(int(path.stem[:5]), []).append(path)
+    found = {path.name: path for path in listed(folder, "*")}
+    parts: dict[int, list[_Files]] = {}
+    for name, path in found.items():
+        tiles_path = found.get(f"{path.stem}.h5")
+        if path.suffix == ".parquet" and tiles_path is not None and PART_NAME.fullmatch(path.stem):
+            mark = found.get(damage_mark(tiles_path).name)
+            marked = mark is not None and not mark.stat().st_size
+            parts.setdefault(int(name[:5]), []).append(_Files(path, tiles_path, marked))
     return parts
 
 
-def _read_parts(parts: Mapping[int, list[BulkPath]], shard: int) -> pa.Table:
+def _read_parts(parts: Mapping[int, list[_Files]], shard: int) -> pa.Table:
     tables = []
-    for path in parts.get(shard, []):
-        table = read_table(path)
-        part = path.with_suffix(".h5").name
-        for name, value in (("part", pa.scalar(part)), ("shard", pa.scalar(shard, pa.int32()))):
-            table = table.append_column(name, pa.repeat(value, len(table)))
-        tables.append(table.cast(FOUND_SCHEMA))
+    for part in parts.get(shard, []):
+        if (table := _read_part(part)) is not None:
+            for name, value in (("part", pa.scalar(part.tiles.name)), ("shard", pa.scalar(shard, pa.int32()))):
+                table = table.append_column(name, pa.repeat(value, len(table)))
+            tables.append(table.cast(FOUND_SCHEMA))
     return pa.concat_tables(tables) if tables else FOUND_SCHEMA.empty_table()
+
+
+def _read_part(part: _Files) -> pa.Table | None:
+    """The index of a part, or None where it or the file of the tiles is damaged, which is then moved aside."""
+    try:
+        table = read_table(part.index)
+    except SynpipeError as error:
+        logger.warning("%s", error)
+        return None
+    there = part.tiles.stat().st_size
+    size = int((table.schema.metadata or {}).get(BYTES_KEY, there))  # older parts do not say it
+    if there == size and not part.marked:
+        return table
+    logger.warning("%s is damaged: moved to %s, its tiles are cut out again", part.tiles, set_aside(part.tiles).name)
+    return None
 
 
 def _write_part(folder: BulkPath, shard: int, stack: np.ndarray, made: list[tuple[int, dict[str, Any]]]) -> None:
@@ -258,4 +294,5 @@ def _write_part(folder: BulkPath, shard: int, stack: np.ndarray, made: list[tupl
             dataset[first : first + WRITTEN_AT_ONCE] = stack[tiles_at[first : first + WRITTEN_AT_ONCE]]
         dataset.attrs["axes"] = "tile, section (z-1, z, z+1), y, x"
     # Written last: it is what makes the part count.
-    write_table(path.with_suffix(".parquet"), pa.Table.from_pylist(rows, schema=PART_SCHEMA))
+    size = {BYTES_KEY.decode(): str(path.stat().st_size)}
+    write_table(path.with_suffix(".parquet"), pa.Table.from_pylist(rows, schema=PART_SCHEMA), size)

@@ -1,4 +1,5 @@
-"""Versions of an index: which there are, how two of them differ, going back to one, and where a row of it comes from.
+"""Versions of an index: which there are, how two of them differ, going back to one, letting go of one, and where a row of it
+comes from.
 
 In: the LanceDB table of an encoder, whose every published version has a tag. Out: lists and figures; a moved tag.
 Guarantees: going back moves the tag `current` and nothing else, so that readers see one whole version or another; what
@@ -7,7 +8,7 @@ is told of a row's origin is that of the version which readers see, not of what 
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import UTC
+from datetime import UTC, timedelta
 from typing import Any
 
 import lancedb.expr
@@ -19,9 +20,11 @@ from synpipe.annotations import SYNAPSE_SCHEMA
 from synpipe.datasets import Dataset
 from synpipe.errors import SynpipeError
 from synpipe.graph import steps
-from synpipe.index import CURRENT, connect, open_current, read_provenance, read_vectors
+from synpipe.index import CURRENT, connect, list_tags, open_current, read_provenance, read_vectors
+from synpipe.index_files import damaged
 from synpipe.manifests import Manifest, find_version
 from synpipe.shards import read_table
+from synpipe.storage import BulkPath, lance_options, listed
 
 # Columns whose change makes a row another one; the encoder's vector is compared by its cosine.
 ROW_COLUMNS = (*SYNAPSE_SCHEMA.names[1:], "content_hash", "pad_fraction", "missing_sections")
@@ -77,6 +80,13 @@ def versions(dataset: Dataset, encoder: str) -> list[Version]:
     return sorted(found, key=lambda version: -version.number)
 
 
+def index_name(dataset: Dataset, encoder: str | None) -> str:
+    """The data set's encoder of that name, or one that it had and whose index is still there."""
+    if encoder in {path.stem for path in dataset.lancedb_folder.glob("*.lance")}:
+        return str(encoder)
+    return dataset.encoder(encoder)
+
+
 def open_version(dataset: Dataset, encoder: str, which: str) -> Any:
     """The version with this tag or number, or `current`, read-only. Raises `SynpipeError` where there is no such one."""
     table = open_current(dataset.lancedb_folder, encoder)
@@ -120,11 +130,126 @@ def diff(dataset: Dataset, encoder: str, a: str, b: str) -> Difference:
 def rollback(dataset: Dataset, encoder: str, which: str) -> Version:
     """Let readers see version `which` (a tag or a number) from now on; returns it.
 
-    It holds until the index is materialised again.
+    It holds until the index is materialised again. Raises `SynpipeError` where there is no such version, or it is damaged.
     """
-    number = open_version(dataset, encoder, which).version
+    found = open_version(dataset, encoder, which)
+    number = found.version
+    if wrong := damaged(dataset.lancedb_folder / f"{encoder}.lance", found.schema):
+        raise SynpipeError(f"Version {which} of {encoder} is damaged ({', '.join(wrong)}): choose another.")
     connect(dataset.lancedb_folder).open_table(encoder).tags.update(CURRENT, number)
     return next(version for version in versions(dataset, encoder) if version.current)
+
+
+def forget(dataset: Dataset, encoder: str, tag: str) -> Version:
+    """Take the tag off a published version, so that nothing keeps it from being removed; returns it.
+
+    Raises `SynpipeError` where there is no such tag, or where readers see that version and the data set has the encoder.
+    """
+    found = next((version for version in versions(dataset, encoder) if version.tag == tag), None)
+    if found is None:
+        raise SynpipeError(
+            f"The index {encoder} of {dataset.name} has no tag {tag!r}: `synpipe versions --dataset {dataset.name} --encoder "
+            f"{encoder}` lists them."
+        )
+    if found.current and encoder in dataset.encoders:
+        raise SynpipeError(
+            f"Readers see {tag} of {encoder}: let them see another version first, by `synpipe rollback` or by materialising, or "
+            f"take {encoder} out of {dataset.name}.yaml."
+        )
+    table = connect(dataset.lancedb_folder).open_table(encoder)
+    table.tags.delete(tag)
+    if found.current:
+        # Of an encoder that is gone, readers see the newest that is left; with the last one the table goes.
+        left = max(_tags(table).values(), default=None)
+        table.tags.delete(CURRENT) if left is None else table.tags.update(CURRENT, left)
+    return found
+
+
+def former_encoders(dataset: Dataset) -> dict[str, int]:
+    """How many published versions there are of each encoder that the data set no longer has."""
+    found = {}
+    for path in listed(dataset.lancedb_folder, "*.lance"):
+        if path.stem not in dataset.encoders and (table := _open(dataset, path.stem)) and (tags := _tags(table)):
+            found[path.stem] = len(tags)
+    return found
+
+
+@dataclass(frozen=True)
+class Untagged:
+    """What no tag names in a LanceDB table. bytes: of rows and indexes that no tagged version has; 0 where there are only the
+    small files of the steps of builds that were published. tags: of versions, without `current`."""
+
+    versions: int
+    bytes: int
+    tags: int
+
+
+def untagged(dataset: Dataset, name: str) -> Untagged:
+    """Of the LanceDB table of that name. LanceDB itself neither lists nor removes them beside tags; pylance does.
+
+    Raises `SynpipeError` where the table cannot be read.
+    """
+    opened, path = _open(dataset, name), dataset.lancedb_folder / f"{name}.lance"
+    if opened is None:
+        return Untagged(0, 0, 0)
+    tags, tagged = len(_tags(opened)), set(list_tags(opened).values())
+    table = _lance(path)
+    numbers = {version["version"] for version in table.versions()} - tagged
+    files = table.explain_cleanup_old_versions(**_UNTAGGED, include_files=True, max_files=10**9).candidate_files
+    found = {file.path: file.size_bytes for file in files}
+    if table.version not in tagged:  # the newest is no candidate, not even where its build was killed
+        kept = {file for number in tagged for file in _files_of(_lance(path, number), path)}
+        found |= {str(file): file.stat().st_size for file in _files_of(table, path) - kept}
+    large = any(not name.endswith((".manifest", ".txn")) for name in found)
+    return Untagged(len(numbers), sum(found.values()) if large else 0, tags)
+
+
+def remove_untagged(path: BulkPath) -> None:
+    """Remove what `untagged` finds in the LanceDB table in this folder, while nobody writes to it."""
+    newest = _lance(path)
+    tags = list_tags(newest)
+    if CURRENT in tags and newest.version not in tags.values():
+        _lance(path, CURRENT).restore()  # as the newest, which is never removed: that would stay
+    _lance(path).cleanup_old_versions(**_UNTAGGED)
+
+
+# A version is made in far more than a microsecond; the files that a killed build left belong to none.
+_UNTAGGED: dict[str, Any] = {
+    "older_than": timedelta(microseconds=1),
+    "delete_unverified": True,
+    "error_if_tagged_old_versions": False,
+}
+
+
+def _lance(path: BulkPath, version: int | str | None = None) -> Any:
+    import lance
+
+    return lance.dataset(str(path), version=version, storage_options=lance_options(path))
+
+
+def _files_of(table: Any, root: BulkPath) -> set[BulkPath]:
+    """Files of the rows and the indexes of an opened version of the table in that folder."""
+    rows = {root / "data" / file.path for fragment in table.get_fragments() for file in fragment.data_files()}
+    indexes = [segment.uuid for index in table.describe_indices() for segment in index.segments]
+    folders = [root / "_indices" / uuid for uuid in indexes]
+    return rows | {file for folder in folders for file in folder.rglob("*")}
+
+
+def published_assets(dataset: Dataset) -> list[tuple[str, str]]:
+    """Asset and data version of every published index, and of the table that it was made of, also of encoders now gone."""
+    found = []
+    for path in dataset.lancedb_folder.glob("*.lance"):
+        table = _open(dataset, path.stem)
+        if table is None:
+            continue
+        for number in _tags(table).values():
+            table.checkout(number)
+            told = read_provenance(table.schema)
+            found += [
+                (f"index_{path.stem}", told["data_version"]),
+                (f"embedding_table_{path.stem}", told["table_data_version"]),
+            ]
+    return found
 
 
 def provenance(dataset: Dataset, encoder: str, synapse_id: int) -> dict[str, Any]:
@@ -200,9 +325,24 @@ def _is(synapse_id: int) -> Any:
     return lancedb.expr.col("synapse_id") == lancedb.expr.lit(synapse_id)
 
 
+def _open(dataset: Dataset, name: str) -> Any | None:
+    """The table with its tags, or None where there is none, as its first build was killed."""
+    try:
+        table = connect(dataset.lancedb_folder).open_table(name)
+        list_tags(table)
+        return table
+    except ValueError:
+        return None
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())
+        raise SynpipeError(
+            f"The index {name} in {dataset.lancedb_folder} cannot be read ({reason}): materialise it again, which builds it anew."
+        ) from error
+
+
 def _tags(table: Any) -> dict[str, int]:
     """Number of each published version by its tag."""
-    return {tag: content["version"] for tag, content in table.tags.list().items() if tag != CURRENT}
+    return {tag: number for tag, number in list_tags(table).items() if tag != CURRENT}
 
 
 def _rows(table: Any) -> pa.Table:

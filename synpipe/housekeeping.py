@@ -1,9 +1,10 @@
-"""What lies in the store and nothing refers to: tiles of moved synapses, vectors of encoders no longer used.
+"""What lies in the store and nothing refers to: tiles of moved synapses, vectors of encoders no longer used, versions of an
+index that no tag names.
 
-In: a `Dataset`. Out: a list of files with their sizes, and on request their removal. Guarantees: what a manifest, the
-index of the tiles or an embedding table refers to is never listed, nor what a run that is interrupted or still to come
-would take up: while the tiles or an encoder's vectors are out of date, none of their files counts as left over. Published
-versions of an index hold their own vectors and lose nothing.
+In: a `Dataset`. Out: a list of files and versions with their sizes, and on request their removal. Guarantees: what a manifest,
+the index of the tiles or an embedding table refers to is never listed, nor what a run that is interrupted or still to come
+would take up: while the tiles or an encoder's vectors are out of date, none of their files counts as left over. Versions of an
+index that a tag names, and what their provenance rests on, stay until the tag is taken off: see `history.forget`.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -11,27 +12,28 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from synpipe.datasets import Dataset
-from synpipe.errors import SynpipeError
 from synpipe.graph import states, steps
-from synpipe.manifests import find_manifest, read_manifest
-from synpipe.shards import TEMPORARY_PREFIX, read_table
-from synpipe.storage import BulkPath, listed
+from synpipe.manifests import find_manifest, find_version, read_manifest
+from synpipe.shards import DAMAGED, TEMPORARY_PREFIX, is_whole, read_table
+from synpipe.storage import BulkPath, listed, move_tree, remove_tree
 
 
 @dataclass(frozen=True)
 class Leftover:
-    """A file that nothing refers to. reason: a phrase for people."""
+    """A file or folder that nothing refers to; or, of the LanceDB table at this path, as many versions. reason: a phrase for
+    people."""
 
     path: BulkPath
     bytes: int
     reason: str
+    versions: int | None = None
 
 
 def leftovers(dataset: Dataset) -> list[Leftover]:
-    """Files that can be removed without any asset or version losing anything; making them again would cost work."""
+    """What can be removed without any asset or published version losing anything; making it again would cost work."""
     fresh = {state.asset for state in states(dataset) if state.state == "fresh"}
     # Manifests first: without them an asset whose files are gone counts as missing, also when the removal is killed.
-    found = [*_of_dropped_assets(dataset), *_damaged(dataset)]
+    found = [*_of_dropped_assets(dataset), *_damaged(dataset), *_indexes(dataset), *_lineage(dataset)]
     if "rgb_tiles" in fresh:
         found += _tiles(dataset)
     if {step.asset for step in steps(dataset) if step.kind == "embeddings"} <= fresh:
@@ -42,8 +44,19 @@ def leftovers(dataset: Dataset) -> list[Leftover]:
 
 
 def remove(found: Iterable[Leftover]) -> None:
+    """Remove what `leftovers` found, while no run is at work in the store."""
     for leftover in found:
-        leftover.path.unlink(missing_ok=True)
+        if leftover.versions is not None:
+            from synpipe import history
+
+            history.remove_untagged(leftover.path)
+        elif leftover.path.is_dir():
+            # No half of a table is left under its name, whenever the process ends.
+            aside = leftover.path.with_suffix(f"{leftover.path.suffix}{DAMAGED}")
+            move_tree(leftover.path, aside)
+            remove_tree(aside)
+        else:
+            leftover.path.unlink(missing_ok=True)
 
 
 def _of_dropped_assets(dataset: Dataset) -> list[Leftover]:
@@ -69,8 +82,48 @@ def _of_dropped_assets(dataset: Dataset) -> list[Leftover]:
 
 
 def _damaged(dataset: Dataset) -> list[Leftover]:
+    found: list[BulkPath] = [*dataset.folder.rglob(f"*{DAMAGED}")]
+    found += dataset.bulk.rglob(f"*{DAMAGED}") if dataset.bulk else ()
+    return [_leftover(path, "damaged, made anew") for path in sorted(found, key=str)]
+
+
+def _indexes(dataset: Dataset) -> list[Leftover]:
+    """Versions that no tag names, with what interrupted builds left, and tables without any tag."""
+    tables = listed(dataset.lancedb_folder, "*.lance")
+    if not tables:
+        return []
+    from synpipe import history  # LanceDB takes two seconds to import
+
+    found = []
+    for path in tables:
+        untagged = history.untagged(dataset, path.stem)
+        if path.stem not in dataset.encoders and not untagged.tags:
+            found.append(_leftover(path, "index of an encoder no longer used"))
+        elif untagged.bytes:
+            found.append(Leftover(path, untagged.bytes, "versions that no tag names", untagged.versions))
+    return found
+
+
+def _lineage(dataset: Dataset) -> list[Leftover]:
+    """Manifests of former versions, but for those that a published version was made of, or what there is now."""
+    wanted: list[tuple[str, str]] = []
+    for step in steps(dataset):
+        if manifest := find_manifest(dataset, step.asset):
+            wanted += [(step.asset, manifest.data_version), *manifest.inputs.items()]
+    if any(dataset.lancedb_folder.glob("*.lance")):
+        from synpipe import history
+
+        wanted += history.published_assets(dataset)
+    used: set[tuple[str, str]] = set()
+    while wanted:
+        if (version := wanted.pop()) not in used:
+            used.add(version)
+            if made := find_version(dataset, *version):
+                wanted += made.inputs.items()
     return [
-        _leftover(path, "damaged vectors, computed anew") for path in _files(dataset.embeddings_folder, "*/*.damaged")
+        _leftover(path, "manifest of a version not in use")
+        for path in _files(dataset.folder / "lineage", "*/*.json")
+        if (path.parent.name, path.stem) not in used
     ]
 
 
@@ -100,11 +153,9 @@ def _embeddings(dataset: Dataset) -> list[Leftover]:
         if path.parent.name not in fingerprints:
             found.append(_leftover(path, "vectors of an encoder no longer used"))
             continue
-        try:
-            content = read_table(path, ["content_hash"])["content_hash"].to_pylist()
-        except SynpipeError:
-            continue  # damaged: whoever embeds next moves it aside
-        if hashes.isdisjoint(content):
+        if not is_whole(path):
+            continue  # whoever embeds next moves it aside
+        if hashes.isdisjoint(read_table(path, ["content_hash"])["content_hash"].to_pylist()):
             found.append(_leftover(path, "vectors of tiles no longer there"))
     return found
 
@@ -124,8 +175,13 @@ def _trainings(dataset: Dataset) -> list[Leftover]:
 
 def _files(folder: BulkPath, pattern: str) -> Iterator[BulkPath]:
     """Files that are whole, in order: a writer may be at work on the others."""
-    return (path for path in listed(folder, pattern) if not path.name.startswith(TEMPORARY_PREFIX))
+    return (
+        path
+        for path in listed(folder, pattern)
+        if not path.name.startswith(TEMPORARY_PREFIX) and path.suffix != DAMAGED
+    )
 
 
 def _leftover(path: BulkPath, reason: str) -> Leftover:
-    return Leftover(path, path.stat().st_size, reason)
+    files = path.rglob("*") if path.is_dir() else [path]
+    return Leftover(path, sum(file.stat().st_size for file in files if file.is_file()), reason)

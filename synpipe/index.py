@@ -14,6 +14,7 @@ as many partitions take twice as long to build, and save nothing: most of a quer
 `python -m synpipe_tests.bench_search` measures it again.
 """
 
+import contextlib
 import json
 import math
 import time
@@ -30,13 +31,16 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from lancedb.index import Bitmap, BTree, IvfFlat
 
+from synpipe import index_files
 from synpipe.errors import SynpipeError
+from synpipe.shards import set_aside
 from synpipe.storage import BulkPath, lance_options
 
 CURRENT = "current"
 METADATA_KEY = b"synpipe"
 FLAT_ROWS = 5_000
 MIN_RECALL = 0.99
+LISTED_AGAIN = 3  # LanceDB lists the names of the tags and then reads each: one may have been taken off in between
 WANTED_RECALL = 0.995  # of the sample, so that other queries find `MIN_RECALL` too
 FIRST_NPROBES = 8
 RECALL_QUERIES = 200  # of all rows, and as many of the rarest class
@@ -94,12 +98,13 @@ def publish(
     or recall are not as they should be.
     """
     try:
+        _set_aside_unreadable(folder, name, log)
         return _publish(table_path, folder, name, data_version, log)
     except (OSError, RuntimeError, pa.ArrowException) as error:  # what pyarrow and LanceDB raise of files and disks
         reason = " ".join(str(error).partition("Detail: Python exception")[0].split()).rstrip(".")
         raise SynpipeError(
-            f"The index {folder}/{name} cannot be built from {table_path}: {reason}. If that file is damaged, delete it and "
-            "materialise again; else check the space and the permissions of the store."
+            f"The index {folder}/{name} cannot be built from {table_path}: {reason}. If that file is damaged, materialise "
+            "again, which makes it anew; else check the space and the permissions of the store."
         ) from error
 
 
@@ -115,6 +120,7 @@ def _publish(
     schema = pa.schema([*source.schema_arrow], metadata={METADATA_KEY: json.dumps(provenance)})
     batches = (_unit(batch).cast(schema) for batch in source.iter_batches(batch_size=8192))
     database = connect(folder)
+    before = index_files.written(folder / f"{name}.lance")
     # Overwriting makes a new version and keeps the old ones; dropping would break every reader.
     table = database.create_table(name, pa.RecordBatchReader.from_batches(schema, batches), mode="overwrite")
     log(f"{table.count_rows():,} rows written, building indexes")
@@ -140,11 +146,12 @@ def _publish(
                 f"than {MIN_RECALL:.0%}; the former version stays current. Are many vectors alike? Look at the check of the "
                 "embeddings."
             )
-    settings = {"synpipe.nprobes": str(nprobes)}
+    digests = index_files.digests(folder / f"{name}.lance", index_files.written(folder / f"{name}.lance") - before)
+    told = {"synpipe.nprobes": str(nprobes), index_files.KEY.decode(): digests}
     for queries, recall in recalls.items():
-        settings["synpipe.rarest_class_recall_at_10" if queries else "synpipe.recall_at_10"] = f"{recall:.4f}"
-        settings |= {"synpipe.rarest_class": queries} if queries else {}
-    table.update_field_metadata({"path": "vector", "metadata": settings})
+        told["synpipe.rarest_class_recall_at_10" if queries else "synpipe.recall_at_10"] = f"{recall:.4f}"
+        told |= {"synpipe.rarest_class": queries} if queries else {}
+    table.update_field_metadata({"path": "vector", "metadata": told})
     tag = tag_for(data_version, provenance["encoder_fingerprint"])
     for label in (tag, CURRENT):
         _move_tag(table, label)
@@ -162,13 +169,26 @@ def open_current(folder: BulkPath, name: str) -> Any:
         raise SynpipeError(f"There is no index {name} in {folder}: materialise index_{name} first.")
     try:
         table = connect(folder, read_consistency_interval=timedelta(0)).open_table(name)
-        whole = CURRENT in table.tags.list()
-    except ValueError:  # LanceDB finds no table in the folder: its first build was killed
-        whole = False
-    if not whole:
-        raise SynpipeError(f"The index {name} in {folder} was never published: materialise index_{name} again.")
-    table.checkout(CURRENT)
+        table.checkout(CURRENT)
+    except ValueError:  # LanceDB finds no table in the folder, or no such tag: its first build was killed
+        raise SynpipeError(
+            f"The index {name} in {folder} was never published: materialise index_{name} again."
+        ) from None
+    except RuntimeError as error:
+        raise SynpipeError(
+            f"The index {name} in {folder} cannot be read ({' '.join(str(error).split())}): materialise index_{name} again, "
+            "which builds it anew."
+        ) from error
     return table
+
+
+def list_tags(table: Any) -> dict[str, int]:
+    """Number of the version that each tag names, `current` among them."""
+    for _ in range(LISTED_AGAIN):
+        with contextlib.suppress(RuntimeError):
+            return {tag: content["version"] for tag, content in table.tags.list().items()}
+        time.sleep(0.01)
+    return {tag: content["version"] for tag, content in table.tags.list().items()}
 
 
 async def open_version(folder: BulkPath, name: str, version: int) -> lancedb.AsyncTable:
@@ -179,17 +199,23 @@ async def open_version(folder: BulkPath, name: str, version: int) -> lancedb.Asy
     return table
 
 
-def republish(folder: BulkPath, name: str, data_version: str, fingerprint: str) -> IndexReport | None:
-    """Let `current` name the version that was published of this data before; None where there is none."""
+def republish(
+    folder: BulkPath, name: str, data_version: str, fingerprint: str, log: Callable[[str], None]
+) -> IndexReport | None:
+    """Let `current` name the version that was published of this data before; None where there is none, or a damaged one."""
     tag = tag_for(data_version, fingerprint)
     try:
         table = open_current(folder, name)
     except SynpipeError:
         return None
-    tagged = table.tags.list().get(tag)
-    if tagged is None:
+    number = list_tags(table).get(tag)
+    if number is None:
         return None
-    table.tags.update(CURRENT, tagged["version"])
+    table.checkout(number)
+    if wrong := index_files.damaged(folder / f"{name}.lance", table.schema):
+        log(f"the index {folder}/{name} is damaged ({', '.join(wrong)}): it is built anew")
+        return None
+    table.tags.update(CURRENT, number)
     return published(folder, name)
 
 
@@ -268,6 +294,17 @@ def _tune(table: Any, table_path: Path, partitions: int) -> tuple[int, dict[str 
         nprobes = min(2 * nprobes, partitions)
 
 
+def _set_aside_unreadable(folder: BulkPath, name: str, log: Callable[[str], None]) -> None:
+    """Move a table aside that LanceDB cannot even open: it would build no other version in it."""
+    path = folder / f"{name}.lance"
+    try:
+        list_tags(connect(folder).open_table(name))
+    except ValueError:
+        return  # there is none
+    except RuntimeError as error:
+        log(f"{path} cannot be read ({' '.join(str(error).split())}): moved to {set_aside(path).name}, built anew")
+
+
 def _draw_queries(table_path: Path) -> dict[str | None, list[int]]:
     """Rows to search with: of all (None), and of the class that has the fewest, where one is known."""
     # As a dictionary a label takes four bytes.
@@ -311,7 +348,7 @@ def _recall(table: Any, queries: np.ndarray, kth: np.ndarray, k: int, nprobes: i
 
 
 def _move_tag(table: Any, tag: str) -> None:
-    if tag in table.tags.list():
+    if tag in list_tags(table):
         table.tags.update(tag, table.version)
     else:
         table.tags.create(tag, table.version)

@@ -33,12 +33,13 @@ from synpipe.embedding_cache import EmbeddingCache
 from synpipe.encoders import Encoder, open_on_all_devices
 from synpipe.engines import on_cluster
 from synpipe.errors import SynpipeError
-from synpipe.extraction import extract_shards
+from synpipe.extraction import damaged_parts, extract_shards
 from synpipe.fingerprints import file_sha256, status
 from synpipe.links import find_viewer, image_layer
 from synpipe.manifests import find_manifest, read_manifest
-from synpipe.shards import read_table, remove_leftovers, table_writer, write_table
+from synpipe.shards import is_whole, read_table, remove_leftovers, set_aside, table_writer, write_table
 from synpipe.specs import digest
+from synpipe.storage import BulkPath
 from synpipe.streams import ContentDigest, by_shard, read_parts
 from synpipe.synthetic import make_demo
 from synpipe.volumes import Volume
@@ -179,6 +180,15 @@ def make_synapses(dataset: Dataset, inputs: Inputs, log: Log) -> Made:
         log(note)
     counts = {"rows": summary.synapses, "rejects": summary.rejects, "classes": summary.classes}
     return Made(version, counts, summary.notes)
+
+
+def lost_tiles(dataset: Dataset, index: Path) -> BulkPath | None:
+    """A file of tiles that this index of stacks or tiles names and that was found to be damaged, or None."""
+    damaged = damaged_parts(dataset.cut_outs_folder)
+    if not damaged:
+        return None
+    named = set(read_table(index, ["file"])["file"].unique().to_pylist())
+    return next((path for path in damaged if str(path).removeprefix(f"{dataset.bulk_folder}/") in named), None)
 
 
 def make_synapse_stacks(dataset: Dataset, inputs: Inputs, log: Log) -> Made:
@@ -389,6 +399,8 @@ def make_embedding_table(dataset: Dataset, name: str, inputs: Inputs, log: Log) 
     made = read_manifest(dataset, f"embeddings_{name}").counts
     version = version_of("embedding_table", inputs, [TABLE_SCHEMA_VERSION])
     path = dataset.table_path(name)
+    if path.exists() and not is_whole(path):
+        log(f"{path} is damaged: moved to {set_aside(path).name}, and made anew")
     if is_of_version(path, version):
         log("the table is of this version already")
     else:
@@ -437,7 +449,7 @@ def make_index(dataset: Dataset, name: str, inputs: Inputs, log: Log) -> Made:
     version = version_of("index", inputs)
     fingerprint = read_manifest(dataset, f"embeddings_{name}").counts["encoder_fingerprint"]
     # Going back to what was published before, after a swap there and back or a rollback, builds nothing.
-    report = index.republish(dataset.lancedb_folder, name, version, fingerprint)
+    report = index.republish(dataset.lancedb_folder, name, version, fingerprint, log)
     if report:
         log("this version was published before")
     else:

@@ -21,9 +21,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from synpipe.errors import SynpipeError
-from synpipe.storage import BulkPath, ObjectPath
+from synpipe.storage import BulkPath, ObjectPath, move_tree, remove_tree
 
 TEMPORARY_PREFIX = ".tmp-"
+DAMAGED = ".damaged"  # suffix of what was moved aside
 
 
 @contextlib.contextmanager
@@ -119,6 +120,25 @@ def remove_leftovers(folder: BulkPath, older_than_s: float = 3600) -> None:
                 path.unlink()
 
 
+def set_aside(path: BulkPath) -> BulkPath:
+    """Move what is damaged out of the way, so that it is made anew; returns where to. `synpipe gc` lists it."""
+    aside = path.with_suffix(f"{path.suffix}{DAMAGED}")
+    if aside.is_dir():
+        remove_tree(aside)
+    move_tree(path, aside)
+    return aside
+
+
+def damaged(path: BulkPath, problem: object) -> SynpipeError:
+    """The error to raise for a damaged file of the store, which is moved aside, so that its asset counts as missing."""
+    reason = " ".join(str(problem).split()).rstrip(".")
+    try:
+        moved = f"moved to {set_aside(path).name}. Materialise again, which makes it anew."
+    except (OSError, SynpipeError):  # a reader's, of a store that it may not write
+        moved = "delete it and materialise again."
+    return SynpipeError(f"{path} is damaged ({reason}): {moved}")
+
+
 def write_text(path: Path, text: str) -> None:
     with atomic_path(path) as temporary:
         temporary.write_text(text)
@@ -129,13 +149,13 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """Raises `SynpipeError` where the file is absent or damaged."""
+    """Raises `SynpipeError` where the file is absent, or damaged: it is then moved aside."""
     try:
         return json.loads(path.read_text())
     except FileNotFoundError:
         raise SynpipeError(f"{path} does not exist: materialise the asset that makes it.") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise SynpipeError(f"{path} is damaged ({error}): delete it and materialise again.") from None
+        raise damaged(path, error) from None
 
 
 def write_table(path: BulkPath, table: pa.Table, metadata: dict[str, str] | None = None, **options: Any) -> None:
@@ -159,11 +179,30 @@ def table_writer(path: Path, schema: pa.Schema, metadata: dict[str, str] | None 
 
 
 def read_table(path: BulkPath, columns: list[str] | None = None) -> pa.Table:
-    """Read one Parquet file of the store. Raises `SynpipeError` where it is absent or damaged."""
-    try:
+    """Read one Parquet file of the store. Raises `SynpipeError` where it is absent, or damaged: it is then moved aside."""
+    with reading(path):
         source = pa.BufferReader(path.read_bytes()) if isinstance(path, ObjectPath) else path
         return pq.ParquetFile(source, memory_map=True, page_checksum_verification=True).read(columns=columns)
+
+
+@contextlib.contextmanager
+def reading(path: BulkPath) -> Iterator[None]:
+    """Say of a Parquet file of the store what is wrong with it; what is damaged is moved aside."""
+    try:
+        yield
     except FileNotFoundError:
         raise SynpipeError(f"{path} does not exist: materialise the asset that makes it.") from None
     except (pa.ArrowInvalid, OSError) as error:
-        raise SynpipeError(f"{path} is damaged ({error}): delete it and materialise again.") from None
+        if isinstance(error, OSError) and error.errno:  # a wrong checksum is an OSError without a number
+            raise SynpipeError(f"Cannot read {path}: {error.strerror}. Check that file.") from None
+        raise damaged(path, error) from None
+
+
+def is_whole(path: BulkPath) -> bool:
+    """Whether every page of a Parquet file has its checksum; all of it is read, a batch at a time."""
+    try:
+        source = pa.BufferReader(path.read_bytes()) if isinstance(path, ObjectPath) else path
+        file = pq.ParquetFile(source, page_checksum_verification=True)
+        return sum(len(batch) for batch in file.iter_batches()) == file.metadata.num_rows
+    except (pa.ArrowException, OSError):
+        return False

@@ -12,6 +12,7 @@ GOOGLE_APPLICATION_CREDENTIALS for GCS. They are never part of an address, a man
 
 import os
 import re
+import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -213,6 +214,26 @@ class ObjectPath:
 BulkPath = Path | ObjectPath
 
 
+def move_tree(path: BulkPath, target: BulkPath) -> None:
+    """Move a file, or a folder with all that is in it; on an object store one object after the other."""
+    if isinstance(path, ObjectPath) and isinstance(target, ObjectPath):
+        for each in [*path.rglob("*")] or [path]:
+            if each.is_file():
+                each.replace(target if each == path else target / each.relative_to(path))
+    else:
+        path.replace(target)  # type: ignore[arg-type]  # both of one kind
+
+
+def remove_tree(path: BulkPath) -> None:
+    """Remove a folder with all that is in it."""
+    if isinstance(path, Path):
+        shutil.rmtree(path)
+    else:
+        for each in [*path.rglob("*")]:
+            if each.is_file():
+                each.unlink()
+
+
 def listed(folder: BulkPath, pattern: str) -> list[BulkPath]:
     """What `folder.glob` finds, in the order of the names."""
     found: list[BulkPath] = [*folder.glob(pattern)]
@@ -249,9 +270,10 @@ def lance_options(folder: BulkPath) -> dict[str, str] | None:
 def _file_system(scheme: str, endpoint_s3: str | None, endpoint: str | None, *regions: str | None) -> pafs.FileSystem:
     if scheme == "gs":
         return pafs.GcsFileSystem(retry_time_limit=timedelta(seconds=SILENCE_S))
-    address = urlsplit(endpoint_s3 or endpoint or "")
-    if address.scheme not in ("http", "https", ""):
-        raise SynpipeError(f"AWS_ENDPOINT_URL is {address.geturl()!r}: it should begin with http:// or https://.")
+    named = endpoint_s3 or endpoint or ""
+    address = urlsplit(named)
+    if named and (address.scheme not in ("http", "https") or not address.netloc):
+        raise SynpipeError(f"AWS_ENDPOINT_URL is {named!r}: it should begin with http:// or https://.")
     region = next(filter(None, regions), None)
     return pafs.S3FileSystem(
         # Without a region the SDK would ask a server that only Amazon's own machines have.

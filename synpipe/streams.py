@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from synpipe.errors import SynpipeError
+from synpipe.shards import reading
 from synpipe.specs import digest
 
 BATCH_ROWS = 8192
@@ -29,18 +29,14 @@ LOOKED_UP_ROWS = 2**16
 def read_parts(path: Path, columns: list[str] | None = None) -> Iterator[pa.Table]:
     """One Parquet file of the store, a batch at a time; one empty table where it has no rows.
 
-    Raises `SynpipeError` where it is absent or damaged.
+    Raises `SynpipeError` where it is absent, or damaged: it is then moved aside.
     """
-    try:
+    with reading(path):
         file = pq.ParquetFile(path, memory_map=True, page_checksum_verification=True)
         if file.metadata.num_rows == 0:
             yield file.read(columns=columns)
         for batch in file.iter_batches(BATCH_ROWS, columns=columns):
             yield pa.Table.from_batches([batch])
-    except FileNotFoundError:
-        raise SynpipeError(f"{path} does not exist: materialise the asset that makes it.") from None
-    except (pa.ArrowInvalid, OSError) as error:
-        raise SynpipeError(f"{path} is damaged ({error}): delete it and materialise again.") from None
 
 
 def column_of(path: Path, ids: np.ndarray, name: str) -> np.ndarray:

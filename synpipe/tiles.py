@@ -5,6 +5,7 @@ In: an opened volume and the positions of synapses. Out: tiles, each with its ro
 read back is held against its checksum.
 """
 
+import contextlib
 import hashlib
 import io
 import math
@@ -18,6 +19,7 @@ from PIL import Image
 from pydantic import Field, FiniteFloat, PositiveInt
 
 from synpipe.errors import SynpipeError
+from synpipe.shards import DAMAGED
 from synpipe.specs import Spec, digest
 from synpipe.storage import BulkPath
 from synpipe.tile_parts import Part, open_part
@@ -247,7 +249,8 @@ class TileReader:
     def read(self, indices: np.ndarray) -> np.ndarray:
         """Tiles at these rows of the index: uint8 (n, 3, 256, 256).
 
-        Raises `SynpipeError` naming the file and the row where a tile is absent or differs from its checksum.
+        Raises `SynpipeError` naming the file and the row where a tile is absent or differs from its checksum. The file is then
+        marked as damaged, and synapse_stacks out of date: made again, it cuts those tiles out anew. The others can be read.
         """
         tiles = np.empty((len(indices), SECTIONS, TILE_PX, TILE_PX), dtype=np.uint8)
         files = self._files[indices]
@@ -278,17 +281,28 @@ class TileReader:
             if file not in self._parts:
                 self._parts[file] = open_part(path)
             self._parts[file].read(rows, tiles, places)
-        except (*HDF5_ERRORS, TypeError, IndexError) as error:
+        except FileNotFoundError:
             raise SynpipeError(
-                f"Tiles {path}, row {rows[0]}, cannot be read ({' '.join(str(error).split())}): delete that file and "
-                "materialise synapse_stacks again."
+                f"Tiles {path} are not there: materialise synapse_stacks again, which cuts them out anew."
             ) from None
+        except (*HDF5_ERRORS, TypeError, IndexError) as error:
+            raise _damaged(path, f"row {rows[0]}, cannot be read ({' '.join(str(error).split())})") from None
         for index, row, place in zip(indices, rows, places, strict=True):
             if zlib.crc32(tiles[place].data) != self._crc32[index]:
-                raise SynpipeError(
-                    f"Tiles {path}, row {row}, differ from their checksum: the file is damaged. Delete it and materialise "
-                    "synapse_stacks again."
-                )
+                raise _damaged(path, f"row {row}, differ from their checksum")
+
+
+def damage_mark(path: BulkPath) -> BulkPath:
+    """File that says, by being there and empty, that tiles of a part are damaged; the part itself once it is replaced."""
+    return path.with_suffix(f"{path.suffix}{DAMAGED}")
+
+
+def _damaged(path: BulkPath, problem: str) -> SynpipeError:
+    with contextlib.suppress(OSError, SynpipeError):  # a reader's, of a store that it may not write
+        damage_mark(path).write_bytes(b"")
+    return SynpipeError(
+        f"Tiles {path}, {problem}: the file is damaged. Materialise again: synapse_stacks cuts its tiles out anew."
+    )
 
 
 def content_hashes(reader: TileReader, count: int) -> pa.Array:

@@ -1,4 +1,4 @@
-"""A process that materialises in forks of itself, each of which can be killed with SIGKILL at any of its writes.
+"""A process that materialises in forks of itself, each of which can be killed with SIGKILL at any of its file operations.
 
 Run as `python -m synpipe_tests.killable`, it imports what is slow to import once, ten seconds that each fork saves. In: one
 JSON line per materialisation, see `Killable.materialise`. Out: one line each, a `Materialised`. A fork makes, without
@@ -6,12 +6,15 @@ Dagster, exactly what is out of date. Parts are of `PART` tiles, so that a small
 """
 
 import contextlib
+import ctypes
 import json
 import os
 import select
 import signal
+import struct
 import subprocess
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -25,19 +28,17 @@ from synpipe.shards import TEMPORARY_PREFIX
 
 PART = 4
 HANGS_S = 120
-KINDS = {"index": b"p"} | dict.fromkeys(("classifier", "projection", "scores", "evaluation"), b"l")
-# Files whose every call and return is a moment: those that write, ours and LanceDB's.
-WRITERS = ("/synpipe/shards.py", "/synpipe/table.py", "/synpipe/index.py", "/lancedb/table.py", "/lancedb/db.py")
+LEARN = {"classifier", "projection", "scores", "evaluation"}
 
 
 @dataclass(frozen=True)
 class Materialised:
-    """moments: those at which the fork could have been killed, `w` for a write, `p` while an index was published, `l` while
-    something was learnt or judged.
-    cut_outs, embedded: tiles, counted as the work on them was begun."""
+    """moments: file operations of ours at which the fork could have been killed, `l` while something was learnt or judged, `w`
+    else. changes: of LanceDB's files. cut_outs, embedded: tiles, counted as the work on them was begun."""
 
     killed: bool
     moments: str
+    changes: int
     cut_outs: int
     embedded: int
 
@@ -48,13 +49,14 @@ class Killable:
     def __init__(self, process: subprocess.Popen[str]):
         self._process = process
 
-    def materialise(self, project: Project, kill_at: int = 0, kill_after_s: float = 0) -> Materialised:
+    def materialise(self, project: Project, at: int = 0, change: int = 0, after_s: float = 0) -> Materialised:
         """Make what is out of date in the data set `demo`.
 
-        kill_at: number of the moment, from 1, at which the process kills itself. kill_after_s: or after this time.
+        at: number of the moment, from 1, at which the process kills itself. change: or the number of the change of LanceDB's
+        files at which it is killed, as soon as the kernel tells of it. after_s: or the time.
         """
         assert self._process.stdin and self._process.stdout
-        order = {"data": str(project.data), "store": str(project.store), "at": kill_at, "after_s": kill_after_s}
+        order = {"data": str(project.data), "store": str(project.store), "at": at, "change": change, "after_s": after_s}
         self._process.stdin.write(json.dumps(order) + "\n")
         self._process.stdin.flush()
         answer = json.loads(self._process.stdout.readline())
@@ -85,16 +87,20 @@ def main() -> None:
     import timm  # noqa: F401
     import torch
 
-    import synpipe.index  # noqa: F401
+    from synpipe import index
 
     torch.set_num_threads(1)  # a thread of the parent would be missing in its forks
     extraction.PART_TILES = PART
     embedding.ROWS_PER_PART["cpu"] = PART
+    index.RECALL_QUERIES = 3  # a third of the time that a build takes, and no file is touched
     for line in sys.stdin:
         print(json.dumps(fork(json.loads(line))), flush=True)
 
 
 def fork(order: dict[str, Any]) -> dict[str, Any]:
+    indexes = Path(order["store"]) / "demo" / "lancedb"
+    indexes.mkdir(parents=True, exist_ok=True)
+    watch = Watch(indexes)
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:
@@ -107,52 +113,93 @@ def fork(order: dict[str, Any]) -> dict[str, Any]:
         finally:
             os._exit(status)
     os.close(writer)
-    with open(reader, "rb") as pipe:
-        marks, _, error = pipe.read().partition(b"!")
+    marks, changes, deadline = b"", 0, time.monotonic() + (order["after_s"] or HANGS_S)
+    while True:
+        ready, _, _ = select.select([reader, watch.descriptor], [], [], max(0, deadline - time.monotonic()))
+        changes += watch.changes() if watch.descriptor in ready else 0
+        if not ready or (order["change"] and changes >= order["change"]):
+            os.kill(child, signal.SIGKILL)
+            deadline = time.monotonic() + HANGS_S
+        if reader in ready:
+            told = os.read(reader, 65536)
+            marks += told
+            if not told:
+                break
+    os.close(reader)
+    os.close(watch.descriptor)
     _, status = os.waitpid(child, 0)
-    if error or (os.WIFSIGNALED(status) and os.WTERMSIG(status) not in (signal.SIGKILL, signal.SIGALRM)):
+    marks, _, error = marks.partition(b"!")
+    if error or (os.WIFSIGNALED(status) and os.WTERMSIG(status) != signal.SIGKILL):
         return {"error": error.decode() or f"status {status}"}
-    moments = marks.translate(None, b"ce").decode()
-    counted = {"cut_outs": marks.count(b"c"), "embedded": marks.count(b"e")}
-    return {"killed": os.WIFSIGNALED(status), "moments": moments, **counted}
+    counted = {"changes": changes, "cut_outs": marks.count(b"c"), "embedded": marks.count(b"e")}
+    return {"killed": os.WIFSIGNALED(status), "moments": marks.translate(None, b"ce").decode(), **counted}
+
+
+class Watch:
+    """Changes below a folder as the kernel tells of them (inotify(7)): LanceDB writes its files without Python."""
+
+    MADE, FOLDER = 0x100, 0x40000000
+    MASK = MADE | 0x2 | 0x8 | 0x40 | 0x80 | 0x200  # made, modified, closed, moved from and to, deleted
+
+    def __init__(self, folder: Path):
+        self._library = ctypes.CDLL(None)
+        self.descriptor = self._library.inotify_init1(os.O_NONBLOCK)
+        self._folders: dict[int, Path] = {}
+        self._add(folder)
+
+    def _add(self, folder: Path) -> None:
+        self._folders[self._library.inotify_add_watch(self.descriptor, os.fsencode(folder), self.MASK)] = folder
+        for inside in folder.iterdir():
+            if inside.is_dir():
+                self._add(inside)
+
+    def changes(self) -> int:
+        """How many there were since the last call."""
+        content, count = os.read(self.descriptor, 65536), 0
+        while content:
+            folder, mask, _, length = struct.unpack_from("iIII", content)
+            name, content = content[16 : 16 + length].rstrip(b"\0"), content[16 + length :]
+            count += 1
+            if mask & self.FOLDER and mask & self.MADE:
+                with contextlib.suppress(FileNotFoundError):
+                    self._add(self._folders[folder] / os.fsdecode(name))
+        return count
 
 
 def materialise(order: dict[str, Any], mark: Callable[[bytes], Any]) -> None:
     """The work of a fork. mark: what is written here outlives a kill: a `c` per cut-out, an `e` per tile embedded."""
     store, moments, kind = order["store"], 0, b"w"
 
-    def moment() -> None:
-        nonlocal moments
-        moments += 1
-        mark(kind)
-        if moments == order["at"]:
-            os.kill(os.getpid(), signal.SIGKILL)
-            select.select([], [], [])
-
-    def writes(event: str, arguments: tuple[Any, ...]) -> None:
+    def operations(event: str, arguments: tuple[Any, ...]) -> None:
         """Before a folder is made, before and after a temporary file is flushed, before and after it is renamed."""
+        nonlocal moments
         if event not in ("open", "os.rename", "os.mkdir") or not str(arguments[0]).startswith(store):
             return
         name = os.path.basename(str(arguments[0]))
         if event != "open" or name.startswith(TEMPORARY_PREFIX) or os.path.isdir(arguments[0]):
-            moment()
+            moments += 1
+            mark(kind)
+            if moments == order["at"]:
+                os.kill(os.getpid(), signal.SIGKILL)
+                select.select([], [], [])
 
-    def calls(frame: Any, event: str, _: Any) -> None:
-        if event in ("call", "return") and frame.f_code.co_filename.endswith(WRITERS):
-            moment()
-
-    sys.addaudithook(writes)
+    sys.addaudithook(operations)
     count("make_tile", tiles, lambda *_: mark(b"c"))
-    count("__call__", embedding._Launch, lambda _launch, staged: mark(b"e" * len(staged)))
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)  # ends the process at once, as SIGKILL does
-    signal.setitimer(signal.ITIMER_REAL, order["after_s"] or HANGS_S)
+    count("__call__", embedding._Launch, lambda _launch, staged: mark(b"e" * len(staged)) if for_the_cache() else None)
     dataset = Project(Path(order["data"]), Path(store)).dataset("demo")
-    sys.setprofile(calls)
     stale = {state.asset for state in states(dataset) if state.state != "fresh"}
     for step in steps(dataset):
         if step.asset in stale:
-            kind = KINDS.get(step.kind, b"w")
+            kind = b"l" if step.kind in LEARN else b"w"
             step.run(lambda message: None)
+
+
+def for_the_cache() -> bool:
+    """Whether what is embedded now are tiles, and not views of them that the evaluation makes."""
+    frame: Any = sys._getframe()
+    while frame and frame.f_code is not embedding._embed_parts.__code__:
+        frame = frame.f_back
+    return frame is not None
 
 
 def count(name: str, module: Any, note: Callable[..., Any]) -> None:

@@ -15,6 +15,8 @@ import pytest
 import yaml
 
 from synpipe.datasets import Project
+from synpipe.errors import SynpipeError
+from synpipe.graph import steps
 from synpipe_tests.command import answer, files, invoke, refusal, versions
 from synpipe_tests.conftest import SMALL_ENCODERS, environment
 
@@ -185,15 +187,27 @@ def mend(own: Own, whole: Own) -> None:
         shutil.copytree(whole.folder / part, own.folder / part, dirs_exist_ok=True)
 
 
+def make_what_can_be(project: Project) -> str | None:
+    """As the command does it, without Dagster's history, which takes most of its time; what the first asset that fails says."""
+    failures = []
+    for step in steps(project.dataset("mine")):
+        try:
+            step.run(lambda line: None)
+        except SynpipeError as error:
+            failures.append(str(error))
+    return failures[0] if failures else None
+
+
 @pytest.mark.parametrize("name", WRONG_FILES)
 def test_a_wrong_file_is_named_and_after_the_mend_all_is_well(own: Own, whole: Own, name: str):
     wrong = WRONG_FILES[name]
     folder, empty = own.project.store / "mine", Project(own.project.data, own.folder / "empty")
     good, good_versions = files(folder), versions(own.project, "mine")
     wrong.spoil(own)
+    message = refusal(invoke(own.project, *MATERIALIZE))
+    for said in (message, make_what_can_be(empty)):
+        assert [part for part in wrong.named if part not in said] == [], said
     for project in (own.project, empty):
-        message = refusal(invoke(project, *MATERIALIZE))
-        assert [part for part in wrong.named if part not in message] == [], message
         nothing_half_made(project.store)
 
     # In an empty store there is what could be made, and of the rest no file at all.
@@ -209,7 +223,7 @@ def test_a_wrong_file_is_named_and_after_the_mend_all_is_well(own: Own, whole: O
     assert [path for path in good if path not in again and now.get(path) != good[path]] == []
 
     mend(own, whole)
-    answer(own.project, *MATERIALIZE)
+    assert make_what_can_be(own.project) is None
     assert versions(own.project, "mine") == good_versions
 
 

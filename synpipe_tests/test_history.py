@@ -1,6 +1,7 @@
 """Versions of an index, how two differ, going back to one, where a row comes from, and what may be thrown away."""
 
 import json
+import os
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import h5py
+import lancedb
 import numpy as np
 import pyarrow.compute as pc
 import pytest
@@ -20,8 +22,8 @@ from synpipe.annotations import SYNAPSE_SCHEMA
 from synpipe.encoders import open_encoder
 from synpipe.errors import SynpipeError
 from synpipe.graph import steps
-from synpipe.history import Version, diff, open_version, provenance, rollback, versions
-from synpipe.housekeeping import leftovers
+from synpipe.history import Version, diff, forget, open_version, provenance, remove_untagged, rollback, versions
+from synpipe.housekeeping import Leftover, leftovers
 from synpipe.index import open_current, publish, tag_for
 from synpipe.manifests import read_manifest
 from synpipe.search import METRICS, SynapseIndex
@@ -29,9 +31,13 @@ from synpipe.shards import read_table
 from synpipe.table import write_embedding_table
 from synpipe.tiles import TileReader
 from synpipe_tests.changes import NAME, TRUNK, Killed, Own, branch, killed_at_the_end, make_outdated, same_store
-from synpipe_tests.command import answer, files
+from synpipe_tests.command import answer, files, invoke, refusal
 from synpipe_tests.tables import PROVENANCE, clustered, synapses, tiles_of
 from synpipe_tests.test_search import make as index_of
+
+VERSIONS = int(
+    os.environ.get("SYNPIPE_TEST_VERSIONS") or 30
+)  # that are published under a reader; more for `make torture`
 
 
 def make(own: Own) -> Version:
@@ -252,8 +258,9 @@ def test_provenance_is_that_of_the_version_that_readers_see(own: Own):
 
 
 def listed(own: Own) -> dict[str, str]:
-    """Reason by path below the data set's folder."""
-    return {str(each.path.relative_to(own.dataset.folder)): each.reason for each in leftovers(own.dataset)}
+    """Reason by path below the data set's folder, without the manifests of former versions."""
+    found = {str(each.path.relative_to(own.dataset.folder)): each.reason for each in leftovers(own.dataset)}
+    return {path: reason for path, reason in found.items() if not path.startswith("lineage/")}
 
 
 def test_in_a_store_that_is_in_order_nothing_is_left_over(own: Own):
@@ -307,11 +314,15 @@ def test_what_no_longer_serves_is_listed_and_nothing_else_is_lost(own: Own, temp
     expected |= {f"embeddings/{tiny}/00000-01234567.damaged"}
 
     said = json.loads(answer(own.project, "gc", "--dataset", NAME, "--json"))
+    old_lineage = {f"lineage/{asset}" for asset in ("scores_tiny", "scores_other", "evaluation", "rejects")}
+    lineage = {each["path"] for each in said if "/lineage/" in each["path"]}
+    assert {str(Path(path).parent.relative_to(dataset.folder)) for path in lineage} <= old_lineage
+    said = [each for each in said if each["path"] not in lineage]
     assert {str(Path(each["path"]).relative_to(dataset.folder)) for each in said} == expected
     assert {Path(each["path"]).stat().st_size for each in said} == {each["bytes"] for each in said}
     assert expected < set(files(dataset.folder))  # listed, not removed
     assert "remove them with --delete" in answer(own.project, "gc", "--dataset", NAME)
-    left = set(files(dataset.folder)) - expected
+    left = {name for name in set(files(dataset.folder)) - expected if str(dataset.folder / name) not in lineage}
     assert "removed" in answer(own.project, "gc", "--dataset", NAME, "--delete")
     assert set(files(dataset.folder)) == left
     assert listed(own) == {} and own.outdated() == {"evaluation": "stale"}  # it was of both encoders
@@ -334,6 +345,65 @@ def test_what_no_longer_serves_is_listed_and_nothing_else_is_lost(own: Own, temp
     make_outdated(own.dataset)
     same_store(own.dataset, template.dataset)
     assert next(version for version in versions(own.dataset, "tiny") if version.current) == first
+
+
+def test_what_is_forgotten_is_removed_and_what_a_tag_names_is_not(own: Own):
+    dataset, folder = own.dataset, own.dataset.lancedb_folder
+    (first,) = versions(dataset, "tiny")
+    set_entry(own, seed=7)
+    second = make(own)
+    reader = open_version(own.dataset, "tiny", second.tag)
+    of_first = [dataset.lineage_path("embeddings_tiny", read_manifest(dataset, "embeddings_tiny").data_version)]
+
+    def large() -> list[Leftover]:
+        return [each for each in leftovers(own.dataset) if each.path.suffix == ".lance"]
+
+    def gc() -> int:
+        """Bytes that it says to remove of indexes, which it must."""
+        found, before = large(), sum(map(len, files(folder).values()))
+        answer(own.project, "gc", "--dataset", NAME, "--delete")
+        assert not large()
+        assert before - sum(map(len, files(folder).values())) >= 0.9 * sum(each.bytes for each in found)
+        return sum(each.bytes for each in found)
+
+    assert not large() and gc() == 0
+    # A build that was killed before it was published: the newest version of the table, and named by nobody.
+    table = lancedb.connect(folder).open_table("tiny")
+    table.add(table.search().limit(5).to_arrow())
+    lost = folder / "tiny.lance" / "data" / "of_a_killed_writer.lance"
+    lost.write_bytes(b"?" * 1000)
+    assert gc() > 1000 and not lost.exists()
+    assert [version.tag for version in versions(own.dataset, "tiny")] == [second.tag, first.tag]
+    for tag in (first.tag, second.tag):
+        assert len(open_version(own.dataset, "tiny", tag).to_arrow()) == 40
+
+    message = refusal(invoke(own.project, "forget", second.tag, "--dataset", NAME))
+    assert "Readers see" in message and "rollback" in message
+    assert "has no tag" in refusal(invoke(own.project, "forget", "current", "--dataset", NAME))
+    assert "Forgotten: version" in answer(own.project, "forget", first.tag, "--dataset", NAME)
+    rows_and_indexes = gc()
+    assert rows_and_indexes > 40 * 512 * 4  # its vectors
+    assert [version.tag for version in versions(own.dataset, "tiny")] == [second.tag]
+    assert len(reader.to_arrow()) == 40 and SynapseIndex(own.dataset, "tiny").search(ids(own)[1])
+    assert provenance(own.dataset, "tiny", ids(own)[1])["assets"].keys() == TRUNK - {"rejects", "split"} | branch(
+        "tiny"
+    ) - {"scores_tiny", "evaluation"}
+    assert not own.outdated() and of_first[0].parent.exists()
+
+    # An encoder that the data set no longer has, version by version.
+    own.edit_dataset(lambda spec: spec["encoders"].remove("tiny"))
+    make_outdated(own.dataset)
+    said = answer(own.project, "gc", "--dataset", NAME)
+    assert "tiny is no longer an encoder of mine and has 1 published versions" in said and not large()
+    assert second.tag in answer(own.project, "versions", "--dataset", NAME, "--encoder", "tiny")
+    answer(own.project, "forget", second.tag, "--dataset", NAME, "--encoder", "tiny")
+    assert [(each.path.name, each.reason) for each in large()] == [("tiny.lance", "index of an encoder no longer used")]
+    gc()
+    assert [path.name for path in folder.iterdir()] == ["other.lance"]
+    assert not list((dataset.folder / "lineage").glob("*_tiny/*")) and leftovers(own.dataset) == []
+    own.edit_dataset(lambda spec: spec["encoders"].append("tiny"))
+    make_outdated(own.dataset)
+    own.is_as_from_scratch()
 
 
 def test_what_an_interrupted_run_would_take_up_is_not_left_over(own: Own):
@@ -414,12 +484,15 @@ def test_a_vector_of_another_encoder_is_refused(index: SynapseIndex, template: O
 # Readers while versions are published.
 
 
-def test_a_hundred_versions_under_a_reader_that_never_stops(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_readers_that_never_stop_while_tables_are_rebuilt_optimised_and_cleaned(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     """Every row says which version it is of; no answer holds two, and none is of a version that was not current."""
     monkeypatch.setattr(index_module, "RECALL_QUERIES", 5)  # most of the time that publishing takes
     dataset = index_of(tmp_path, clustered(50, 8))
     # By version of the index.
-    dataset_versions = {f"{number:012x}{0:020x}": f"{number:032x}" for number in range(1, 101)}
+    dataset_versions = {f"{number:012x}{0:020x}": f"{number:032x}" for number in range(1, VERSIONS + 1)}
+    path = tmp_path / "table.parquet"
     started, done = threading.Event(), threading.Event()
     seen: list[tuple[str, int]] = []
 
@@ -430,6 +503,9 @@ def test_a_hundred_versions_under_a_reader_that_never_stops(tmp_path: Path, monk
             index = SynapseIndex(dataset, "tiny")
             answer = [one for found in index.search(7, per_class=60).values() for one in found]
             found = table.search().to_arrow(), table.search(np.ones(8, np.float32)).limit(60).to_arrow()
+            (of_file,) = (
+                set(read_table(path, ["dataset_version"])["dataset_version"].to_pylist()) if started.is_set() else ("",)
+            )
             if version != "a" * 32:
                 assert {each for rows in found for each in rows["dataset_version"].to_pylist()} == {
                     dataset_versions[version]
@@ -437,6 +513,7 @@ def test_a_hundred_versions_under_a_reader_that_never_stops(tmp_path: Path, monk
                 # The search may be of a later version, but of one.
                 assert {one.region for one in answer} == {dataset_versions[index.provenance["data_version"]]}
                 assert index.provenance["data_version"] >= version
+                assert not of_file or of_file >= dataset_versions[version]  # the file is there before it is published
                 started.set()
             assert len(found[0]) == len(found[1]) == 50 and len(answer) == 49
             assert table.version == table.tags.list()[tag_for(version, PROVENANCE["encoder_fingerprint"])]["version"]
@@ -448,10 +525,14 @@ def test_a_hundred_versions_under_a_reader_that_never_stops(tmp_path: Path, monk
             for version, dataset_version in dataset_versions.items():
                 rows = synapses(50, region=[dataset_version] * 50)
                 vectors = clustered(50, 8, seed=int(dataset_version, 16))
-                path = tmp_path / "table.parquet"
                 told = {**PROVENANCE, "dataset_version": dataset_version}
                 write_embedding_table(path, [rows], [tiles_of(rows)], lambda *_, found=vectors: found, told)
                 publish(path, dataset.lancedb_folder, "tiny", version, lambda line: None)
+                if int(dataset_version, 16) % 5 == 0:
+                    lancedb.connect(dataset.lancedb_folder).open_table("tiny").optimize()
+                    for old in versions(dataset, "tiny")[5:]:
+                        forget(dataset, "tiny", old.tag)
+                    remove_untagged(dataset.lancedb_folder / "tiny.lance")
                 if reader.done():
                     break
         finally:
@@ -459,5 +540,6 @@ def test_a_hundred_versions_under_a_reader_that_never_stops(tmp_path: Path, monk
         reader.result()
     assert started.is_set()
     assert [number for _, number in seen] == sorted(number for _, number in seen)  # never back
-    assert len(set(seen)) > 30
-    assert len(versions(dataset, "tiny")) == 101
+    assert len(set(seen)) > VERSIONS / 3
+    assert len(versions(dataset, "tiny")) == 5
+    assert len(list((dataset.lancedb_folder / "tiny.lance" / "data").iterdir())) <= 6  # one that was optimised last

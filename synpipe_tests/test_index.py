@@ -215,11 +215,11 @@ def test_a_new_build_becomes_current_and_the_old_one_stays_readable(tmp_path: Pa
     # Back to the first data without building anything, and to the second.
     fingerprint = PROVENANCE["encoder_fingerprint"]
     for data, report in (("a", first), ("b", second)):
-        assert republish(db, "tiny", data * 32, fingerprint)
+        assert republish(db, "tiny", data * 32, fingerprint, print)
         assert published(db, "tiny") == report
         assert open_current(db, "tiny").count_rows() == report.rows
-    assert not republish(db, "tiny", "c" * 32, fingerprint)
-    assert not republish(db, "tiny", "a" * 32, "0" * 64)
+    assert not republish(db, "tiny", "c" * 32, fingerprint, print)
+    assert not republish(db, "tiny", "a" * 32, "0" * 64, print)
     assert published(db, "tiny") == second
     # Built again, the same tag names a new version.
     third = publish_table(tmp_path / "1.parquet", db, "a" * 32)

@@ -1,11 +1,19 @@
-"""Killed at any moment of any asset and run again: the same result, a part cut out twice at most, two embedded twice, and no
-reader the wiser."""
+"""Killed at any moment of any asset and run again: the same result, hardly a part made twice, and no reader the wiser.
 
+Kills are SIGKILLs: before and after every file operation of ours, at every change of a file of LanceDB's, and by the clock.
+By default they come in chains, each run killed at a moment of what the one before has left to do, because that costs a
+third; `SYNPIPE_TEST_KILLS=1400`, see `make torture`, is one at every operation of a whole build, each followed by an
+undisturbed run.
+"""
+
+import contextlib
 import os
 import shutil
+import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,11 +25,16 @@ from synpipe.shards import TEMPORARY_PREFIX, read_table, remove_leftovers
 from synpipe_tests.command import files
 from synpipe_tests.conftest import QUICK_EVALUATION
 from synpipe_tests.inputs import SHAPE, Inputs, Store, published
-from synpipe_tests.killable import PART, Killable, killable
+from synpipe_tests.killable import PART, Killable, Materialised, killable
 from synpipe_tests.textures import change_spec, make_outdated, write_textures
 
-KILLS = int(os.environ.get("SYNPIPE_TEST_KILLS") or 40)  # more for a night
-ENCODERS = {"tiny": ("test_resnet", 0), "other": ("test_vit", 0)}
+pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="forks, and asks the kernel with inotify")
+
+KILLS = int(os.environ.get("SYNPIPE_TEST_KILLS") or 130)
+CHAIN = 1 if KILLS >= 500 else 5
+ENCODERS = {"tiny": ("test_resnet", 0)}
+
+Kill = dict[str, Any]  # arguments of `Killable.materialise`
 
 
 def random_synapses(count: int, seed: int) -> dict[int, tuple[tuple[int, int, int], str]]:
@@ -43,37 +56,69 @@ AFTER = BEFORE.with_synapses(MOVED | ADDED | RELABELLED | dict.fromkeys((1020, 1
 class Story:
     """The inputs before and after a change, and what an undisturbed process makes of them.
 
-    before: a store of the former inputs. moments, first_moments: at which bringing it up to date, or the first build of all,
-    can be killed.
+    before: a store of the former inputs. undisturbed: what it takes to bring it up to date, and to make all from nothing.
     """
 
     def __init__(self, folder: Path, process: Killable):
         self.folder, self.process = folder, process
-        self.before, undisturbed, first = self.store("before"), self.store("undisturbed"), self.store("first")
+        self.before, updated, first = self.store("before"), self.store("undisturbed"), self.store("first")
         BEFORE.write(self.before.data)
         process.materialise(self.before)
         AFTER.write(self.before.data)
-        shutil.copytree(self.before.store, undisturbed.store)
-        self.update, self.first = process.materialise(undisturbed), process.materialise(first)
+        shutil.copytree(self.before.store, updated.store)
+        self.undisturbed = {"update": process.materialise(updated), "first": process.materialise(first)}
         self.expected = Store.read(first)
         assert self.expected.rows == dict.fromkeys(ENCODERS, AFTER.rows())
-        self.expected.assert_same(Store.read(undisturbed))
+        self.expected.assert_same(Store.read(updated))
 
     def store(self, name: str) -> Project:
         return Project(self.folder / "data", self.folder / name)
 
-    def resume(self, project: Project, kills: int = 1) -> tuple[int, int]:
-        """Run again, undisturbed; tiles cut out and embedded. The outcome must be as if nothing had happened."""
-        again = self.process.materialise(project)
-        assert not again.killed
-        folder = project.dataset("demo").folder
+    def survive(self, build: str, name: str, kills: Sequence[Kill], watched: bool = False) -> int:
+        """Kill one build after the other, then let it finish: the outcome must be as if nothing had happened.
+
+        watched: others read all the while. Returns how often it was killed: a build that a later kill finds done is not.
+        """
+        project = self.store(f"{build}-{name}")
+        if build == "update":
+            shutil.copytree(self.before.store, project.store)
+        runs: list[Materialised] = []
+        with Reader(project) if watched else contextlib.nullcontext():
+            for kill in kills:
+                runs.append(self.process.materialise(project, **kill))
+                if build == "update":
+                    look(project)
+                if not runs[-1].killed:
+                    break
+            killed = sum(run.killed for run in runs)
+            runs.append(self.process.materialise(project))
+        assert not runs[-1].killed
+        self.is_done(project, killed)
+        for work in ("cut_outs", "embedded"):
+            made = sum(getattr(run, work) for run in runs)
+            # Of vectors one part may be computed while another one is written.
+            lost = PART * killed * (2 if work == "embedded" else 1)
+            assert made - getattr(self.undisturbed[build], work) in range(lost + 1), work
+        shutil.rmtree(project.store)
+        return killed
+
+    def is_done(self, project: Project, kills: int) -> None:
+        dataset = project.dataset("demo")
         # What was being written: synapses and their rejects are, side by side.
-        assert len(list(folder.rglob(f"{TEMPORARY_PREFIX}*"))) <= 2 * kills
-        remove_leftovers(folder, older_than_s=0)
-        assert list(folder.rglob(f"{TEMPORARY_PREFIX}*")) == []
+        assert len(list(dataset.folder.rglob(f"{TEMPORARY_PREFIX}*"))) <= 2 * kills
+        remove_leftovers(dataset.folder, older_than_s=0)
+        assert list(dataset.folder.rglob(f"{TEMPORARY_PREFIX}*")) == []
         self.expected.assert_same(Store.read(project))
-        assert {state.state for state in states(project.dataset("demo"))} == {"fresh"}
-        return again.cut_outs, again.embedded
+        assert {state.state for state in states(dataset)} == {"fresh"}
+
+
+def look(project: Project) -> None:
+    """As a reader: indexes and tables must each be of one whole version."""
+    dataset, whole = project.dataset("demo"), [inputs.rows().keys() for inputs in (BEFORE, AFTER)]
+    for encoder in ENCODERS:
+        for table in (published(dataset, encoder), read_table(dataset.table_path(encoder))):
+            ids = table["synapse_id"].to_pylist()
+            assert len(ids) in map(len, whole) and set(ids) in whole
 
 
 @pytest.fixture(scope="module")
@@ -87,65 +132,31 @@ def story(process: Killable, tmp_path_factory: pytest.TempPathFactory) -> Story:
     return Story(tmp_path_factory.mktemp("story"), process)
 
 
-def spread(moments: str, count: int) -> list[int]:
-    """Numbers of `count` moments, from 1: two of three are writes, the rest while an index is published, all spread evenly."""
-    found: list[int] = []
-    for kind, share in (("w", count - count // 3), ("p", count // 3)):
-        numbers = [number for number, moment in enumerate(moments, 1) if moment == kind]
-        found += [numbers[place] for place in np.linspace(0, len(numbers) - 1, share).round().astype(int)]
-    return sorted(set(found))
+def spread(last: int, count: int) -> list[int]:
+    """`count` numbers from 1 to `last`, evenly."""
+    return sorted(set(np.linspace(1, last, count).round().astype(int).tolist()))
 
 
-def test_a_first_build_killed_at_any_moment(story: Story):
-    kills = spread(story.first.moments, KILLS * 2 // 5)
-    assert len(kills) > KILLS // 3
-    for at in kills:
-        project = story.store(f"first-{at}")
-        killed = story.process.materialise(project, kill_at=at)
-        assert killed.killed and len(killed.moments) == at
-        cut_outs, embedded = story.resume(project)
-        assert killed.cut_outs + cut_outs - story.first.cut_outs in range(PART + 1)
-        assert killed.embedded + embedded - story.first.embedded in range(2 * PART + 1)
-        assert leftovers(project.dataset("demo")) == []
-        shutil.rmtree(project.store)
+@pytest.mark.parametrize("build", ["first", "update"])
+@pytest.mark.parametrize("where", ["at", "change"])
+def test_killed_at_any_file_operation(story: Story, build: str, where: str):
+    """at: of ours, in synapses, tiles, embeddings, tables and manifests; change: of LanceDB's."""
+    whole = story.undisturbed[build]
+    last, share = (len(whole.moments), 0.28) if where == "at" else (whole.changes - 5, 0.16)
+    wanted, killed, random = min(last, round(KILLS * share)), 0, np.random.default_rng(0)
+    for first in spread(last, -(-wanted // CHAIN)):
+        # Of what is left to do: early, so that the next has something left as well.
+        rest = random.integers(1, max(2, last // 12), CHAIN - 1).tolist()
+        killed += story.survive(build, f"{where}-{first}", [{where: each} for each in (first, *rest)])
+    assert killed >= 0.75 * wanted
 
 
-def test_an_update_killed_at_any_moment_while_others_read(story: Story):
-    kills = spread(story.update.moments, KILLS * 2 // 5)
-    assert len(kills) > KILLS // 3
-    for at in kills:
-        project = story.store(f"update-{at}")
-        shutil.copytree(story.before.store, project.store)
-        with Reader(project) as reader:
-            killed = story.process.materialise(project, kill_at=at)
-            assert killed.killed and len(killed.moments) == at
-            reader.must_look_again()
-            cut_outs, embedded = story.resume(project)
-        assert killed.cut_outs + cut_outs - story.update.cut_outs in range(PART + 1)
-        assert killed.embedded + embedded - story.update.embedded in range(2 * PART + 1)
-        shutil.rmtree(project.store)
-
-
-def test_an_update_killed_by_the_clock(story: Story):
+def test_killed_by_the_clock_while_others_read(story: Story):
     """At moments of no one's choosing: in the middle of a file, in the threads of LanceDB."""
-    for number, after_s in enumerate(np.linspace(0.02, 1.0, KILLS // 5)):
-        project = story.store(f"clock-{number}")
-        shutil.copytree(story.before.store, project.store)
-        with Reader(project) as reader:
-            story.process.materialise(project, kill_after_s=float(after_s))
-            reader.must_look_again()
-            story.resume(project)
-        shutil.rmtree(project.store)
-
-
-def test_a_build_killed_over_and_over_gets_done(story: Story):
-    project, at, cut_outs, embedded, kills = story.store("again"), 10, 0, 0, 0
-    while (done := story.process.materialise(project, kill_at=at)).killed:
-        cut_outs, embedded, kills, at = cut_outs + done.cut_outs, embedded + done.embedded, kills + 1, at + 10 + at // 5
-    assert kills > 5
-    assert story.resume(project, kills) == (0, 0)
-    assert cut_outs + done.cut_outs - story.first.cut_outs in range(PART * kills + 1)
-    assert embedded + done.embedded - story.first.embedded in range(2 * PART * kills + 1)
+    killed = 0
+    for number, after_s in enumerate(np.linspace(0.02, 0.6, round(KILLS * 0.1))):
+        killed += story.survive("update", f"clock-{number}", [{"after_s": float(after_s)}], watched=True)
+    assert killed
 
 
 def test_what_learns_and_judges_killed_at_any_moment(process: Killable, tmp_path: Path):
@@ -164,10 +175,14 @@ def test_what_learns_and_judges_killed_at_any_moment(process: Killable, tmp_path
     expected = learnt(undisturbed)
     assert {path.split("/")[0] for path in expected} >= {"predictions", "projections", "evaluation", "tables"}
     numbers = [number for number, moment in enumerate(moments, 1) if moment == "l"]
-    places = np.linspace(0, len(numbers) - 1, KILLS // 8).round().astype(int)
-    for at in sorted({numbers[place] for place in places}):
-        project = copied(f"learnt-{at}")
-        assert process.materialise(project, kill_at=at).killed
+    places = [numbers[place - 1] for place in spread(len(numbers), min(len(numbers), KILLS // 20))]
+    for first in range(0, len(places), CHAIN):
+        project = copied(f"learnt-{first}")
+        done = 0  # of the moments of a whole build, by the kills before
+        for at in places[first : first + CHAIN]:
+            run = process.materialise(project, at=max(1, at - done))
+            assert run.killed and (run.cut_outs, run.embedded) == (0, 0)
+            done = at
         again = process.materialise(project)
         assert not again.killed and (again.cut_outs, again.embedded) == (0, 0)
         remove_leftovers(project.store, older_than_s=0)
@@ -186,31 +201,23 @@ def learnt(project: Project) -> dict[str, bytes]:
 
 
 class Reader:
-    """Reads the indexes and the tables of a store all the while, as a service would: each must be of one whole version."""
+    """Reads the indexes and the tables of a store all the while, as a service would."""
+
+    PAUSE_S = 0.02
 
     def __init__(self, project: Project):
-        self._dataset = project.dataset("demo")
-        self._whole = [inputs.rows().keys() for inputs in (BEFORE, AFTER)]
-        self._looked, self._stop = threading.Event(), threading.Event()
+        self._project = project
+        self._looks, self._stop = 0, threading.Event()
         self._problem: BaseException | None = None
         self._thread = threading.Thread(target=self._look, daemon=True)
 
     def _look(self) -> None:
         try:
-            while not self._stop.is_set():
-                for encoder in ENCODERS:
-                    for table in (published(self._dataset, encoder), read_table(self._dataset.table_path(encoder))):
-                        ids = table["synapse_id"].to_pylist()
-                        assert len(ids) in map(len, self._whole) and set(ids) in self._whole
-                self._looked.set()
+            while not self._stop.wait(self.PAUSE_S):
+                look(self._project)
+                self._looks += 1
         except BaseException as problem:
             self._problem = problem
-            self._looked.set()
-
-    def must_look_again(self) -> None:
-        self._looked.clear()
-        assert self._looked.wait(30)
-        assert self._problem is None, self._problem
 
     def __enter__(self) -> "Reader":
         self._thread.start()
@@ -220,3 +227,4 @@ class Reader:
         self._stop.set()
         self._thread.join(30)
         assert self._problem is None, self._problem
+        assert self._looks

@@ -1,5 +1,6 @@
 """Runs that meet in one store, and runs that are killed."""
 
+import re
 import signal
 import subprocess
 import sys
@@ -10,7 +11,12 @@ import dagster as dg
 
 from synpipe.datasets import Project
 from synpipe.defs.locks import DIED, one_step_at_a_time
-from synpipe_tests.conftest import environment, run_synpipe
+from synpipe.graph import states
+from synpipe.history import versions
+from synpipe.housekeeping import leftovers
+from synpipe_tests.command import answer, invoke
+from synpipe_tests.conftest import environment
+from synpipe_tests.inputs import Inputs, Store
 
 
 def test_a_killed_run_blocks_nothing_and_is_shown_as_failed(project: Project, tmp_path: Path) -> None:
@@ -25,11 +31,42 @@ def test_a_killed_run_blocks_nothing_and_is_shown_as_failed(project: Project, tm
         killed.send_signal(signal.SIGKILL)
         killed.wait()
     # The lock is taken by nobody now, whatever the dead process had of it.
-    again = run_synpipe(project, "materialize", "--select", "volume", timeout_s=120)
-    assert again.returncode == 0, again.stderr
+    again = invoke(project, "materialize", "--select", "volume")
+    assert again.exit_code == 0, again.stderr
     assert "waiting" not in again.stderr
 
     with dg.DagsterInstance.from_config(str(project.store / "dagster_home")) as instance:
         second, first = instance.get_runs()
         assert (first.status, second.status) == (dg.DagsterRunStatus.FAILURE, dg.DagsterRunStatus.SUCCESS)
         assert DIED in [event.message for event in instance.all_logs(first.run_id)]
+
+
+def test_two_runs_of_the_same_assets_at_once_and_a_clearing_up_in_between(tmp_path: Path) -> None:
+    """Both succeed, nothing is made twice, and what one of them has just made is not taken for a leftover."""
+    inputs = Inputs({1000 + number: ((number % 6, 40 * number, 500 - 30 * number), "gaba") for number in range(12)})
+    project = Project(tmp_path / "data", tmp_path / "store")
+    inputs.write(project.data)
+    dataset = project.dataset("demo")
+    command = [str(Path(sys.executable).parent / "synpipe"), "materialize"]
+    both = [subprocess.Popen(command, env=environment(project), stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    cleared = 0
+    while any(run.poll() is None for run in both):
+        if dataset.folder.exists():
+            answer(project, "gc", "--delete")
+            cleared += 1
+        time.sleep(0.3)
+    said = [run.communicate()[1] for run in both]
+    assert [run.returncode for run in both] == [0, 0], said
+    assert cleared > 3
+
+    found = Store.read(project)
+    assert found.rows == {"tiny": inputs.rows()}
+    assert {state.state for state in states(dataset)} == {"fresh"}
+    # A cut-out, a vector and a build of the index: each was made by one of the two.
+    for words, of_all in (("cut-outs made", 12), ("tiles embedded", 12)):
+        made = [int(number) for text in said for number in re.findall(rf"(\d+) {words}", text)]
+        assert sorted(made) == [0, of_all], said
+    assert sum(text.count("rows written, building indexes") for text in said) == 1
+    assert len(versions(dataset, "tiny")) == 1 and leftovers(dataset) == []
+    with dg.DagsterInstance.from_config(str(project.store / "dagster_home")) as instance:
+        assert [run.status for run in instance.get_runs()] == [dg.DagsterRunStatus.SUCCESS] * 2

@@ -21,6 +21,7 @@ from pydantic import Field
 from synpipe.errors import SynpipeError
 from synpipe.shards import (
     atomic_path,
+    is_whole,
     read_json,
     read_table,
     remove_leftovers,
@@ -229,12 +230,16 @@ def test_damage_of_a_table_is_found(tmp_path: Path) -> None:
         content = bytearray(whole)
         content[place] ^= 1
         damaged.write_bytes(content)
-        with pytest.raises(SynpipeError, match=r"damaged\.parquet is damaged .* materialise again"):
+        assert not is_whole(damaged)
+        with pytest.raises(SynpipeError, match=r"damaged\.parquet is damaged .* moved .* Materialise again"):
             read_table(damaged)
+        assert not damaged.exists() and (tmp_path / "damaged.parquet.damaged").read_bytes() == content
     for length in (0, 3, 4, 100, len(whole) // 2, len(whole) - 1):
         damaged.write_bytes(whole[:length])
+        assert not is_whole(damaged)
         with pytest.raises(SynpipeError, match=r"damaged\.parquet is damaged"):
             read_table(damaged)
+    assert is_whole(path) and read_table(path).num_rows == 500
 
 
 def test_absent_and_damaged_documents(tmp_path: Path) -> None:

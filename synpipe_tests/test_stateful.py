@@ -34,7 +34,7 @@ PLACES = st.sampled_from([(z, y, x) for z in (0, 2, SHAPE[0] - 1) for y in (10, 
 LABELS = st.sampled_from(["gaba", "glutamate"])
 SEEDS = st.sampled_from([0, 1])
 # After a change: bring the store up to date, be killed at this moment of doing so, or change more.
-THEN = st.sampled_from(["materialise", "wait"]) | st.integers(1, 400)
+THEN = st.sampled_from(["materialise", "wait"]) | st.integers(1, 150)
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +77,7 @@ class Changes(RuleBasedStateMachine):
         if then == "materialise":
             self.materialise()
         elif isinstance(then, int):
-            self.process.materialise(self.project, kill_at=then)
+            self.process.materialise(self.project, at=then)
 
     # Changes of the inputs.
 

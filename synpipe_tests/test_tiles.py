@@ -412,7 +412,7 @@ def test_truncated_absent_and_strange_parts_are_named(parts: pa.Table, tmp_path:
     whole = path.read_bytes()
     for length in (0, 100, 2048, len(whole) // 2, len(whole) - 1):
         path.write_bytes(whole[:length])
-        with pytest.raises(SynpipeError, match=rf"{path.name}, row \d, cannot be read") as caught:
+        with pytest.raises(SynpipeError, match=rf"{path.name}, row \d, cannot be read .* Materialise again") as caught:
             reader_of(parts, tmp_path).by_id(1000)
         assert "\n" not in str(caught.value)
     with h5py.File(path, "w") as file:
@@ -420,26 +420,36 @@ def test_truncated_absent_and_strange_parts_are_named(parts: pa.Table, tmp_path:
     with pytest.raises(SynpipeError, match="cannot be read"):
         reader_of(parts, tmp_path).by_id(1004)
     path.unlink()
-    with pytest.raises(SynpipeError, match="cannot be read"):
+    with pytest.raises(SynpipeError, match="are not there: materialise"):
         reader_of(parts, tmp_path).by_id(1000)
 
 
-def test_a_damaged_index_of_a_part_is_named(volume: Volume, parts: pa.Table, tmp_path: Path) -> None:
-    (path,) = tmp_path.glob("*.parquet")
-    path.write_bytes(path.read_bytes()[:-10])
-    with pytest.raises(SynpipeError, match=f"{path.name} is damaged"):
-        extract(volume, TileSpec(), tmp_path, STARTS)
-
-
-def test_what_was_deleted_as_damaged_and_made_again_is_read_anew(volume, parts, tmp_path: Path) -> None:
-    """The advice of the error message works, in the same process too."""
-    path = flip_a_byte(tmp_path, row=4)
+def test_damaged_parts_are_named_moved_aside_and_cut_out_again(
+    volume: Volume, parts: pa.Table, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A flipped byte once it was read; a truncated file, or an index with a flipped byte, at once."""
+    (index,), (tiles,), whole = tmp_path.glob("*.parquet"), tmp_path.glob("*.h5"), reader_of(parts, tmp_path)
+    expected = whole.read(np.arange(5))
     last = parts["row"].to_pylist().index(4)
-    with pytest.raises(SynpipeError, match="checksum"):
-        reader_of(parts, tmp_path).by_id(1000 + last)
-    path.unlink()
-    again, _ = extract(volume, TileSpec(), tmp_path, STARTS)
-    reader_of(again, tmp_path).by_id(1000 + last)
+
+    def flip() -> Path:
+        flip_a_byte(tmp_path, row=4)
+        with pytest.raises(SynpipeError, match="checksum"):
+            reader_of(parts, tmp_path).by_id(1000 + last)
+        return tiles
+
+    def truncate(path: Path, by: int) -> Path:
+        path.write_bytes(path.read_bytes()[:-by])
+        return path
+
+    for spoil in (flip, lambda: truncate(tiles, 1), lambda: truncate(tiles, 100_000), lambda: truncate(index, 10)):
+        damaged = spoil()
+        caplog.clear()
+        again, made = extract(volume, TileSpec(), tmp_path, STARTS)
+        assert made == len(STARTS) and f"{damaged} is damaged" in caplog.text
+        assert damaged.with_name(f"{damaged.name}.damaged").stat().st_size > 0
+        np.testing.assert_array_equal(reader_of(again, tmp_path).read(np.arange(5)), expected)
+        assert extract(volume, TileSpec(), tmp_path, STARTS)[1] == 0
 
 
 def test_several_threads_read_the_same_tiles(parts: pa.Table, tmp_path: Path) -> None:
