@@ -25,7 +25,8 @@ from synpipe.manifests import find_manifest, read_manifest
 from synpipe.pipeline import Inputs, Log, Made, is_of_version, metadata_of, shard_name, version_of
 from synpipe.shards import atomic_path, write_table
 from synpipe.specs import digest
-from synpipe.streams import SmallestHashes, by_shard, in_blocks, read_parts, rows_of_each
+from synpipe.streams import SmallestHashes, by_shard, in_blocks, read_parts
+from synpipe.tiles import rows_by_shard
 
 # Vectors that are placed on a fitted map at once: beyond what the fit took, memory does not grow with the data set.
 TRANSFORM_ROWS = 20_000
@@ -186,7 +187,7 @@ def _read(cache: EmbeddingCache, tiles: pa.Table) -> np.ndarray:
     if not len(tiles):
         raise SynpipeError("There is no tile, so there are no vectors. Look at the rejects.")
     vectors: np.ndarray | None = None
-    for shard, rows in rows_of_each(tiles["shard"].to_numpy()).items():
+    for shard, rows in rows_by_shard(tiles["shard"].to_numpy()):
         found = cache.read(shard_name(shard), tiles["content_hash"].take(rows).to_pylist())
         if vectors is None:
             vectors = np.empty((len(tiles), found.shape[1]), np.float32)

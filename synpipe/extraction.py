@@ -25,8 +25,7 @@ from synpipe.errors import SynpipeError
 from synpipe.shards import DAMAGED, atomic_path, read_table, set_aside, write_table
 from synpipe.specs import digest
 from synpipe.storage import BulkPath, listed
-from synpipe.streams import rows_of_each
-from synpipe.tiles import PART_SCHEMA, SECTIONS, TILE_PX, CutOut, TileSpec, damage_mark, shard_of
+from synpipe.tiles import PART_SCHEMA, SECTIONS, TILE_PX, CutOut, TileSpec, damage_mark, rows_by_shard, shard_of
 from synpipe.volumes import AccessDenied, Volume
 
 PART_TILES = 512  # 100 MB at 256 px: the memory that tiles need until they are written, and what a kill can cost
@@ -77,8 +76,9 @@ def extract_shards(
     Raises `SynpipeError` where the volume could not be read everywhere, after all other shards have been cut out;
     `AccessDenied` at once where it may not be read.
     """
-    windows, parts = rows_of_each(shard_of(starts_zyx, spec)), _list_parts(folder)
-    missing = [_missing(_read_parts(parts, shard), starts_zyx[rows]) for shard, rows in windows.items()]
+    windows = rows_by_shard(shard_of(starts_zyx, spec))
+    parts = _list_parts(folder)
+    missing = [_missing(_read_parts(parts, shard), starts_zyx[rows]) for shard, rows in windows]
     made = sum(map(len, missing))
     progress(len(starts_zyx) - made)
     if made:
@@ -87,7 +87,7 @@ def extract_shards(
         parts = _list_parts(folder)
 
     def found() -> Iterator[tuple[np.ndarray, pa.Table]]:
-        for shard, rows in windows.items():
+        for shard, rows in windows:
             table = _read_parts(parts, shard)
             place = {key: row for row, key in enumerate(_keys(table))}
             yield rows, table.take([place[key] for key in map(tuple, starts_zyx[rows].tolist())])

@@ -147,11 +147,11 @@ def _publish(
                 "embeddings."
             )
     digests = index_files.digests(folder / f"{name}.lance", index_files.written(folder / f"{name}.lance") - before)
-    settings = {"synpipe.nprobes": str(nprobes), index_files.KEY.decode(): digests}
+    told = {"synpipe.nprobes": str(nprobes), index_files.KEY.decode(): digests}
     for queries, recall in recalls.items():
-        settings["synpipe.rarest_class_recall_at_10" if queries else "synpipe.recall_at_10"] = f"{recall:.4f}"
-        settings |= {"synpipe.rarest_class": queries} if queries else {}
-    table.update_field_metadata({"path": "vector", "metadata": settings})
+        told["synpipe.rarest_class_recall_at_10" if queries else "synpipe.recall_at_10"] = f"{recall:.4f}"
+        told |= {"synpipe.rarest_class": queries} if queries else {}
+    table.update_field_metadata({"path": "vector", "metadata": told})
     tag = tag_for(data_version, provenance["encoder_fingerprint"])
     for label in (tag, CURRENT):
         _move_tag(table, label)

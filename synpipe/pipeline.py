@@ -213,7 +213,6 @@ def make_synapse_stacks(dataset: Dataset, inputs: Inputs, log: Log) -> Made:
         plan = workers.Cutting(dataset.spec.volume, dataset.base, inputs["volume"], spec, folder)
         elsewhere = partial(workers.cut_out, plan, progress=progress, log=log) if on_cluster() else None
         found, made = extract_shards(volume, spec, folder, starts, progress, elsewhere)
-        bytes_read = volume.bytes_read
         for rows, cut in found:
             files = pc.binary_join_element_wise(f"tiles/{recipe}", cut["part"], "/")
             place = {"synapse_id": ids[rows], "shard": cut["shard"], "file": files}
@@ -222,6 +221,7 @@ def make_synapse_stacks(dataset: Dataset, inputs: Inputs, log: Log) -> Made:
             rejected += len(stack_table) - stack_table["reason"].null_count
             shards += 1
             stacks.add(stack_table)
+        bytes_read = volume.bytes_read
         # Of the content, not of the inputs: a changed label or a file that was only copied leads to the same stacks.
         version = version_of("synapse_stacks", {}, content.value())
         with table_writer(dataset.stacks_path, STACKS_SCHEMA, metadata_of(dataset, version, inputs)) as writer:
@@ -271,17 +271,11 @@ def open_tiles(dataset: Dataset, synapse_ids: Sequence[int] | None = None) -> ti
     Raises `SynpipeError` where they have not been made.
     """
     stacking = read_manifest(dataset, "rgb_tiles").counts["stacking"]
-    return tiles.TileReader(
-        read_table(dataset.tiles_path) if synapse_ids is None else _rows_of(dataset, synapse_ids),
-        dataset.bulk_folder,
-        stacking,
-    )
-
-
-def _rows_of(dataset: Dataset, synapse_ids: Sequence[int]) -> pa.Table:
+    if synapse_ids is None:
+        return tiles.TileReader(read_table(dataset.tiles_path), dataset.bulk_folder, stacking)
     wanted = pa.array(synapse_ids, pa.int64())
     parts = (part.filter(pc.is_in(part["synapse_id"], value_set=wanted)) for part in read_parts(dataset.tiles_path))
-    return pa.concat_tables(parts)
+    return tiles.TileReader(pa.concat_tables(parts), dataset.bulk_folder, stacking)
 
 
 def make_rejects(dataset: Dataset, inputs: Inputs, log: Log) -> Made:

@@ -180,20 +180,22 @@ def table_writer(path: Path, schema: pa.Schema, metadata: dict[str, str] | None 
 
 def read_table(path: BulkPath, columns: list[str] | None = None) -> pa.Table:
     """Read one Parquet file of the store. Raises `SynpipeError` where it is absent, or damaged: it is then moved aside."""
-    try:
+    with reading(path):
         source = pa.BufferReader(path.read_bytes()) if isinstance(path, ObjectPath) else path
         return pq.ParquetFile(source, memory_map=True, page_checksum_verification=True).read(columns=columns)
+
+
+@contextlib.contextmanager
+def reading(path: BulkPath) -> Iterator[None]:
+    """Say of a Parquet file of the store what is wrong with it; what is damaged is moved aside."""
+    try:
+        yield
     except FileNotFoundError:
         raise SynpipeError(f"{path} does not exist: materialise the asset that makes it.") from None
     except (pa.ArrowInvalid, OSError) as error:
-        raise unreadable(path, error) from None
-
-
-def unreadable(path: BulkPath, error: Exception) -> SynpipeError:
-    """The error to raise for what pyarrow says of a Parquet file: it is out of reach, or damaged, see `damaged`."""
-    if isinstance(error, OSError) and error.errno:  # a wrong checksum is an OSError without a number
-        return SynpipeError(f"Cannot read {path}: {error.strerror}. Check that file.")
-    return damaged(path, error)
+        if isinstance(error, OSError) and error.errno:  # a wrong checksum is an OSError without a number
+            raise SynpipeError(f"Cannot read {path}: {error.strerror}. Check that file.") from None
+        raise damaged(path, error) from None
 
 
 def is_whole(path: BulkPath) -> bool:

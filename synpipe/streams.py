@@ -18,8 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from synpipe.errors import SynpipeError
-from synpipe.shards import unreadable
+from synpipe.shards import reading
 from synpipe.specs import digest
 
 BATCH_ROWS = 8192
@@ -32,16 +31,12 @@ def read_parts(path: Path, columns: list[str] | None = None) -> Iterator[pa.Tabl
 
     Raises `SynpipeError` where it is absent, or damaged: it is then moved aside.
     """
-    try:
+    with reading(path):
         file = pq.ParquetFile(path, memory_map=True, page_checksum_verification=True)
         if file.metadata.num_rows == 0:
             yield file.read(columns=columns)
         for batch in file.iter_batches(BATCH_ROWS, columns=columns):
             yield pa.Table.from_batches([batch])
-    except FileNotFoundError:
-        raise SynpipeError(f"{path} does not exist: materialise the asset that makes it.") from None
-    except (pa.ArrowInvalid, OSError) as error:
-        raise unreadable(path, error) from None
 
 
 def column_of(path: Path, ids: np.ndarray, name: str) -> np.ndarray:
@@ -75,12 +70,6 @@ def by_shard(parts: Iterable[pa.Table]) -> Iterator[tuple[int, pa.Table]]:
             held.append(part.slice(rows.start, rows.stop - rows.start))
     if held:
         yield number, pa.concat_tables(held).combine_chunks()
-
-
-def rows_of_each(numbers: np.ndarray) -> dict[int, np.ndarray]:
-    """Rows, ascending, by number, int (n,), in the order of the numbers; in one sort, however many numbers there are."""
-    order = np.argsort(numbers, kind="stable")
-    return {number: order[rows] for number, rows in _runs(numbers[order])}
 
 
 def _runs(numbers: np.ndarray) -> Iterator[tuple[int, slice]]:
@@ -133,12 +122,14 @@ class RowsById:
         """The rows of these ids, int64 (n,), in their order; all null for one that has none."""
         known = self.knows(ids)
         wanted = self._order[np.searchsorted(self._ids, ids[known])]
-        parts = np.searchsorted(self._starts, wanted, side="right") - 1
-        taken, place, count = [], np.zeros(len(ids), np.int64), 0
-        for part, rows in rows_of_each(parts).items():
-            taken.append(self._reader.get_batch(part).take(pa.array(wanted[rows] - self._starts[part])))
-            place[np.flatnonzero(known)[rows]] = count + np.arange(len(rows))
-            count += len(rows)
+        part_of = np.searchsorted(self._starts, wanted, side="right") - 1
+        order = np.argsort(part_of, kind="stable")
+        taken = [
+            self._reader.get_batch(part).take(pa.array(wanted[order[rows]] - self._starts[part]))
+            for part, rows in _runs(part_of[order])
+        ]
+        place = np.zeros(len(ids), np.int64)
+        place[np.flatnonzero(known)[order]] = np.arange(len(order))
         found = pa.Table.from_batches(taken, self.schema).combine_chunks()
         return found.take(pa.array(place, mask=~known))
 

@@ -22,8 +22,7 @@ from synpipe.engines import Work, connect
 from synpipe.errors import SynpipeError
 from synpipe.extraction import Failures
 from synpipe.storage import BulkPath
-from synpipe.streams import rows_of_each
-from synpipe.tiles import TileReader, TileSpec, shard_of
+from synpipe.tiles import TileReader, TileSpec, rows_by_shard, shard_of
 from synpipe.volumes import AccessDenied, Volume, VolumeSpec
 
 Log = Callable[[str], None]
@@ -52,7 +51,7 @@ def cut_out(plan: Cutting, starts: np.ndarray, progress: Callable[[int], None], 
 
     Shards are read apart: a chunk of the volume that two of them need is fetched twice.
     """
-    by_shard = rows_of_each(shard_of(starts, plan.tiles))
+    by_shard = dict(rows_by_shard(shard_of(starts, plan.tiles)))
     needs = ((shard_name(shard), (shard, starts[rows])) for shard, rows in by_shard.items())
     failures = Failures()
     for name, result in connect().run(prepare_cutting, plan, needs, len(by_shard), log):
