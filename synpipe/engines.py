@@ -67,8 +67,8 @@ def _connect(ray: Any) -> None:
             ray.init(include_dashboard=False, logging_level="ERROR")
     except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
         raise SynpipeError(
-            f"The Ray cluster {where} cannot be used ({_line(error)}): check RAY_ADDRESS and that `ray status` works here, "
-            "or unset SYNPIPE_ENGINE to work in this process."
+            f"The Ray cluster {where} cannot be used ({_line(error)}): check RAY_ADDRESS, and RAY_AUTH_MODE, which is "
+            "`token` for a cluster that wants one, until `ray status` works here; or unset SYNPIPE_ENGINE to work in this process."
         ) from error
 
 
@@ -150,9 +150,11 @@ class Cluster:
                         f"No worker of the Ray cluster could be started, the last one because: {reason}. Is the same synpipe "
                         "installed on all of its machines?"
                     )
-                done, _ = ray.wait([*busy], timeout=CHECK_S)
+                done = self._wait([*busy])
                 if not done and not any(job for _, job in busy.values()):
-                    log(f"waiting for a worker: the cluster has {ray.cluster_resources().get(kind, 0):g} {kind}s")
+                    log(
+                        f"waiting for workers to start: the cluster has {ray.cluster_resources().get(kind, 0):g} {kind}s"
+                    )
                 for finished in done:
                     worker, job = busy.pop(finished)
                     try:
@@ -184,6 +186,15 @@ class Cluster:
         finally:
             for worker in [*idle, *(worker for worker, _ in busy.values())]:
                 ray.kill(worker)
+
+    def _wait(self, for_any_of: list[Any]) -> list[Any]:
+        """Those that are finished: one, or none within `CHECK_S`."""
+        try:
+            return self._ray.wait(for_any_of, timeout=CHECK_S)[0]
+        except SystemError as error:  # how Ctrl-C arrives out of Ray's C++
+            if isinstance(error.__cause__, KeyboardInterrupt):
+                raise KeyboardInterrupt from None
+            raise
 
 
 def _next(shards: Iterator[tuple[str, Any]]) -> _Job | None:

@@ -41,10 +41,11 @@ _uploads = ThreadPoolExecutor(thread_name_prefix="upload")
 
 @dataclass(frozen=True)
 class Status:
-    """Of an object. st_size: bytes. st_mtime: seconds since 1970, when it was uploaded."""
+    """Of an object, or of a folder. st_size: bytes. st_mtime: seconds since 1970, when it was uploaded."""
 
     st_size: int
     st_mtime: float
+    is_file: bool
 
 
 @dataclass(frozen=True, order=True)
@@ -56,7 +57,7 @@ class ObjectPath:
     """
 
     address: str
-    # As the listing gave it that found this object: asking again would take a request for each.
+    # As the listing gave it that found this object, for `is_file`, `is_dir` and `stat`: asking again would take a request each.
     _listed: Status | None = field(default=None, compare=False, repr=False)
 
     def __str__(self) -> str:
@@ -106,13 +107,18 @@ class ObjectPath:
         return self._info().type != pafs.FileType.NotFound
 
     def is_file(self) -> bool:
-        return self._info().type == pafs.FileType.File
+        found = self._status()
+        return found is not None and found.is_file
 
     def is_dir(self) -> bool:
-        return self._info().type == pafs.FileType.Directory
+        found = self._status()
+        return found is not None and not found.is_file
+
+    def _status(self) -> Status | None:
+        return self._listed or _status(self._info())
 
     def stat(self) -> Status:
-        found = self._listed or _status(self._info())
+        found = self._status()
         if found is None:
             raise FileNotFoundError(f"{self} does not exist")
         return found
@@ -290,4 +296,5 @@ def _file_system(scheme: str, endpoint_s3: str | None, endpoint: str | None, *re
 def _status(info: pafs.FileInfo) -> Status | None:
     if info.type == pafs.FileType.NotFound:
         return None
-    return Status(info.size or 0, (info.mtime or datetime.fromtimestamp(0, UTC)).timestamp())
+    modified = info.mtime or datetime.fromtimestamp(0, UTC)
+    return Status(info.size or 0, modified.timestamp(), info.type == pafs.FileType.File)

@@ -81,7 +81,7 @@ def prepare_cutting(plan: Cutting) -> Work:
         shard, starts = needs
         if again:
             starts = extraction.missing_windows(plan.folder, shard, starts)
-        return extraction.cut_out_windows(volume, plan.tiles, plan.folder, starts)
+        return extraction.cut_out_windows(volume, plan.tiles, plan.folder, starts) if len(starts) else Failures()
 
     return work
 
@@ -127,7 +127,7 @@ def embed(
         bulk=bulk,
         embeddings=bulk / "embeddings",
         stacking=stacking,
-        device="cuda" if on_gpus else "cpu",
+        device="auto" if on_gpus else "cpu",
     )
     needs = ((shard_name(shard), (shard_name(shard), index.select(NEEDED_COLUMNS))) for shard, index in shards)
     embedded, failed = embedding.Embedded(), {}
