@@ -23,7 +23,7 @@ from synpipe.chunk_plan import Chunk, plan
 from synpipe.errors import SynpipeError
 from synpipe.shards import DAMAGED, atomic_path, read_table, set_aside, write_table
 from synpipe.specs import digest
-from synpipe.tiles import PART_SCHEMA, SECTIONS, TILE_PX, CutOut, TileSpec, damage_mark, shard_of
+from synpipe.tiles import PART_SCHEMA, SECTIONS, SUSPECT, TILE_PX, CutOut, TileSpec, shard_of
 from synpipe.volumes import AccessDenied, Volume
 
 PART_TILES = 512  # 100 MB at 256 px: the memory that tiles need until they are written, and what a kill can cost
@@ -176,8 +176,9 @@ def _failure(failed: dict[int, SynpipeError], lost: int, of: int, gave_up: bool)
 
 def damaged_parts(folder: Path) -> list[Path]:
     """Files of tiles, below the folders of all recipes, that were found to be damaged and are not there again."""
-    marks = {mark.with_suffix(""): mark for mark in sorted(folder.glob(f"*/*.h5{DAMAGED}"))}
-    return [path for path, mark in marks.items() if not path.exists() or not mark.stat().st_size]
+    suspect = {mark.with_suffix("") for mark in folder.glob(f"*/*.h5{SUSPECT}")}
+    moved = {aside.with_suffix("") for aside in folder.glob(f"*/*.h5{DAMAGED}")}
+    return sorted(suspect | {path for path in moved if not path.exists()})
 
 
 def _read_parts(folder: Path, shard: int) -> pa.Table:
@@ -200,10 +201,11 @@ def _read_part(path: Path, tiles_path: Path) -> pa.Table | None:
         logger.warning("%s", error)
         return None
     size = int((table.schema.metadata or {}).get(BYTES_KEY, tiles_path.stat().st_size))  # older parts do not say it
-    mark = damage_mark(tiles_path)
-    if tiles_path.stat().st_size == size and not (mark.exists() and not mark.stat().st_size):
+    mark = tiles_path.with_suffix(f"{tiles_path.suffix}{SUSPECT}")
+    if tiles_path.stat().st_size == size and not mark.exists():
         return table
     logger.warning("%s is damaged: moved to %s, its tiles are cut out again", tiles_path, set_aside(tiles_path).name)
+    mark.unlink(missing_ok=True)
     return None
 
 

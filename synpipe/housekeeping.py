@@ -132,7 +132,8 @@ def _tiles(dataset: Dataset) -> list[Leftover]:
     return [
         _leftover(path, "tiles of no synapse")
         for path in _files(dataset.cut_outs_folder, "*/*")
-        if str(path.with_suffix(".h5").relative_to(dataset.folder)) not in used
+        # `<part>.h5`, its index `<part>.parquet`, and the mark of a part that is damaged.
+        if str(path.with_name(f"{path.name.partition('.')[0]}.h5").relative_to(dataset.folder)) not in used
     ]
 
 

@@ -21,13 +21,13 @@ from PIL import Image
 from pydantic import Field, FiniteFloat, PositiveInt
 
 from synpipe.errors import SynpipeError
-from synpipe.shards import DAMAGED
 from synpipe.specs import Spec, digest
 from synpipe.volume_sources import HDF5_ERRORS
 from synpipe.volumes import MissingChunk, Volume
 
 SECTIONS = 3
 TILE_PX = 256  # height and width of a tile, in voxels of the volume
+SUSPECT = ".suspect"  # suffix of an empty file that says of the part beside it that tiles in it are damaged
 STEP_TOLERANCE = 1e-4  # of a section: a step is written with the digits that a person writes
 CUT_OUT_VERSION = 1  # raise it whenever `cut_out` would make other bytes or another row of the same recipe
 
@@ -276,14 +276,9 @@ class TileReader:
         return np.broadcast_to(tile[1], tile.shape) if self._grey else tile
 
 
-def damage_mark(path: Path) -> Path:
-    """File that says, by being there and empty, that tiles of a part are damaged; the part itself once it is replaced."""
-    return path.with_suffix(f"{path.suffix}{DAMAGED}")
-
-
 def _damaged(path: Path, problem: str) -> SynpipeError:
     with contextlib.suppress(OSError):  # a reader's, of a store that it may not write
-        damage_mark(path).touch()
+        path.with_suffix(f"{path.suffix}{SUSPECT}").touch()
     return SynpipeError(
         f"Tiles {path}, {problem}: the file is damaged. Materialise again: synapse_stacks cuts its tiles out anew."
     )
