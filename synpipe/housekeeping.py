@@ -12,10 +12,13 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
+
 from synpipe.datasets import Dataset
 from synpipe.graph import states, steps
 from synpipe.manifests import find_manifest, find_version, read_manifest
-from synpipe.shards import DAMAGED, TEMPORARY_PREFIX, is_whole, read_table
+from synpipe.shards import DAMAGED, TEMPORARY_PREFIX, read_table
 
 
 @dataclass(frozen=True)
@@ -151,9 +154,11 @@ def _embeddings(dataset: Dataset) -> list[Leftover]:
         if path.parent.name not in fingerprints:
             found.append(_leftover(path, "vectors of an encoder no longer used"))
             continue
-        if not is_whole(path):
-            continue  # whoever embeds next moves it aside
-        if hashes.isdisjoint(read_table(path, ["content_hash"])["content_hash"].to_pylist()):
+        try:
+            content = pq.ParquetFile(path, page_checksum_verification=True).read(["content_hash"])["content_hash"]
+        except (pa.ArrowException, OSError):
+            continue  # damaged: whoever embeds next moves it aside
+        if hashes.isdisjoint(content.to_pylist()):
             found.append(_leftover(path, "vectors of tiles no longer there"))
     return found
 
