@@ -25,7 +25,17 @@ from synpipe.errors import SynpipeError
 from synpipe.shards import DAMAGED, atomic_path, read_table, set_aside, write_table
 from synpipe.specs import digest
 from synpipe.storage import BulkPath, listed
-from synpipe.tiles import PART_SCHEMA, SECTIONS, TILE_PX, CutOut, TileSpec, damage_mark, rows_by_shard, shard_of
+from synpipe.tiles import (
+    PART_SCHEMA,
+    SECTIONS,
+    SUSPECT,
+    TILE_PX,
+    CutOut,
+    TileSpec,
+    rows_by_shard,
+    shard_of,
+    suspect_mark,
+)
 from synpipe.volumes import AccessDenied, Volume
 
 PART_TILES = 512  # 100 MB at 256 px: the memory that tiles need until they are written, and what a kill can cost
@@ -236,8 +246,9 @@ class _Files:
 def damaged_parts(folder: BulkPath) -> list[BulkPath]:
     """Files of tiles, below the folders of all recipes, that were found to be damaged and are not there again."""
     found = {str(path): path for path in listed(folder, "*/*.h5*")}
-    marks = {name.removesuffix(DAMAGED): mark for name, mark in found.items() if name.endswith(DAMAGED)}
-    return [mark.with_suffix("") for name, mark in marks.items() if name not in found or not mark.stat().st_size]
+    suspect = {path.with_suffix("") for name, path in found.items() if name.endswith(SUSPECT)}
+    moved = {path.with_suffix("") for name, path in found.items() if name.endswith(DAMAGED)}
+    return sorted(suspect | {path for path in moved if str(path) not in found}, key=str)
 
 
 def _list_parts(folder: BulkPath) -> dict[int, list[_Files]]:
@@ -250,8 +261,7 @@ def _list_parts(folder: BulkPath) -> dict[int, list[_Files]]:
     for name, path in found.items():
         tiles_path = found.get(f"{path.stem}.h5")
         if path.suffix == ".parquet" and tiles_path is not None and PART_NAME.fullmatch(path.stem):
-            mark = found.get(damage_mark(tiles_path).name)
-            marked = mark is not None and not mark.stat().st_size
+            marked = suspect_mark(tiles_path).name in found
             parts.setdefault(int(name[:5]), []).append(_Files(path, tiles_path, marked))
     return parts
 
@@ -278,6 +288,7 @@ def _read_part(part: _Files) -> pa.Table | None:
     if there == size and not part.marked:
         return table
     logger.warning("%s is damaged: moved to %s, its tiles are cut out again", part.tiles, set_aside(part.tiles).name)
+    suspect_mark(part.tiles).unlink(missing_ok=True)
     return None
 
 
