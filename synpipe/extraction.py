@@ -25,7 +25,17 @@ from synpipe.errors import SynpipeError
 from synpipe.shards import DAMAGED, atomic_path, read_table, set_aside, write_table
 from synpipe.specs import digest
 from synpipe.storage import BulkPath, listed
-from synpipe.tiles import PART_SCHEMA, SECTIONS, TILE_PX, CutOut, TileSpec, damage_mark, rows_by_shard, shard_of
+from synpipe.tiles import (
+    PART_SCHEMA,
+    SECTIONS,
+    SUSPECT,
+    TILE_PX,
+    CutOut,
+    TileSpec,
+    rows_by_shard,
+    shard_of,
+    suspect_mark,
+)
 from synpipe.volumes import AccessDenied, Volume
 
 PART_TILES = 512  # 100 MB at 256 px: the memory that tiles need until they are written, and what a kill can cost
@@ -48,36 +58,51 @@ def extract(
     folder: BulkPath,
     starts_zyx: np.ndarray,
     progress: Callable[[int], None] = lambda count: None,
-    cut_out_all: "Callable[[np.ndarray], Failures] | None" = None,
 ) -> tuple[pa.Table, int]:
+    """`extract_shards` into memory, for some 100,000 windows: a row per window, in their order."""
+    found, made = extract_shards(volume, spec, folder, starts_zyx, progress)
+    order, tables = [np.zeros(0, np.int64)], [FOUND_SCHEMA.empty_table()]
+    for rows, table in found:
+        order.append(rows)
+        tables.append(table)
+    return pa.concat_tables(tables).take(np.argsort(np.concatenate(order))), made
+
+
+def extract_shards(
+    volume: Volume,
+    spec: TileSpec,
+    folder: BulkPath,
+    starts_zyx: np.ndarray,
+    progress: Callable[[int], None] = lambda count: None,
+    cut_out_all: "Callable[[np.ndarray], Failures] | None" = None,
+) -> tuple[Iterator[tuple[np.ndarray, pa.Table]], int]:
     """Tiles of all windows, cut out where `folder` does not hold them yet.
 
     folder: the folder of `spec.recipe(…)`. starts_zyx: int64 (n, 3), first voxels of the windows. progress: called with
-    numbers of cut-outs done. cut_out_all: has windows cut out elsewhere; None: here. Returns one row per window, in their
-    order (`PART_SCHEMA` plus `part`, the file's name, and `shard`), and the number of cut-outs made.
+    numbers of cut-outs done. cut_out_all: has windows cut out elsewhere; None: here. Returns, shard by shard, the numbers of
+    its windows, which ascend, and a row for each of them (`PART_SCHEMA` plus `part`, the file's name, and `shard`); and the
+    number of cut-outs made.
 
     Raises `SynpipeError` where the volume could not be read everywhere, after all other shards have been cut out;
     `AccessDenied` at once where it may not be read.
     """
-    by_shard = rows_by_shard(shard_of(starts_zyx, spec))
+    windows = rows_by_shard(shard_of(starts_zyx, spec))
     parts = _list_parts(folder)
-    known = [_read_parts(parts, shard) for shard, _ in by_shard]
-    missing = [_missing(table, starts_zyx[rows]) for table, (_, rows) in zip(known, by_shard, strict=True)]
+    missing = [_missing(_read_parts(parts, shard), starts_zyx[rows]) for shard, rows in windows]
     made = sum(map(len, missing))
     progress(len(starts_zyx) - made)
     if made:
         cut_out_all = cut_out_all or (lambda starts: cut_out_windows(volume, spec, folder, starts, progress))
         cut_out_all(np.concatenate(missing)).check(of=sum(len(absent) > 0 for absent in missing))
         parts = _list_parts(folder)
-    order, found = [], []
-    for (shard, rows), absent, table in zip(by_shard, missing, known, strict=True):
-        table = _read_parts(parts, shard) if len(absent) else table
-        place = {key: row for row, key in enumerate(_keys(table))}
-        found.append(table.take([place[key] for key in map(tuple, starts_zyx[rows].tolist())]))
-        order.append(rows)
-    if not found:
-        return FOUND_SCHEMA.empty_table(), 0
-    return pa.concat_tables(found).take(np.argsort(np.concatenate(order))), made
+
+    def found() -> Iterator[tuple[np.ndarray, pa.Table]]:
+        for shard, rows in windows:
+            table = _read_parts(parts, shard)
+            place = {key: row for row, key in enumerate(_keys(table))}
+            yield rows, table.take([place[key] for key in map(tuple, starts_zyx[rows].tolist())])
+
+    return found(), made
 
 
 def _missing(known: pa.Table, starts_zyx: np.ndarray) -> np.ndarray:
@@ -221,8 +246,9 @@ class _Files:
 def damaged_parts(folder: BulkPath) -> list[BulkPath]:
     """Files of tiles, below the folders of all recipes, that were found to be damaged and are not there again."""
     found = {str(path): path for path in listed(folder, "*/*.h5*")}
-    marks = {name.removesuffix(DAMAGED): mark for name, mark in found.items() if name.endswith(DAMAGED)}
-    return [mark.with_suffix("") for name, mark in marks.items() if name not in found or not mark.stat().st_size]
+    suspect = {path.with_suffix("") for name, path in found.items() if name.endswith(SUSPECT)}
+    moved = {path.with_suffix("") for name, path in found.items() if name.endswith(DAMAGED)}
+    return sorted(suspect | {path for path in moved if str(path) not in found}, key=str)
 
 
 def _list_parts(folder: BulkPath) -> dict[int, list[_Files]]:
@@ -235,8 +261,7 @@ def _list_parts(folder: BulkPath) -> dict[int, list[_Files]]:
     for name, path in found.items():
         tiles_path = found.get(f"{path.stem}.h5")
         if path.suffix == ".parquet" and tiles_path is not None and PART_NAME.fullmatch(path.stem):
-            mark = found.get(damage_mark(tiles_path).name)
-            marked = mark is not None and not mark.stat().st_size
+            marked = suspect_mark(tiles_path).name in found
             parts.setdefault(int(name[:5]), []).append(_Files(path, tiles_path, marked))
     return parts
 
@@ -263,6 +288,7 @@ def _read_part(part: _Files) -> pa.Table | None:
     if there == size and not part.marked:
         return table
     logger.warning("%s is damaged: moved to %s, its tiles are cut out again", part.tiles, set_aside(part.tiles).name)
+    suspect_mark(part.tiles).unlink(missing_ok=True)
     return None
 
 

@@ -11,11 +11,14 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
+
 from synpipe.datasets import Dataset
 from synpipe.graph import states, steps
 from synpipe.manifests import find_manifest, find_version, read_manifest
-from synpipe.shards import DAMAGED, TEMPORARY_PREFIX, is_whole, read_table
-from synpipe.storage import BulkPath, listed, move_tree, remove_tree
+from synpipe.shards import DAMAGED, TEMPORARY_PREFIX, read_table
+from synpipe.storage import BulkPath, ObjectPath, listed, move_tree, remove_tree
 
 
 @dataclass(frozen=True)
@@ -135,7 +138,8 @@ def _tiles(dataset: Dataset) -> list[Leftover]:
     return [
         _leftover(path, "tiles of no synapse")
         for path in _files(dataset.cut_outs_folder, "*/*")
-        if f"tiles/{path.parent.name}/{path.stem}.h5" not in used
+        # `<part>.h5`, its index `<part>.parquet`, and the mark of a part that is damaged.
+        if f"tiles/{path.parent.name}/{path.name.partition('.')[0]}.h5" not in used
     ]
 
 
@@ -153,9 +157,12 @@ def _embeddings(dataset: Dataset) -> list[Leftover]:
         if path.parent.name not in fingerprints:
             found.append(_leftover(path, "vectors of an encoder no longer used"))
             continue
-        if not is_whole(path):
-            continue  # whoever embeds next moves it aside
-        if hashes.isdisjoint(read_table(path, ["content_hash"])["content_hash"].to_pylist()):
+        try:
+            source = pa.BufferReader(path.read_bytes()) if isinstance(path, ObjectPath) else path
+            content = pq.ParquetFile(source, page_checksum_verification=True).read(["content_hash"])["content_hash"]
+        except (pa.ArrowException, OSError):
+            continue  # damaged: whoever embeds next moves it aside
+        if hashes.isdisjoint(content.to_pylist()):
             found.append(_leftover(path, "vectors of tiles no longer there"))
     return found
 

@@ -4,6 +4,7 @@ In and out: `Manifest`s in the data set's folder. Guarantees: an asset whose man
 every version that was ever whole, the manifest under which it was made first is kept.
 """
 
+import logging
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ from synpipe import __version__
 from synpipe.datasets import Dataset
 from synpipe.errors import SynpipeError
 from synpipe.shards import read_json, write_json
+
+logger = logging.getLogger(__name__)
 
 # Of the store: the layout of its folder and the columns of its files. A change raises it, and the README tells of it.
 FORMAT = 1
@@ -40,7 +43,7 @@ class Manifest:
 
 
 def find_manifest(dataset: Dataset, asset: str) -> Manifest | None:
-    """The manifest of an asset, or None where it has not been made, or only in an older format of the store.
+    """The manifest of an asset, or None where it has not been made, is damaged, or of an older format of the store.
 
     What is older is made anew by materialising; tiles and vectors are taken from their caches where those can be read.
     Raises `SynpipeError` for a store that a newer synpipe has written.
@@ -62,7 +65,11 @@ def whole_versions(dataset: Dataset, asset: str) -> list[Manifest]:
 def _find(path: Path) -> Manifest | None:
     if not path.exists():
         return None
-    content = read_json(path)
+    try:
+        content = read_json(path)
+    except SynpipeError as error:  # damaged, and moved aside: the asset is made anew, mostly from what is there
+        logger.warning("%s", error)
+        return None
     if content.get("format", 0) > FORMAT:
         raise SynpipeError(
             f"{path} was written by synpipe {content.get('synpipe_version')}, whose store this version, {__version__}, cannot "

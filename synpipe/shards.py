@@ -180,9 +180,16 @@ def table_writer(path: Path, schema: pa.Schema, metadata: dict[str, str] | None 
 
 def read_table(path: BulkPath, columns: list[str] | None = None) -> pa.Table:
     """Read one Parquet file of the store. Raises `SynpipeError` where it is absent, or damaged: it is then moved aside."""
-    try:
+    with reading(path):
         source = pa.BufferReader(path.read_bytes()) if isinstance(path, ObjectPath) else path
         return pq.ParquetFile(source, memory_map=True, page_checksum_verification=True).read(columns=columns)
+
+
+@contextlib.contextmanager
+def reading(path: BulkPath) -> Iterator[None]:
+    """Say of a Parquet file of the store what is wrong with it; what is damaged is moved aside."""
+    try:
+        yield
     except FileNotFoundError:
         raise SynpipeError(f"{path} does not exist: materialise the asset that makes it.") from None
     except (pa.ArrowInvalid, OSError) as error:

@@ -19,7 +19,6 @@ from PIL import Image
 from pydantic import Field, FiniteFloat, PositiveInt
 
 from synpipe.errors import SynpipeError
-from synpipe.shards import DAMAGED
 from synpipe.specs import Spec, digest
 from synpipe.storage import BulkPath
 from synpipe.tile_parts import Part, open_part
@@ -28,6 +27,7 @@ from synpipe.volumes import MissingChunk, Volume
 
 SECTIONS = 3
 TILE_PX = 256  # height and width of a tile, in voxels of the volume
+SUSPECT = ".suspect"  # suffix of an empty file that says of the part beside it that tiles in it are damaged
 STEP_TOLERANCE = 1e-4  # of a section: a step is written with the digits that a person writes
 CUT_OUT_VERSION = 1  # raise it whenever `cut_out` would make other bytes or another row of the same recipe
 
@@ -292,14 +292,14 @@ class TileReader:
                 raise _damaged(path, f"row {row}, differ from their checksum")
 
 
-def damage_mark(path: BulkPath) -> BulkPath:
-    """File that says, by being there and empty, that tiles of a part are damaged; the part itself once it is replaced."""
-    return path.with_suffix(f"{path.suffix}{DAMAGED}")
+def suspect_mark(path: BulkPath) -> BulkPath:
+    """File that says by being there that tiles of this part are damaged."""
+    return path.with_suffix(f"{path.suffix}{SUSPECT}")
 
 
 def _damaged(path: BulkPath, problem: str) -> SynpipeError:
     with contextlib.suppress(OSError, SynpipeError):  # a reader's, of a store that it may not write
-        damage_mark(path).write_bytes(b"")
+        suspect_mark(path).write_bytes(b"")
     return SynpipeError(
         f"Tiles {path}, {problem}: the file is damaged. Materialise again: synapse_stacks cuts its tiles out anew."
     )

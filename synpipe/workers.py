@@ -7,7 +7,7 @@ travel to it; it works only if the volume and the encoder are, to the last bit, 
 
 import socket
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -51,17 +51,15 @@ def cut_out(plan: Cutting, starts: np.ndarray, progress: Callable[[int], None], 
 
     Shards are read apart: a chunk of the volume that two of them need is fetched twice.
     """
-    by_shard = rows_by_shard(shard_of(starts, plan.tiles))
-    needs = ((shard_name(shard), (shard, starts[rows])) for shard, rows in by_shard)
+    by_shard = dict(rows_by_shard(shard_of(starts, plan.tiles)))
+    needs = ((shard_name(shard), (shard, starts[rows])) for shard, rows in by_shard.items())
     failures = Failures()
     for name, result in connect().run(prepare_cutting, plan, needs, len(by_shard), log):
         if isinstance(result, AccessDenied):
             raise result
         if isinstance(result, SynpipeError):
             # Not the volume's fault: the worker died, or could not write.
-            result = Failures(
-                {int(name): result}, lost=sum(len(rows) for shard, rows in by_shard if shard == int(name))
-            )
+            result = Failures({int(name): result}, lost=len(by_shard[int(name)]))
         failures.by_shard |= result.by_shard
         failures.lost += result.lost
         progress(result.made)
@@ -105,18 +103,19 @@ class Embedding:
 def embed(
     encoder: Encoder,
     weights_base: Path,
-    index: pa.Table,
+    shards: Iterable[tuple[int, pa.Table]],
+    count: int,
     bulk: BulkPath,
     stacking: str,
     progress: Callable[[int], None],
     log: Log,
 ) -> embedding.Embedded:
-    """Embed the tiles of `index` that are in no part yet.
+    """Embed the tiles of `shards` that are in no part yet.
 
-    weights_base: where the encoder's relative paths start. index, stacking: see `TileReader`.
+    weights_base: where the encoder's relative paths start. shards: `count` of them, each with the index of its tiles; that and
+    stacking: see `TileReader`.
     Raises `SynpipeError` where a shard failed, after all others have been embedded.
     """
-    by_shard = rows_by_shard(index["shard"].to_numpy())
     cluster = connect()
     on_gpus = isinstance(encoder.spec, EncoderSpec) and cluster.has_gpus()
     path = weights_file(encoder.spec, weights_base)
@@ -130,24 +129,18 @@ def embed(
         stacking=stacking,
         device="auto" if on_gpus else "cpu",
     )
-    columns = index.select(NEEDED_COLUMNS)
-
-    def needs() -> Iterator[tuple[str, tuple[str, pa.Table]]]:
-        for shard, rows in by_shard:
-            yield shard_name(shard), (shard_name(shard), columns.take(rows))
-
+    needs = ((shard_name(shard), (shard_name(shard), index.select(NEEDED_COLUMNS))) for shard, index in shards)
     embedded, failed = embedding.Embedded(), {}
-    rows_of = {shard_name(shard): len(rows) for shard, rows in by_shard}
-    for name, result in cluster.run(prepare_embedding, plan, needs(), len(by_shard), log, on_gpus):
+    for name, result in cluster.run(prepare_embedding, plan, needs, count, log, on_gpus):
         if isinstance(result, SynpipeError):
             failed[name] = result
             continue
         embedded.add(result)
-        progress(rows_of[name])
+        progress(result.tiles)
     if failed:
         named = ", ".join(sorted(failed)[:SHARDS_NAMED]) + (", …" if len(failed) > SHARDS_NAMED else "")
         raise SynpipeError(
-            f"{len(failed)} of {len(by_shard)} shards were not embedded ({named}). The first error: "
+            f"{len(failed)} of {count} shards were not embedded ({named}). The first error: "
             f"{next(iter(failed.values()))} All other vectors are kept: run the same command again, and only those that are "
             "not there are computed."
         )

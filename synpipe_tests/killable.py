@@ -48,6 +48,7 @@ class Killable:
 
     def __init__(self, process: subprocess.Popen[str]):
         self._process = process
+        self.kills = 0
 
     def materialise(self, project: Project, at: int = 0, change: int = 0, after_s: float = 0) -> Materialised:
         """Make what is out of date in the data set `demo`.
@@ -61,6 +62,7 @@ class Killable:
         self._process.stdin.flush()
         answer = json.loads(self._process.stdout.readline())
         assert "error" not in answer, answer["error"]
+        self.kills += answer["killed"]
         return Materialised(**answer)
 
 

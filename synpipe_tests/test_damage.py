@@ -88,6 +88,7 @@ DAMAGE: dict[str, tuple[Callable[[Dataset], Path], Callable[[Path], None]]] = {
     "vectors cut short": (the("embeddings/*/*.parquet"), cut),
     "table flipped": (the("tables/tiny.parquet"), flip_page),
     "table cut short": (the("tables/tiny.parquet"), cut),
+    "manifest cut short": (the("manifests/synapse_stacks.json"), cut),
     "LanceDB rows flipped": (the("lancedb/tiny.lance/data/*"), flip),
     "LanceDB rows cut short": (the("lancedb/tiny.lance/data/*"), cut),
     "LanceDB index flipped": (the("lancedb/tiny.lance/_indices/*/*"), flip),

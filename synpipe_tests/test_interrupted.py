@@ -122,9 +122,10 @@ def look(project: Project) -> None:
 
 
 @pytest.fixture(scope="module")
-def process() -> Iterator[Killable]:
+def process(request: pytest.FixtureRequest) -> Iterator[Killable]:
     with killable() as found:
         yield found
+        request.config.get_terminal_writer().line(f"\n{found.kills:,} kills")
 
 
 @pytest.fixture(scope="module")

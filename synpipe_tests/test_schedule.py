@@ -215,10 +215,11 @@ def test_a_broken_yaml_file_is_named(fresh: CodeLocation, name: str):
     assert str(fresh.project.data / name) in reason
 
 
-def test_a_damaged_manifest_is_named(fresh: CodeLocation):
+def test_a_damaged_manifest_is_named_and_its_asset_made_again(fresh: CodeLocation, caplog: pytest.LogCaptureFixture):
     path = fresh.project.dataset("demo").manifest_path("rgb_tiles")
     path.write_text("{")
-    assert str(path) in str(fresh.tick())
+    assert "rgb_tiles" in wanted(fresh.tick())
+    assert f"{path} is damaged" in caplog.text
 
 
 def test_what_is_no_cron_expression_is_refused_in_a_sentence(project: Project, monkeypatch: pytest.MonkeyPatch):
