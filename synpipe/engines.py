@@ -166,6 +166,7 @@ class Cluster:
                         if job is None:
                             failed_starts += 1
                             continue
+                        ray.kill(worker)  # it may only be out of reach, and must not go on beside another one
                         job.attempts += 1
                         if job.attempts < ATTEMPTS:
                             log(f"a worker died at shard {job.name}, which another one takes over ({reason})")
