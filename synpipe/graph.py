@@ -239,12 +239,13 @@ def _own_reasons(step: Step, manifest: Manifest) -> list[str]:
         return not_whole
     if step.path is not None and not step.path.exists():
         return [f"its file {step.path.name} is not there"]
-    if (
-        step.kind in ("synapse_stacks", "rgb_tiles")
-        and step.path
-        and (lost := pipeline.lost_tiles(step.dataset, step.path))
-    ):
-        return [f"its tiles {lost.name} were damaged"]
+    if step.kind in ("synapse_stacks", "rgb_tiles") and step.path:
+        try:
+            lost = pipeline.lost_tiles(step.dataset, step.path)
+        except SynpipeError as error:  # the object store is out of reach
+            return [f"its tiles cannot be looked at: {error}"]
+        if lost:
+            return [f"its tiles {lost.name} were damaged"]
     if step.kind in SOURCES:
         try:
             now = SOURCES[step.kind](step.dataset, manifest.counts)
