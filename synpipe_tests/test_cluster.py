@@ -207,6 +207,10 @@ def test_commands_work_on_the_object_store(both, monkeypatch: pytest.MonkeyPatch
     assert "Most similar to" in synpipe("search", str(some_id))
     assert {state.state for state in states(there) if state.asset in ASSETS} == {"fresh"}
 
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+        assert "its tiles cannot be looked at: Cannot list s3://bucket/bulk/demo/tiles" in synpipe("status")
+
     used = {str(path) for path in BULK.rglob("*.parquet")}
     old = EmbeddingCache(there.embeddings_folder, "0" * 32)
     leftover = old.add("00000", ["f" * 32], np.ones((1, 4), np.float32))

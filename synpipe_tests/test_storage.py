@@ -1,5 +1,6 @@
 """Object stores: what is there is whole, what is damaged is named, and what goes wrong is said within seconds."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -129,8 +130,9 @@ class Gate(BaseHTTPRequestHandler):
             if name.lower() not in ("content-length", "connection", "transfer-encoding"):
                 self.send_header(name, value)
         self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
+        with contextlib.suppress(BrokenPipeError):  # who asked was killed
+            self.end_headers()
+            self.wfile.write(body)
 
     do_GET = do_PUT = do_POST = do_HEAD = do_DELETE = _pass_on
 
