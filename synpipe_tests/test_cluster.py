@@ -44,6 +44,7 @@ def cluster() -> Iterator[Cluster]:
             patch.delenv(name, raising=False)
         patch.setenv("SYNPIPE_ENGINE", "ray")
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        patch.setenv("RAY_AUTH_MODE", "disabled")  # else Ray would write a token into the home folder
         patch.setenv("OMP_NUM_THREADS", "1")
         # Ray gives each worker a GPU of its own, or what it takes for one: there are none, so they compute on the CPU.
         ray.init(num_cpus=2, num_gpus=2, include_dashboard=False, object_store_memory=80 * 2**20, logging_level="ERROR")
