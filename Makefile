@@ -27,16 +27,9 @@ check: $(INSTALLED) ## Lint, formatting and types
 	@$(BIN)/ruff format --check
 	@$(BIN)/mypy
 
-bench: $(INSTALLED) ## Measure size, speed and memory, beside other ways (installs CloudVolume for it)
+bench: $(INSTALLED) ## Measure size, speed and memory, beside other ways (installs CloudVolume, FAISS and hnswlib for it)
 	@$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint requirements.lock --no-build-isolation --editable '.[bench]'
-	@$(BIN)/python -m synpipe_tests.bench
-	@$(BIN)/python -m synpipe_tests.bench_extraction
-	@$(BIN)/python -m synpipe_tests.bench_annotations --rows 1000000
-	@$(BIN)/python -m synpipe_tests.bench_balance
-	@$(BIN)/python -m synpipe_tests.bench_projection --rows 103511
-	@$(BIN)/python -m synpipe_tests.bench_map --rows 103511 1000000
-	@$(BIN)/python -m synpipe_tests.bench_explorer
-	@$(BIN)/python -m synpipe_tests.bench_site
+	@$(BIN)/python -m synpipe_tests.bench $(BENCH)
 
 pictures: $(INSTALLED) ## Make the pictures of the README anew from the demo (needs Chromium)
 	@$(BIN)/python -m synpipe_tests.screenshots

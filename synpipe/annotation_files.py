@@ -19,8 +19,8 @@ import pyarrow.parquet as pq
 
 from synpipe.errors import SynpipeError
 
-CSV_BLOCK_BYTES = 16 * 2**20
-BATCH_ROWS = 2**18
+CSV_BLOCK_BYTES = 2**20
+BATCH_ROWS = 2**14
 MAX_MALFORMED_LINES = 100_000
 POSITION = "position"  # the key of a column that holds x, y and z together
 

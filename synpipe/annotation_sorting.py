@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-RANGE_ROWS = 2**19
+RANGE_ROWS = 2**14  # or more, where these would be more than `MAX_RANGES`
 MAX_RANGES = 256  # as many files are open at a time
 
 

@@ -28,7 +28,8 @@ Balance = Literal["balanced", "log", "none"]
 PENALTIES = tuple(10.0 ** (power / 2) for power in range(2, -11, -1))
 DEFAULT_PENALTY = 0.1  # where there is nothing to choose it on
 PATIENCE = 2  # penalties in a row that are worse than the best so far
-# Of the training rows: 100,000 × 512 take 200 MB and a few minutes on one core, and more of them change little.
+# Of the training rows, and of the validation rows: 100,000 × 512 take 200 MB and a few minutes on one core, and more of
+# them change little.
 MAX_ROWS = 100_000
 _MAX_ITERATIONS = 200
 
@@ -173,7 +174,7 @@ def class_weights(codes: np.ndarray, classes: int, balance: Balance) -> np.ndarr
     return weights * len(codes) / total if total else found.astype(float)
 
 
-def sample_rows(codes: np.ndarray, most: int = MAX_ROWS) -> np.ndarray:
+def sample_rows(codes: np.ndarray, most: int) -> np.ndarray:
     """Rows to train on, ascending: all, or `most` of them, for which the largest classes are cut down to one size."""
     if len(codes) <= most:
         return np.arange(len(codes))

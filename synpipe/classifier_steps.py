@@ -8,17 +8,24 @@ are null, and a note says why.
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
-from synpipe.classifier import FinetuneSpec, LinearSpec, Probe, fit_linear, sample_rows
+from synpipe.classifier import MAX_ROWS, FinetuneSpec, LinearSpec, Probe, fit_linear, sample_rows
 from synpipe.classifier_report import interval_text
-from synpipe.classifier_scores import codes_of, few_neurons, predictions_table, score_test_side, votes_of_neurons
+from synpipe.classifier_scores import (
+    PREDICTIONS,
+    SIDE_NAMES,
+    NeuronVotes,
+    few_neurons,
+    predictions_table,
+    score_test_side,
+)
 from synpipe.datasets import Dataset
 from synpipe.embedding_cache import EmbeddingCache
 from synpipe.encoders import EncoderSpec, open_encoder
@@ -36,9 +43,10 @@ from synpipe.pipeline import (
     open_tiles,
     shard_name,
 )
-from synpipe.shards import atomic_path, read_table, write_table
+from synpipe.shards import atomic_path, table_writer, write_table
 from synpipe.specs import digest
 from synpipe.splits import TRAIN, VALIDATION
+from synpipe.streams import RowsById, by_shard, column_of, read_parts
 
 MIN_CLASSES = 2
 
@@ -54,52 +62,56 @@ def make_classifier(dataset: Dataset, name: str, inputs: Inputs, log: Log) -> Ma
     if not is_of_version(path, version):
         learn = _Learning(dataset, name, log)
         probe, counts, notes = learn.fit_finetuned(spec) if isinstance(spec, FinetuneSpec) else learn.fit(spec)
-        probabilities = None if probe is None else learn.predict(probe)
-        predictions = predictions_table(learn.synapses, learn.sides, probabilities, classes)
-        if probe is not None:
-            votes = votes_of_neurons(predictions, classes)
-            write_table(dataset.neuron_predictions_path(name), votes, metadata_of(dataset, version, inputs))
-        else:
-            dataset.neuron_predictions_path(name).unlink(missing_ok=True)
         told = {"classifier": json.dumps({"counts": counts, "notes": notes})}
-        # Last: what is of this version is whole.
-        write_table(path, predictions, metadata_of(dataset, version, inputs) | told)
-    predictions = read_table(path)
-    told = json.loads(predictions.schema.metadata[b"classifier"])
-    counts, notes = told["counts"], told["notes"]
-    if len(predictions) and predictions["predicted_neurotransmitter"].null_count == 0:
-        scores = score_test_side(predictions, classes)
+        votes = NeuronVotes(classes)
+        # Renamed last, after the votes: what is of this version is whole.
+        with table_writer(path, PREDICTIONS, metadata_of(dataset, version, inputs) | told) as writer:
+            for predictions in learn.predict(probe):
+                writer.write_table(predictions)
+                if probe is not None:
+                    votes.add(predictions)
+            if probe is not None:
+                write_table(dataset.neuron_predictions_path(name), votes.table(), metadata_of(dataset, version, inputs))
+            else:
+                dataset.neuron_predictions_path(name).unlink(missing_ok=True)
+    file = pq.ParquetFile(path)
+    told = json.loads(file.schema_arrow.metadata[b"classifier"])
+    counts, notes, rows = told["counts"], told["notes"], file.metadata.num_rows
+    predicted = (part["predicted_neurotransmitter"] for part in read_parts(path, ["predicted_neurotransmitter"]))
+    if rows and not any(part.null_count for part in predicted):
+        scores = score_test_side(read_parts(path), classes)
         counts |= scores
         notes += (
             few_neurons(scores["recalls"]) if scores else ["No labelled synapse stands on the test side: no figures."]
         )
         if scores:
             log(f"balanced accuracy on the test side: {interval_text(scores, 'balanced_accuracy')}")
-    return Made(version, {"rows": len(predictions), "by": dataset.spec.split.by} | counts, notes)
+    return Made(version, {"rows": rows, "by": dataset.spec.split.by} | counts, notes)
 
 
 class _Learning:
-    """What is learned from, and how vectors are read: one shard at a time is in memory."""
+    """What is learned from, and how vectors are read: one shard at a time is in memory, and the sample that is fitted.
+
+    Rows are those of the index of the tiles.
+    """
 
     def __init__(self, dataset: Dataset, name: str, log: Log):
         self._dataset, self._name, self._log = dataset, name, log
-        tiles = read_table(dataset.tiles_path, ["synapse_id", "shard", "content_hash"])
-        self._hashes = np.array(tiles["content_hash"].to_pylist())
-        self._shards = tiles["shard"].to_numpy()
         self._fingerprint, self._dimensions = "", 0  # of the vectors in use
-        synapses = read_table(dataset.synapses_path, ["synapse_id", "neuron_id", "neurotransmitter"])
-        split = read_table(dataset.split_path, ["synapse_id", dataset.spec.split.by])
-        self.synapses = _rows_of(synapses, tiles["synapse_id"])
-        self.sides = _rows_of(split, tiles["synapse_id"])[dataset.spec.split.by]
+        ids = np.concatenate([part["synapse_id"].to_numpy() for part in read_parts(dataset.tiles_path, ["synapse_id"])])
+        order = np.argsort(ids)
+        # Codes, a byte of each tile, of the class and of the side, in the order of the tiles.
         self._classes = dataset.spec.classes
-        codes = codes_of(self.synapses["neurotransmitter"], self._classes)
-        self._training, self._validation = (self._examples(side, codes) for side in (TRAIN, VALIDATION))
+        labels, sides = np.empty(len(ids), np.int8), np.empty(len(ids), np.int8)
+        labels[order] = _numbered(column_of(dataset.synapses_path, ids[order], "neurotransmitter"), self._classes)
+        sides[order] = _numbered(column_of(dataset.split_path, ids[order], dataset.spec.split.by), SIDE_NAMES)
+        self._sides = sides
+        self._training, self._validation = (self._examples(side, labels) for side in (TRAIN, VALIDATION))
         self._counts = {"training": len(self._training.rows), "validation": len(self._validation.rows)}
 
     def _examples(self, side: str, codes: np.ndarray) -> Examples:
-        here = pc.fill_null(pc.equal(self.sides, side), False).to_numpy(zero_copy_only=False) & (codes >= 0)
-        rows = np.flatnonzero(here)
-        return Examples(rows, codes[rows])
+        rows = np.flatnonzero((self._sides == SIDE_NAMES.index(side)) & (codes >= 0))
+        return Examples(rows, codes[rows].astype(np.int64))
 
     def _refusal(self) -> str | None:
         found = np.unique(self._training.codes)
@@ -119,13 +131,12 @@ class _Learning:
             return None, counts, [refusal]
         made = read_manifest(self._dataset, f"embeddings_{self._name}").counts
         self._fingerprint, self._dimensions = made["encoder_fingerprint"], made["dimensions"]
-        chosen = sample_rows(self._training.codes)
-        training = self._vectors(self._training.rows[chosen])
+        (training, codes), (validation, validation_codes) = map(self._sample, (self._training, self._validation))
         probe = fit_linear(
             training,
-            self._training.codes[chosen],
-            self._vectors(self._validation.rows),
-            self._validation.codes,
+            codes,
+            validation,
+            validation_codes,
             len(self._classes),
             spec.balance,
         )
@@ -148,12 +159,12 @@ class _Learning:
             return None, counts, [refusal]
         folder, report = self.train(spec, entry)
         encoder = open_encoder(trained_entry(entry, str(folder / WEIGHTS)), self._dataset.weights_base)
-        embed_tiles(self._dataset, encoder, self._log)
+        embed_tiles(self._dataset, [encoder], self._log)
         self._fingerprint, self._dimensions = encoder.fingerprint, encoder.dim
         probe = read_head(folder / HEAD)
         # The layer has an output for every class, also where there was none to learn.
         probe.bias[np.setdiff1d(np.arange(len(self._classes)), self._training.codes)] = -np.inf
-        probe = probe.calibrated(self._vectors(self._validation.rows), self._validation.codes)
+        probe = probe.calibrated(*self._sample(self._validation))
         counts |= {name: report[name] for name in ("epochs", "best_epoch", "validation_balanced_accuracy")}
         counts |= {"temperature": round(probe.temperature, 3), "encoder_fingerprint": encoder.fingerprint}
         return probe, counts | {"folder": str(folder.relative_to(self._dataset.folder))}, []
@@ -166,7 +177,7 @@ class _Learning:
         if refusal := self._refusal():
             raise SynpipeError(refusal)
         # All that the outcome depends on.
-        tiles = [self._hashes[part.rows].tolist() for part in (self._training, self._validation)]
+        tiles = [self._hashes(part.rows) for part in (self._training, self._validation)]
         codes = [part.codes.tolist() for part in (self._training, self._validation)]
         who = self._dataset.identity(self._name)
         key = digest([who, spec.model_dump(mode="json"), list(self._classes), tiles, codes])[:16]
@@ -184,25 +195,47 @@ class _Learning:
         )
         return folder, report
 
-    def predict(self, probe: Probe) -> np.ndarray:
-        """Probabilities of every tile, float32 (n, classes)."""
-        found = np.empty((len(self._hashes), len(self._classes)), np.float32)
-        for rows, vectors in self._by_shard(np.arange(len(self._hashes))):
-            found[rows] = probe.probabilities(vectors)
-        return found
+    def predict(self, probe: Probe | None) -> Iterator[pa.Table]:
+        """`PREDICTIONS` of every tile, shard by shard; without a probe those of nothing learned."""
+        columns = ["synapse_id", "neuron_id", "neurotransmitter"]
+        with RowsById(read_parts(self._dataset.synapses_path, columns), self._dataset.folder) as synapses:
+            names = pa.array(SIDE_NAMES, pa.string())
+            for rows, tiles, vectors in self._by_shard(None, with_vectors=probe is not None):
+                ids = tiles["synapse_id"]
+                found = synapses.take(ids.to_numpy()).set_column(0, "synapse_id", ids)
+                sides = names.take(pa.array(self._sides[rows], mask=self._sides[rows] < 0))
+                probabilities = None if probe is None else probe.probabilities(vectors)
+                yield predictions_table(found, sides, probabilities, self._classes)
 
-    def _vectors(self, rows: np.ndarray) -> np.ndarray:
-        """float32 (n, d) of these tiles, in the order of `rows`, which ascends."""
+    def _sample(self, examples: Examples) -> tuple[np.ndarray, np.ndarray]:
+        """Vectors, float32 (n, d), and classes of as many as are fitted."""
+        chosen = sample_rows(examples.codes, MAX_ROWS)
+        rows = examples.rows[chosen]
         found = np.empty((len(rows), self._dimensions), np.float32)
-        for picked, vectors in self._by_shard(rows):
+        for picked, _, vectors in self._by_shard(rows):
             found[np.searchsorted(rows, picked)] = vectors
-        return found
+        return found, examples.codes[chosen]
 
-    def _by_shard(self, rows: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    def _hashes(self, rows: np.ndarray) -> list[str]:
+        """Content hashes of these rows, which ascend."""
+        return [text for _, tiles, _ in self._by_shard(rows, False) for text in tiles["content_hash"].to_pylist()]
+
+    def _by_shard(
+        self, rows: np.ndarray | None, with_vectors: bool = True
+    ) -> Iterator[tuple[np.ndarray, pa.Table, np.ndarray]]:
+        """Numbers, index and vectors of these rows, which ascend, or of all, for each shard that has some of them."""
         cache = EmbeddingCache(self._dataset.embeddings_folder, self._fingerprint)
-        for shard in np.unique(self._shards[rows]).tolist():
-            picked = rows[self._shards[rows] == shard]
-            yield picked, cache.read(shard_name(shard), self._hashes[picked].tolist())
+        first = 0
+        for shard, tiles in by_shard(read_parts(self._dataset.tiles_path, ["synapse_id", "shard", "content_hash"])):
+            here = np.arange(first, first + len(tiles))
+            first += len(tiles)
+            picked = here if rows is None else rows[slice(*np.searchsorted(rows, [here[0], first]))]
+            if len(picked):
+                tiles = tiles.take(picked - here[0])
+                vectors = np.empty((0, 0), np.float32)
+                if with_vectors:
+                    vectors = cache.read(shard_name(shard), tiles["content_hash"].to_pylist())
+                yield picked, tiles, vectors
 
 
 def finetuned_encoder(dataset: Dataset, encoder: str, name: str, spec: FinetuneSpec, log: Log) -> EncoderSpec:
@@ -229,6 +262,7 @@ def trained_entry(entry: EncoderSpec, weights: str) -> EncoderSpec:
     return entry.model_copy(update={"weights": weights, "seed": None})
 
 
-def _rows_of(table: pa.Table, ids: pa.ChunkedArray) -> pa.Table:
-    """Rows of `table` for these synapses, all null for one that it does not have."""
-    return table.take(pc.index_in(ids, value_set=table["synapse_id"])).set_column(0, "synapse_id", ids)
+def _numbered(values: np.ndarray, names: Sequence[str]) -> np.ndarray:
+    """Number of each value, object (n,), among the names: int8 (n,), −1 for any other."""
+    number = {name: place for place, name in enumerate(names)}
+    return np.fromiter((number.get(value, -1) for value in values), np.int8, len(values))

@@ -19,6 +19,7 @@ from synpipe.errors import SynpipeError
 # The rest is imported by the commands that need it, so that help appears at once.
 if TYPE_CHECKING:
     from synpipe.datasets import Project
+    from synpipe.storage import BulkPath
 
 
 class _Commands(click.Group):
@@ -367,6 +368,43 @@ def versions(project: "Project", dataset: str, encoder: str | None, as_json: boo
     for version in found:
         mark = "current" if version.current else ""
         click.echo(f"{version.number:>6}  {version.tag}  {version.made_at}  {version.rows:>12,} rows  {mark}")
+
+
+@main.command()
+@dataset_option
+@encoder_option
+@click.option("--tiles", type=click.IntRange(1), help="So many, some several times.  [default: 1,024; on a GPU 65,536]")
+@json_option
+@click.pass_obj
+def profile(project: "Project", dataset: str, encoder: str | None, tiles: int | None, as_json: bool) -> None:
+    """Tell how fast an encoder embeds here, and where the time goes; nothing of it is kept.
+
+    Beside the rate stands that of the network alone, on a batch that lies ready: what the device could do.
+    """
+    from synpipe.compression import CompressedSpec
+    from synpipe.encoders import open_on_all_devices
+    from synpipe.pipeline import open_tiles
+    from synpipe.profiling import profile as measure
+    from synpipe.profiling import report
+
+    found = project.dataset(dataset)
+    name = found.encoder(encoder)
+    spec = found.encoders[name]
+    if isinstance(spec, CompressedSpec):
+        raise SynpipeError(
+            f"{name} embeds no tiles, it compresses the vectors of {spec.base}: `--encoder {spec.base}`."
+        )
+    reader = open_tiles(found)
+    if not len(reader):
+        raise SynpipeError(f"{dataset} has no tiles. Look at the rejects.")
+    encoders = open_on_all_devices(spec, found.weights_base)
+    count = tiles or (1024 if encoders[0].device.type == "cpu" else 65_536)
+    told = measure(encoders, lambda rows: reader.read(rows % len(reader)), count, found.folder)
+    if as_json:
+        figures = asdict(told) | {"tiles_per_second": told.tiles_per_second, "utilisation": told.utilisation}
+        _print_json(figures | {"encoder": name, "device": str(encoders[0].device), "devices": len(encoders)})
+        return
+    click.echo(f"{found.name}, {name}, {report(encoders, told)}")
 
 
 @main.command()
@@ -743,7 +781,7 @@ def demo(project: "Project") -> None:
   {rows["synapses"]:,} synapses, {rows["rgb_tiles"]:,} tiles, {rows["rejects"]:,} rejects with their reasons
   {folder}/synapses.parquet, rejects.parquet
   {folder}/tables/*.parquet     vectors for pandas, Polars, DuckDB: {", ".join(dataset.encoders)}
-  {folder}/lancedb              the same as LanceDB tables with indexes
+  {_short(dataset.lancedb_folder)}              the same as LanceDB tables with indexes
   {_short(picture)}   neighbours of one synapse of each class: look at it
 
 Next:""")
@@ -812,8 +850,10 @@ def _ids_as_strings(value: Any) -> Any:
     return [_ids_as_strings(item) for item in value] if isinstance(value, list | tuple) else value
 
 
-def _short(path: Path) -> str:
+def _short(path: "BulkPath") -> str:
     """Relative to the working directory where that is shorter."""
+    if not isinstance(path, Path):
+        return str(path)
     relative = os.path.relpath(path)
     return relative if len(relative) < len(str(path)) else str(path)
 

@@ -171,7 +171,12 @@ def picture(dataset: Dataset, comparison: Comparison, tile_px: int = 96) -> Imag
     from synpipe.pictures import Cell, class_by_synapse, sheet
     from synpipe.pipeline import open_tiles
 
-    reader, labels = open_tiles(dataset), class_by_synapse(dataset)
+    shown = [
+        synapse_id
+        for query in comparison.differ_most
+        for synapse_id in (query.synapse_id, *query.nearest_a[:SHOWN_NEIGHBOURS], *query.nearest_b[:SHOWN_NEIGHBOURS])
+    ]
+    reader, labels = open_tiles(dataset, shown), class_by_synapse(dataset, shown)
     rows: dict[str, list[Cell]] = {}
     for query in comparison.differ_most:
         cells = [(reader.by_id(query.synapse_id), "query")]

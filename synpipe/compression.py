@@ -19,7 +19,6 @@ and its reconstruction; far and near vectors then count alike.
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -27,6 +26,7 @@ from pydantic import Field
 
 from synpipe.errors import SynpipeError
 from synpipe.specs import Spec
+from synpipe.storage import BulkPath
 
 SAMPLE_ROWS = 100_000
 """Vectors at most that a fit sees: two hundred for each of 512 dimensions."""
@@ -125,13 +125,13 @@ class Compressor:
         return save({"mean": self.mean, "components": self.components})
 
 
-def load(path: Path) -> Compressor:
+def load(path: BulkPath) -> Compressor:
     """What `Compressor.to_bytes` was written to. Raises `SynpipeError` where it is absent or damaged."""
     from safetensors import SafetensorError
-    from safetensors.numpy import load_file
+    from safetensors.numpy import load as load_bytes
 
     try:
-        return Compressor(**load_file(path))
+        return Compressor(**load_bytes(path.read_bytes()))
     except (OSError, SafetensorError, TypeError) as error:
         raise SynpipeError(
             f"The fit {path} cannot be read ({error}): delete it and materialise its embeddings again."

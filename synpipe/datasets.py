@@ -23,8 +23,10 @@ from synpipe.encoders import EncoderSpec, identity, load_registry
 from synpipe.errors import SynpipeError
 from synpipe.evaluation import EvaluationSpec
 from synpipe.projection import ProjectionSpec
+from synpipe.shards import read_json, write_json
 from synpipe.specs import Spec, digest, read_yaml
 from synpipe.splits import SplitSpec
+from synpipe.storage import BulkPath, ObjectPath, locate
 from synpipe.synthetic import SyntheticSpec
 from synpipe.tiles import TileSpec
 from synpipe.volumes import VolumeSpec
@@ -32,6 +34,7 @@ from synpipe.volumes import VolumeSpec
 # The six transmitters of Eckstein et al. (Cell 2024), in their order.
 NEUROTRANSMITTERS = ("acetylcholine", "gaba", "glutamate", "dopamine", "serotonin", "octopamine")
 
+BULK_RECORD = "bulk.json"
 NAME = re.compile(r"[a-z][a-z0-9_]*")
 
 
@@ -76,7 +79,8 @@ class Dataset:
     """A data set with its place in the store.
 
     folder: its folder in the store. base: where relative paths of its spec start. encoders: its encoders by the
-    name of their branch, in the order of the spec. weights_base: where relative paths of weights start.
+    name of their branch, in the order of the spec. weights_base: where relative paths of weights start. bulk: where tiles,
+    vectors and indexes lie if not in `folder`.
     """
 
     name: str
@@ -85,6 +89,7 @@ class Dataset:
     base: Path
     encoders: Mapping[str, EncoderSpec | DescriptorSpec | CompressedSpec]
     weights_base: Path
+    bulk: BulkPath | None = None
 
     @property
     def synapses_path(self) -> Path:
@@ -124,12 +129,17 @@ class Dataset:
         return self.folder / "evaluation.parquet"
 
     @property
-    def cut_outs_folder(self) -> Path:
-        return self.folder / "tiles"
+    def bulk_folder(self) -> BulkPath:
+        """Where tiles, vectors and indexes lie: on a cluster, what all of its workers can reach."""
+        return self.folder if self.bulk is None else self.bulk
 
     @property
-    def embeddings_folder(self) -> Path:
-        return self.folder / "embeddings"
+    def cut_outs_folder(self) -> BulkPath:
+        return self.bulk_folder / "tiles"
+
+    @property
+    def embeddings_folder(self) -> BulkPath:
+        return self.bulk_folder / "embeddings"
 
     def predictions_path(self, encoder: str) -> Path:
         return self.folder / "predictions" / f"{encoder}.parquet"
@@ -147,17 +157,17 @@ class Dataset:
     def projection_path(self, encoder: str) -> Path:
         return self.folder / "projections" / f"{encoder}.parquet"
 
-    def compressor_path(self, fingerprint: str) -> Path:
+    def compressor_path(self, fingerprint: str) -> BulkPath:
         """What was fitted for a compressed encoder, by the fingerprint of that."""
-        return self.folder / "compressors" / f"{fingerprint}.safetensors"
+        return self.bulk_folder / "compressors" / f"{fingerprint}.safetensors"
 
     def former_table_path(self, encoder: str) -> Path:
         """A sample of the embedding table's former version."""
         return self.folder / "former_tables" / f"{encoder}.parquet"
 
     @property
-    def lancedb_folder(self) -> Path:
-        return self.folder / "lancedb"
+    def lancedb_folder(self) -> BulkPath:
+        return self.bulk_folder / "lancedb"
 
     def manifest_path(self, asset: str) -> Path:
         return self.folder / "manifests" / f"{asset}.json"
@@ -203,17 +213,19 @@ class Dataset:
 
 @dataclass(frozen=True)
 class Project:
-    """The data folder and the store."""
+    """The data folder, the store, and the place of the bulk of the data: None for the store."""
 
     data: Path
     store: Path
+    bulk: BulkPath | None = None
 
     @classmethod
     def locate(cls, store: str | os.PathLike[str] | None = None) -> "Project":
         """The project that the environment names.
 
         Data folder: SYNPIPE_DATA, else `./data` where that has `datasets`, else the one beside the package. Store: the
-        argument, else SYNPIPE_STORE, else `store` in the data folder.
+        argument, else SYNPIPE_STORE, else `store` in the data folder. Bulk: SYNPIPE_BULK, a folder or the address of an object
+        store.
         """
         beside_package = Path(__file__).resolve().parent.parent / "data"
         here = Path("data").resolve()
@@ -221,7 +233,8 @@ class Project:
             os.environ.get("SYNPIPE_DATA") or (here if (here / "datasets").is_dir() else beside_package)
         ).resolve()
         chosen = store or os.environ.get("SYNPIPE_STORE") or data / "store"
-        return cls(data, Path(chosen).resolve())
+        bulk = os.environ.get("SYNPIPE_BULK")
+        return cls(data, Path(chosen).resolve(), locate(bulk) if bulk else None)
 
     @cached_property
     def registry(self) -> Mapping[str, EncoderSpec | DescriptorSpec | CompressedSpec]:
@@ -250,7 +263,40 @@ class Project:
             base=folder / "source" if spec.synthetic is not None else path.absolute().parent,
             encoders=chosen_encoders(spec.encoders, self.registry, str(path)),
             weights_base=self.data,
+            bulk=self._bulk_of(folder),
         )
+
+    def _bulk_of(self, folder: Path) -> BulkPath | None:
+        """Where the bulk of the data set in `folder` lies. Raises `SynpipeError` where SYNPIPE_BULK contradicts the store."""
+        chosen = None if self.bulk is None else self.bulk / folder.name
+        record = folder / BULK_RECORD
+        if record.exists():
+            former = locate(read_json(record)["address"])
+        elif (folder / "tiles").is_dir():
+            former = folder
+        else:
+            return chosen
+        if chosen is not None and former != chosen:
+            raise SynpipeError(
+                f"Tiles, vectors and indexes of {folder.name} lie in {former}, but by SYNPIPE_BULK they should lie in {chosen}. "
+                "Unset it to go on with those that are there. Or move the folders tiles, embeddings, compressors and lancedb, "
+                f"and delete {record} if there is one; or choose another store."
+            )
+        return None if former == folder else former
+
+
+def record_bulk(dataset: Dataset) -> None:
+    """Write down where the bulk lies, before anything is put there: commands find it with SYNPIPE_BULK or without.
+
+    Raises `SynpipeError` where it cannot be reached.
+    """
+    if dataset.bulk is None:
+        return
+    if isinstance(dataset.bulk, ObjectPath):
+        dataset.bulk.check()
+    record = dataset.folder / BULK_RECORD
+    if not record.exists():
+        write_json(record, {"address": str(dataset.bulk)})
 
 
 def _checked_name(name: str) -> str:

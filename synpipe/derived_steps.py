@@ -1,26 +1,32 @@
 """The steps that make something of an encoder's vectors: compressed vectors, and the map.
 
 In: a `Dataset` and the data versions of the step's inputs; vectors are read from the cache. Out: files in the data set's
-folder, and `Made`. Guarantees: as in `synpipe.pipeline`; no tile is read and nothing is embedded.
+folder, and `Made`. Guarantees: as in `synpipe.pipeline`; no tile is read and nothing is embedded. Fits see a sample of the
+vectors, which is in memory with what the fit makes of it; all others pass a shard, or `TRANSFORM_ROWS`, at a time.
 """
 
 import hashlib
 import json
+from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
 from synpipe import compression, projection
 from synpipe.datasets import Dataset
 from synpipe.embedding_cache import EmbeddingCache
 from synpipe.encoders import Encoder, open_encoder
 from synpipe.errors import SynpipeError
+from synpipe.forward import Computed
 from synpipe.manifests import find_manifest, read_manifest
 from synpipe.pipeline import Inputs, Log, Made, is_of_version, metadata_of, shard_name, version_of
-from synpipe.shards import atomic_path, read_table, write_table
+from synpipe.shards import atomic_path, write_table
 from synpipe.specs import digest
+from synpipe.streams import SmallestHashes, by_shard, in_blocks, read_parts
+from synpipe.tiles import rows_by_shard
 
 # Vectors that are placed on a fitted map at once: beyond what the fit took, memory does not grow with the data set.
 TRANSFORM_ROWS = 20_000
@@ -32,16 +38,19 @@ def make_compressed_embeddings(dataset: Dataset, name: str, inputs: Inputs, log:
     assert isinstance(spec, compression.CompressedSpec)
     who = dataset.identity(name)
     base = read_manifest(dataset, f"embeddings_{spec.base}").counts
-    tiles = read_table(dataset.tiles_path, ["shard", "content_hash"])
+    count = pq.read_metadata(dataset.tiles_path).num_rows
     made = find_manifest(dataset, f"embeddings_{name}")
     if made and made.counts["encoder_identity"] == who and made.inputs == inputs:
         fingerprint = made.counts["encoder_fingerprint"]
-        if not _missing(tiles, EmbeddingCache(dataset.embeddings_folder, fingerprint)):
-            log(f"0 vectors compressed, {len(tiles):,} were there")
+        if next(_missing(dataset, EmbeddingCache(dataset.embeddings_folder, fingerprint)), None) is None:
+            log(f"0 vectors compressed, {count:,} were there")
             return Made(version_of("embeddings", inputs, [fingerprint]), made.counts | {"vectors_compressed": 0})
 
     source = EmbeddingCache(dataset.embeddings_folder, base["encoder_fingerprint"])
-    sample = _smallest_hashes(tiles, compression.SAMPLE_ROWS)
+    smallest = SmallestHashes(["content_hash"], compression.SAMPLE_ROWS)
+    for part in read_parts(dataset.tiles_path, ["shard", "content_hash"]):
+        smallest.add(part)
+    sample = smallest.rows()
     fitted, kept = compression.fit(_read(source, sample), spec)
     content = fitted.to_bytes()
     weights = f"sha256:{hashlib.sha256(content).hexdigest()}"
@@ -51,17 +60,17 @@ def make_compressed_embeddings(dataset: Dataset, name: str, inputs: Inputs, log:
     log(f"{spec.base} {base['dimensions']} → {spec.dimensions} dimensions, {kept:.1%} of the variance kept")
 
     cache = EmbeddingCache(dataset.embeddings_folder, fingerprint)
-    missing = _missing(tiles, cache)
     metadata = {"encoder": json.dumps(spec.model_dump(mode="json")), "base_fingerprint": base["encoder_fingerprint"]}
-    for shard, hashes in missing.items():
+    compressed = 0
+    for shard, hashes in _missing(dataset, cache):
         cache.add(shard, hashes, fitted.compress(source.read(shard, hashes)), metadata)
-    count = sum(map(len, missing.values()))
-    log(f"{count:,} vectors compressed, {len(tiles) - count:,} were there")
+        compressed += len(hashes)
+    log(f"{compressed:,} vectors compressed, {count - compressed:,} were there")
     counts = {
-        "rows": len(tiles),
+        "rows": count,
         "dimensions": spec.dimensions,
         "tiles_embedded": 0,
-        "vectors_compressed": count,
+        "vectors_compressed": compressed,
         "fitted_on": len(sample),
         "base": spec.base,
         "base_dimensions": base["dimensions"],
@@ -99,7 +108,7 @@ def open_branch(dataset: Dataset, name: str, device: str = "auto") -> Encoder:
         weights=made["encoder"]["weights"],
         fingerprint=made["encoder_fingerprint"],
         dim=spec.dimensions,
-        _forward=lambda tiles: fitted.compress(base.embed(tiles)),
+        forward=Computed(lambda tiles: fitted.compress(base.embed(tiles))),
     )
 
 
@@ -111,19 +120,17 @@ def make_projection(dataset: Dataset, name: str, inputs: Inputs, log: Log) -> Ma
     of_vectors = {asset: version for asset, version in inputs.items() if asset != "synapses"}
     version = version_of("projection", of_vectors, spec.model_dump(mode="json"))
     path = dataset.projection_path(name)
-    columns = ["synapse_id", "shard", "content_hash"]
-    tiles = read_table(dataset.tiles_path, columns).sort_by("synapse_id")
     if is_of_version(path, version):
         log("the map is of this version already")
     else:
         made = read_manifest(dataset, f"embeddings_{name}").counts
         cache = EmbeddingCache(dataset.embeddings_folder, made["encoder_fingerprint"])
-        places = _places(tiles, cache, spec, log)
+        ids, places = _places(dataset, cache, spec, log)
         # What has no neighbour has no place: UMAP says NaN.
         map_x, map_y = (pa.array(places[:, axis], pa.float32(), from_pandas=True) for axis in (0, 1))
-        table = pa.table({"synapse_id": tiles["synapse_id"], "map_x": map_x, "map_y": map_y})
+        table = pa.table({"synapse_id": ids, "map_x": map_x, "map_y": map_y})
         write_table(path, table, metadata_of(dataset, version, inputs))
-    count = len(tiles)
+    count = pq.read_metadata(path).num_rows
     method = "umap" if projection.enough_for_umap(count, spec) else "pca"
     notes = []
     if method == "pca":
@@ -132,49 +139,55 @@ def make_projection(dataset: Dataset, name: str, inputs: Inputs, log: Log) -> Ma
     return Made(version, counts | spec.model_dump(mode="json"), notes)
 
 
-def _places(tiles: pa.Table, cache: EmbeddingCache, spec: projection.ProjectionSpec, log: Log) -> np.ndarray:
-    """Places of all tiles, float32 (n, 2): those of a sample are fitted, and the others placed among them."""
-    count = len(tiles)
+def _places(
+    dataset: Dataset, cache: EmbeddingCache, spec: projection.ProjectionSpec, log: Log
+) -> tuple[np.ndarray, np.ndarray]:
+    """Ids, ascending, and places of all tiles, float32 (n, 2): those of a sample are fitted, the others placed among them."""
+    columns = ["synapse_id", "shard", "content_hash"]
     # The smallest hashes are a sample at random, and mostly the same one after synapses were added.
-    order = pc.sort_indices(tiles, [("content_hash", "ascending"), ("synapse_id", "ascending")]).to_numpy()
-    fitted = np.sort(order[: projection.FIT_ROWS])
+    smallest = SmallestHashes(["content_hash", "synapse_id"], projection.FIT_ROWS)
+    count = 0
+    for part in read_parts(dataset.tiles_path, columns):
+        smallest.add(part)
+        count += len(part)
+    fitted = smallest.rows().sort_by("synapse_id")
     log(f"laying out {len(fitted):,} vectors")
-    places = np.empty((count, 2), np.float32)
-    places[fitted], place = projection.fit_map(_read(cache, tiles.take(fitted)), spec)
-    rest = order[projection.FIT_ROWS :]
-    rest = rest[np.argsort(tiles["shard"].to_numpy()[rest], kind="stable")]  # each shard is read once, or twice
-    for start in range(0, len(rest), TRANSFORM_ROWS):
-        rows = rest[start : start + TRANSFORM_ROWS]
-        places[rows] = place(_read(cache, tiles.take(rows)))
-        log(f"{len(fitted) + start + len(rows):,} of {count:,} placed")
-    return places
+    of_sample, place = projection.fit_map(_read(cache, fitted), spec)
+    ids, places = [fitted["synapse_id"].to_numpy()], [np.asarray(of_sample, np.float32)]
+
+    def place_all(rows: pa.Table) -> None:
+        ids.append(rows["synapse_id"].to_numpy())
+        places.append(place(_read(cache, rows)))
+        log(f"{sum(map(len, ids)):,} of {count:,} placed")
+
+    in_blocks(_others(dataset, columns, fitted["synapse_id"]), TRANSFORM_ROWS, place_all)
+    together = np.concatenate(ids)
+    order = np.argsort(together)
+    return together[order], np.concatenate(places)[order]
 
 
-def _smallest_hashes(tiles: pa.Table, limit: int) -> pa.Table:
-    """The `limit` contents with the smallest hashes, in their order, each once: a sample at random that is always the same."""
-    once = tiles.group_by("content_hash").aggregate([("shard", "min")]).rename_columns(["content_hash", "shard"])
-    return once.sort_by("content_hash").slice(0, limit)
+def _others(dataset: Dataset, columns: list[str], fitted: pa.ChunkedArray) -> Iterator[pa.Table]:
+    """The tiles that are not fitted, shard by shard, by hash."""
+    known = fitted.combine_chunks()
+    for _, rows in by_shard(read_parts(dataset.tiles_path, columns)):
+        others = rows.filter(pc.invert(pc.is_in(rows["synapse_id"], value_set=known)))
+        yield others.sort_by([("content_hash", "ascending"), ("synapse_id", "ascending")])
 
 
-def _missing(tiles: pa.Table, cache: EmbeddingCache) -> dict[str, list[str]]:
-    """Content hashes that the cache lacks, each once, by name of the shard."""
-    found = {}
-    for shard in pc.unique(tiles["shard"]).to_pylist():
-        hashes = pc.unique(tiles.filter(pc.equal(tiles["shard"], shard))["content_hash"]).to_pylist()
+def _missing(dataset: Dataset, cache: EmbeddingCache) -> Iterator[tuple[str, list[str]]]:
+    """Name of each shard of whose tiles the cache lacks some, and their content hashes, each once."""
+    for shard, rows in by_shard(read_parts(dataset.tiles_path, ["shard", "content_hash"])):
         known = cache.known(shard_name(shard))
-        if lacking := [content for content in hashes if content not in known]:
-            found[shard_name(shard)] = lacking
-    return found
+        if lacking := [content for content in pc.unique(rows["content_hash"]).to_pylist() if content not in known]:
+            yield shard_name(shard), lacking
 
 
 def _read(cache: EmbeddingCache, tiles: pa.Table) -> np.ndarray:
-    """Vectors of tiles in their order, float32 (n, d), n > 0; a shard is in memory at a time."""
+    """Vectors of tiles in their order, float32 (n, d), n > 0; beside them a shard is in memory at a time."""
     if not len(tiles):
         raise SynpipeError("There is no tile, so there are no vectors. Look at the rejects.")
-    shards = tiles["shard"].to_numpy()
     vectors: np.ndarray | None = None
-    for shard in np.unique(shards).tolist():
-        rows = np.flatnonzero(shards == shard)
+    for shard, rows in rows_by_shard(tiles["shard"].to_numpy()):
         found = cache.read(shard_name(shard), tiles["content_hash"].take(rows).to_pylist())
         if vectors is None:
             vectors = np.empty((len(tiles), found.shape[1]), np.float32)

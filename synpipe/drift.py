@@ -19,6 +19,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from synpipe.shards import write_table
+from synpipe.streams import SmallestHashes
 
 SAMPLE_ROWS = 2_000
 LOW_PERCENTILE = 1
@@ -49,8 +50,10 @@ class Comparison:
 def take_sample(path: Path) -> pa.Table:
     """`content_hash`, `vector` and `norm` of at most `SAMPLE_ROWS` rows of an embedding table, by hash, with its metadata."""
     file = pq.ParquetFile(path, page_checksum_verification=True)
-    hashes = file.read(["content_hash"])["content_hash"].unique()
-    chosen = hashes.take(pc.array_sort_indices(hashes)[:SAMPLE_ROWS])
+    smallest = SmallestHashes(["content_hash"], SAMPLE_ROWS)
+    for batch in file.iter_batches(8192, columns=["content_hash"]):
+        smallest.add(pa.Table.from_batches([batch]))
+    chosen = smallest.rows()["content_hash"].combine_chunks()
     columns = ["content_hash", "vector", "norm"]
     batches = (
         batch.filter(pc.is_in(batch["content_hash"], value_set=chosen))

@@ -5,8 +5,8 @@ costs its own rows a second forward pass and nothing else.
 """
 
 import logging
+import re
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 from synpipe.errors import SynpipeError
 from synpipe.shards import write_table
 from synpipe.specs import digest
+from synpipe.storage import BulkPath, listed
 
 logger = logging.getLogger(__name__)
 
@@ -25,9 +26,14 @@ class EmbeddingCache:
     Columns `content_hash` string and `vector` fixed_size_list<float32>[dim]; the encoder's spec is in the metadata.
     """
 
-    def __init__(self, root: Path, fingerprint: str) -> None:
+    def __init__(self, root: BulkPath, fingerprint: str) -> None:
+        """The files are listed here, once for all shards: what others add afterwards is not seen."""
         self.fingerprint = fingerprint
         self.folder = root / fingerprint
+        self._parts: dict[str, list[BulkPath]] = {}
+        for path in listed(self.folder, "*.parquet"):
+            if named := re.fullmatch(r"(.+)-[0-9a-f]{8}", path.stem):
+                self._parts.setdefault(named[1], []).append(path)
 
     def known(self, shard: str) -> set[str]:
         """Content hashes whose vectors are here. Damaged files are moved aside with a warning."""
@@ -47,7 +53,7 @@ class EmbeddingCache:
 
     def add(
         self, shard: str, content_hashes: Sequence[str], vectors: np.ndarray, metadata: dict[str, str] | None = None
-    ) -> Path:
+    ) -> BulkPath:
         """Write one part file with vectors float32 (n, dim), n > 0, and return its path."""
         table = pa.table(
             {
@@ -59,13 +65,15 @@ class EmbeddingCache:
         )
         path = self.folder / f"{shard}-{digest(list(content_hashes))[:8]}.parquet"
         metadata = {**(metadata or {}), "encoder_fingerprint": self.fingerprint}
-        write_table(path, table, metadata, write_page_checksum=True)
+        write_table(path, table, metadata)
+        parts = self._parts.setdefault(shard, [])
+        self._parts[shard] = sorted({*parts, path}, key=str)
         return path
 
     def _load(self, shard: str) -> tuple[list[str], np.ndarray]:
         hashes: list[str] = []
         vectors: list[np.ndarray] = []
-        for path in sorted(self.folder.glob(f"{shard}-{'[0-9a-f]' * 8}.parquet")):
+        for path in self._parts.get(shard, []):
             table = self._read_part(path)
             if table is not None:
                 hashes += table["content_hash"].to_pylist()
@@ -73,10 +81,12 @@ class EmbeddingCache:
                 vectors.append(column.flatten().to_numpy().reshape(len(column), -1))
         return hashes, np.concatenate(vectors) if vectors else np.empty((0, 0), np.float32)
 
-    def _read_part(self, path: Path) -> pa.Table | None:
+    def _read_part(self, path: BulkPath) -> pa.Table | None:
         """The table, or None for a damaged file, which is then moved aside so that its rows are computed anew."""
         try:
             content = path.read_bytes()
+        except FileNotFoundError:
+            return None  # moved aside, or deleted, since the files were listed
         except OSError as error:
             raise SynpipeError(f"Cannot read {path}: {error.strerror}. Check that file.") from error
         try:
@@ -88,6 +98,6 @@ class EmbeddingCache:
         except (pa.ArrowException, OSError) as error:  # a wrong checksum raises OSError
             problem = str(error)
         aside = path.with_suffix(".damaged")
-        path.replace(aside)
+        path.replace(aside)  # type: ignore[arg-type]  # both of one kind
         logger.warning("%s is damaged (%s): moved to %s, its vectors are computed again", path, problem, aside.name)
         return None

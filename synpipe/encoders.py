@@ -17,7 +17,6 @@ import difflib
 import hashlib
 import logging
 import os
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import lru_cache
 from importlib.metadata import version
@@ -31,6 +30,7 @@ from synpipe import descriptors
 from synpipe.compression import CompressedSpec
 from synpipe.descriptors import DescriptorSpec
 from synpipe.errors import SynpipeError
+from synpipe.forward import BATCH_SIZE, Computed, Forward, NetworkForward
 from synpipe.specs import Spec, digest, read_yaml
 
 if TYPE_CHECKING:
@@ -68,6 +68,9 @@ class EncoderSpec(Spec):
     precision: Literal["bf16", "fp32"] = "bf16"
     """bf16 (autocast) moves a vector by at most about 1 % and is twice as fast on a CPU that has it (AVX512-BF16, AMX). One
     that has not emulates it, 2 to 10 times slower than fp32; `open_encoder` then warns."""
+    compile: bool = False
+    """Whether `torch.compile` makes kernels for this network, which takes minutes at every start and a C++ compiler. They round
+    otherwise, so it is of the fingerprint."""
     description: str = ""
 
     @field_validator("weights")
@@ -127,7 +130,7 @@ def identity(spec: EncoderSpec | DescriptorSpec, base: Path) -> str:
 
 
 def _declaration(spec: EncoderSpec) -> dict[str, Any]:
-    return {
+    declared = {
         "model": spec.model,
         "args": spec.args,
         "precision": spec.precision,
@@ -135,6 +138,7 @@ def _declaration(spec: EncoderSpec) -> dict[str, Any]:
         "torch": _version("torch"),
         "timm": _version("timm"),
     }
+    return declared | ({"compile": True} if spec.compile else {})
 
 
 _version = lru_cache(version)  # it reads a file for 6 ms, and `status` asks for every step of every encoder
@@ -162,13 +166,24 @@ class Encoder:
     dim: int
     device: "torch.device"
     preprocessing: dict[str, Any]
-    _forward: Callable[[np.ndarray], np.ndarray] = field(repr=False)
+    forward: Forward = field(repr=False)
 
     def embed(self, tiles: np.ndarray) -> np.ndarray:
         """Pooled features before the classifier: uint8 (n, 3, 256, 256) to float32 (n, dim), not normalised."""
+        starts = range(0, max(1, len(tiles)), self.batch_size)
+        batches = (self.stage(tiles[start : start + self.batch_size]) for start in starts)
+        return np.concatenate([self.forward.launch(batch, self.batch_size)() for batch in batches])
+
+    def stage(self, tiles: np.ndarray) -> Any:
+        """What `forward.launch` wants of tiles; in any thread."""
         if tiles.dtype != np.uint8 or tiles.shape[1:] != (3, TILE_PX, TILE_PX):
             raise ValueError(f"tiles must be uint8 (n, 3, {TILE_PX}, {TILE_PX}), not {tiles.dtype} {tiles.shape}")
-        return self._forward(tiles)
+        return self.forward.stage(tiles)
+
+    @property
+    def batch_size(self) -> int:
+        """Tiles that go to the device at once."""
+        return BATCH_SIZE.get(self.device.type, BATCH_SIZE["cpu"])
 
 
 def open_encoder(spec: EncoderSpec | DescriptorSpec, base: Path, device: str = "auto") -> Encoder:
@@ -185,9 +200,9 @@ def open_encoder(spec: EncoderSpec | DescriptorSpec, base: Path, device: str = "
             "This CPU emulates bf16, slowly: `precision: fp32` in the registry is faster for %s here", spec.model
         )
     model, weights, preprocessing = open_network(spec, base)
-    forward = _forward_function(model, preprocessing, target, spec.precision)
+    forward = NetworkForward(model, preprocessing, target, spec.precision, spec.compile, TILE_PX)
     try:
-        dim = forward(np.zeros((1, 3, TILE_PX, TILE_PX), np.uint8)).shape[1]
+        dim = forward.launch(forward.stage(np.zeros((1, 3, TILE_PX, TILE_PX), np.uint8)))().shape[1]
     except (RuntimeError, AssertionError) as error:
         raise SynpipeError(
             f"Encoder {spec.model} cannot take tiles of {preprocessing['crop_px']} px ({_shorten(error)}): set another "
@@ -195,6 +210,13 @@ def open_encoder(spec: EncoderSpec | DescriptorSpec, base: Path, device: str = "
         ) from None
     fingerprint = digest({**_declaration(spec), "weights": weights, "preprocessing": preprocessing})
     return Encoder(spec, weights, fingerprint, dim, target, preprocessing, forward)
+
+
+def weights_file(spec: EncoderSpec | DescriptorSpec, base: Path) -> Path | None:
+    """The file that the weights are read from, downloaded if need be; None where there is none. Raises as `open_encoder`."""
+    if isinstance(spec, DescriptorSpec) or spec.weights == "random":
+        return None
+    return _hub_file(spec, _pretrained_config(spec.model)) if spec.weights == "hub" else base / spec.weights
 
 
 def open_network(spec: EncoderSpec, base: Path) -> tuple["torch.nn.Module", str, dict[str, Any]]:
@@ -233,12 +255,20 @@ def open_network(spec: EncoderSpec, base: Path) -> tuple["torch.nn.Module", str,
 def _open_descriptor(spec: DescriptorSpec) -> Encoder:
     import torch
 
-    def forward(tiles: np.ndarray) -> np.ndarray:
+    def describe(tiles: np.ndarray) -> np.ndarray:
         return descriptors.describe(spec.descriptor, tiles)
 
-    dim = forward(np.zeros((1, 3, TILE_PX, TILE_PX), np.uint8)).shape[1]
+    dim = describe(np.zeros((1, 3, TILE_PX, TILE_PX), np.uint8)).shape[1]
     seen = {"crop_px": descriptors.CROPS_PX[spec.descriptor], "resize": "none"}
-    return Encoder(spec, "none", spec.fingerprint(), dim, torch.device("cpu"), seen, forward)
+    return Encoder(spec, "none", spec.fingerprint(), dim, torch.device("cpu"), seen, Computed(describe))
+
+
+def open_on_all_devices(spec: EncoderSpec | DescriptorSpec, base: Path) -> list[Encoder]:
+    """The same encoder on each GPU of this machine, or once on its CPU. Raises as `open_encoder` does."""
+    import torch
+
+    gpus = 0 if isinstance(spec, DescriptorSpec) else torch.cuda.device_count()
+    return [open_encoder(spec, base, f"cuda:{gpu}") for gpu in range(gpus)] or [open_encoder(spec, base, "cpu")]
 
 
 def find_device(device: str = "auto") -> "torch.device":
@@ -356,26 +386,6 @@ def _hub_file(spec: EncoderSpec, config: Any) -> Path:
             "then copy that file here and set `weights` to its path, or copy the Hugging Face cache folder; or use an "
             "encoder whose weights are here (`weights: random` or a file)."
         ) from None
-
-
-def _forward_function(
-    model: "torch.nn.Module", preprocessing: dict[str, Any], device: "torch.device", precision: str
-) -> Callable[[np.ndarray], np.ndarray]:
-    import torch
-
-    model = model.eval().to(memory_format=torch.channels_last).to(device)
-    crop_px = preprocessing["crop_px"]
-    crop = slice((TILE_PX - crop_px) // 2, (TILE_PX + crop_px) // 2)
-    mean, std = (torch.tensor(preprocessing[key], device=device).view(1, 3, 1, 1) * 255 for key in ("mean", "std"))
-
-    def forward(tiles: np.ndarray) -> np.ndarray:
-        # Bytes travel to the device; they become floats there.
-        pixels = torch.from_numpy(np.ascontiguousarray(tiles[:, :, crop, crop])).to(device)
-        with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-            normalised = pixels.to(torch.float32, memory_format=torch.channels_last).sub_(mean).div_(std)
-            return model(normalised).float().cpu().numpy()
-
-    return forward
 
 
 def _first_line(error: BaseException) -> str:

@@ -18,24 +18,29 @@ import numpy as np
 from pydantic import Field
 
 from synpipe.specs import Spec
-from synpipe.splits import SCHEMES
+from synpipe.splits import SCHEMES, known
 
 K = 10  # neighbours that vote, and of precision@10
 CONFIDENCE = 0.95
 RESAMPLES = 1000  # the ends of a 95 % interval then rest on 25 resamples each
-BLOCK = 256  # queries whose similarities are in memory at a time: 256 × 100,000 float32 are 100 MB
+PAIRS = (
+    2**20
+)  # of a query and a candidate, that are in memory at a time: 70 bytes each, most of them for where tiles begin
+RESAMPLED_AT_ONCE = 2**20  # groups × samples of a bootstrap
 PROBE_C = (0.01, 0.1, 1.0)  # inverse strengths of the L2 penalty; the validation side chooses
 
 
 class EvaluationSpec(Spec):
     """How much is measured; more narrows the intervals and takes longer.
 
-    queries: synapses that search for their class, as many of each class as there are up to an even share. places: of which
+    synapses: that are judged at most: of more, a sample is drawn, first of those whose class is known; it bounds memory and
+    time. queries: synapses that search for their class, as many of each class as there are up to an even share. places: of which
     altered views must find their original; distractors: other tiles among which. singles: places at which each alteration
     is also tried alone. probe_rows: synapses that a linear probe is fitted to, at most.
     """
 
     seed: int = Field(0, ge=0)
+    synapses: int = Field(100_000, ge=10)
     queries: int = Field(2000, ge=10)
     places: int = Field(256, ge=10)
     distractors: int = Field(1000, ge=10)
@@ -50,6 +55,18 @@ class Estimate:
     value: float | None
     low: float | None = None
     high: float | None = None
+
+
+def draw_judged(labels: np.ndarray, spec: EvaluationSpec) -> np.ndarray:
+    """Rows that are judged: int64, sorted; all, or `spec.synapses` of them, first of those with a label.
+
+    labels: object (n,), None where not known.
+    """
+    if len(labels) <= spec.synapses:
+        return np.arange(len(labels))
+    drawn = np.random.default_rng([spec.seed, 2]).permutation(len(labels))
+    unknown = ~known(labels[drawn])
+    return np.sort(drawn[np.argsort(unknown, kind="stable")][: spec.synapses])
 
 
 def draw_queries(labels: np.ndarray, spec: EvaluationSpec) -> np.ndarray:
@@ -106,13 +123,14 @@ def search_all(
     """
     names, codes = _codes(labels)
     _, neuron_codes = _codes(neurons)
-    known = np.flatnonzero(codes >= 0)
-    candidates = known if len(known) else np.arange(len(labels))
+    of_class = np.flatnonzero(codes >= 0)
+    candidates = of_class if len(of_class) else np.arange(len(labels))
     nearest = np.full((len(queries), K), -1, dtype=np.int64)
     votes = np.zeros((len(queries), max(1, len(names))))
     average_precision, precision = np.full(len(queries), np.nan), np.full(len(queries), np.nan)
-    for first in range(0, len(queries), BLOCK):
-        block = queries[first : first + BLOCK]
+    block_rows = max(1, PAIRS // max(1, len(candidates)))
+    for first in range(0, len(queries), block_rows):
+        block = queries[first : first + block_rows]
         similarity = vectors[block] @ vectors[candidates].T
         own = (neuron_codes[block][:, None] == neuron_codes[candidates][None]) & (neuron_codes[block] >= 0)[:, None]
         out = own | same_place(starts_zyx[block], starts_zyx[candidates], window_zyx)
@@ -179,9 +197,13 @@ def resample(
     np.add.at(totals, (group_codes, class_codes), values)
     np.add.at(numbers, (group_codes, class_codes), 1)
     class_weights = np.array([1.0 if weights is None else weights[name] for name in classes])
-    drawn = np.random.default_rng(seed).multinomial(len(names), np.full(len(names), 1 / len(names)), RESAMPLES)
     value = _mean(totals.sum(axis=0, keepdims=True), numbers.sum(axis=0, keepdims=True), class_weights)[0]
-    return float(value), _mean(drawn @ totals, drawn @ numbers, class_weights)
+    random, shares = np.random.default_rng(seed), np.full(len(names), 1 / len(names))
+    at_once, samples = max(1, RESAMPLED_AT_ONCE // len(names)), []
+    for first in range(0, RESAMPLES, at_once):
+        drawn = random.multinomial(len(names), shares, min(at_once, RESAMPLES - first))
+        samples.append(_mean(drawn @ totals, drawn @ numbers, class_weights))
+    return float(value), np.concatenate(samples)
 
 
 def _mean(totals: np.ndarray, numbers: np.ndarray, weights: np.ndarray) -> np.ndarray:
@@ -233,8 +255,7 @@ def probe(
     if len({*labels[train]}) < 2 or not len(test):
         return None
     train = np.sort(np.random.default_rng(spec.seed).permutation(train)[: spec.probe_rows])
-    known = np.isin(labels[validation].astype(str), [*{*labels[train].tolist()}])
-    validation = validation[known]
+    validation = validation[np.isin(labels[validation].astype(str), [*{*labels[train].tolist()}])]
     truth = labels[validation].astype(str)
     fitted = []
     for c in PROBE_C if len(validation) else PROBE_C[1:2]:

@@ -9,9 +9,10 @@ A part is `<shard>-<digest>.h5` with `tiles` uint8 (n, 3, 256, 256), contiguous:
 """
 
 import logging
+import re
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import h5py
@@ -23,7 +24,18 @@ from synpipe.chunk_plan import Chunk, plan
 from synpipe.errors import SynpipeError
 from synpipe.shards import DAMAGED, atomic_path, read_table, set_aside, write_table
 from synpipe.specs import digest
-from synpipe.tiles import PART_SCHEMA, SECTIONS, SUSPECT, TILE_PX, CutOut, TileSpec, shard_of
+from synpipe.storage import BulkPath, listed
+from synpipe.tiles import (
+    PART_SCHEMA,
+    SECTIONS,
+    SUSPECT,
+    TILE_PX,
+    CutOut,
+    TileSpec,
+    rows_by_shard,
+    shard_of,
+    suspect_mark,
+)
 from synpipe.volumes import AccessDenied, Volume
 
 PART_TILES = 512  # 100 MB at 256 px: the memory that tiles need until they are written, and what a kill can cost
@@ -33,6 +45,7 @@ READ_AHEAD_BYTES = 64 * 2**20  # decoded chunks and voxels of the cut-outs that 
 GIVE_UP_AFTER = 8
 SHARDS_NAMED = 10
 
+PART_NAME = re.compile("[0-9]{5}-[0-9a-f]{12}")
 BYTES_KEY = b"synpipe.bytes"  # size of the tiles' file, in the metadata of its index
 logger = logging.getLogger(__name__)
 
@@ -42,37 +55,54 @@ FOUND_SCHEMA = PART_SCHEMA.append(pa.field("part", pa.string())).append(pa.field
 def extract(
     volume: Volume,
     spec: TileSpec,
-    folder: Path,
+    folder: BulkPath,
     starts_zyx: np.ndarray,
     progress: Callable[[int], None] = lambda count: None,
 ) -> tuple[pa.Table, int]:
+    """`extract_shards` into memory, for some 100,000 windows: a row per window, in their order."""
+    found, made = extract_shards(volume, spec, folder, starts_zyx, progress)
+    order, tables = [np.zeros(0, np.int64)], [FOUND_SCHEMA.empty_table()]
+    for rows, table in found:
+        order.append(rows)
+        tables.append(table)
+    return pa.concat_tables(tables).take(np.argsort(np.concatenate(order))), made
+
+
+def extract_shards(
+    volume: Volume,
+    spec: TileSpec,
+    folder: BulkPath,
+    starts_zyx: np.ndarray,
+    progress: Callable[[int], None] = lambda count: None,
+    cut_out_all: "Callable[[np.ndarray], Failures] | None" = None,
+) -> tuple[Iterator[tuple[np.ndarray, pa.Table]], int]:
     """Tiles of all windows, cut out where `folder` does not hold them yet.
 
     folder: the folder of `spec.recipe(…)`. starts_zyx: int64 (n, 3), first voxels of the windows. progress: called with
-    numbers of cut-outs done. Returns one row per window, in their order (`PART_SCHEMA` plus `part`, the file's name, and
-    `shard`), and the number of cut-outs made.
+    numbers of cut-outs done. cut_out_all: has windows cut out elsewhere; None: here. Returns, shard by shard, the numbers of
+    its windows, which ascend, and a row for each of them (`PART_SCHEMA` plus `part`, the file's name, and `shard`); and the
+    number of cut-outs made.
 
     Raises `SynpipeError` where the volume could not be read everywhere, after all other shards have been cut out;
     `AccessDenied` at once where it may not be read.
     """
-    shards = shard_of(starts_zyx, spec)
-    numbers = np.unique(shards).tolist()
-    known = {shard: _read_parts(folder, shard) for shard in numbers}
-    missing = [_missing(known[shard], starts_zyx[shards == shard]) for shard in numbers]
+    windows = rows_by_shard(shard_of(starts_zyx, spec))
+    parts = _list_parts(folder)
+    missing = [_missing(_read_parts(parts, shard), starts_zyx[rows]) for shard, rows in windows]
     made = sum(map(len, missing))
     progress(len(starts_zyx) - made)
     if made:
-        _cut_out_missing(volume, spec, folder, np.concatenate(missing), progress)
-    order, found = [], []
-    for shard, absent in zip(numbers, missing, strict=True):
-        table = _read_parts(folder, shard) if len(absent) else known[shard]
-        rows = np.flatnonzero(shards == shard)
-        place = {key: row for row, key in enumerate(_keys(table))}
-        found.append(table.take([place[key] for key in map(tuple, starts_zyx[rows].tolist())]))
-        order.append(rows)
-    if not found:
-        return FOUND_SCHEMA.empty_table(), 0
-    return pa.concat_tables(found).take(np.argsort(np.concatenate(order))), made
+        cut_out_all = cut_out_all or (lambda starts: cut_out_windows(volume, spec, folder, starts, progress))
+        cut_out_all(np.concatenate(missing)).check(of=sum(len(absent) > 0 for absent in missing))
+        parts = _list_parts(folder)
+
+    def found() -> Iterator[tuple[np.ndarray, pa.Table]]:
+        for shard, rows in windows:
+            table = _read_parts(parts, shard)
+            place = {key: row for row, key in enumerate(_keys(table))}
+            yield rows, table.take([place[key] for key in map(tuple, starts_zyx[rows].tolist())])
+
+    return found(), made
 
 
 def _missing(known: pa.Table, starts_zyx: np.ndarray) -> np.ndarray:
@@ -85,17 +115,52 @@ def _keys(table: pa.Table) -> Iterator[tuple[int, int, int]]:
     return zip(*(table[f"start_{axis}"].to_pylist() for axis in "zyx"), strict=True)
 
 
-def _cut_out_missing(volume: Volume, spec: TileSpec, folder: Path, starts: np.ndarray, progress) -> None:
-    """Cut out windows, each of them given once, and write them as parts."""
+@dataclass
+class Failures:
+    """Shards that could not be cut out, each with its first error.
+
+    lost: cut-outs that were therefore not made. made: those that were. in_a_row: of the shards that failed last.
+    """
+
+    by_shard: dict[int, SynpipeError] = field(default_factory=dict)
+    lost: int = 0
+    made: int = 0
+    in_a_row: int = 0
+
+    @property
+    def gave_up(self) -> bool:
+        return self.in_a_row >= GIVE_UP_AFTER
+
+    def check(self, of: int) -> None:
+        """Raises `SynpipeError` where there is one. of: number of shards that were to be cut out."""
+        if not self.by_shard:
+            return
+        failed = sorted(self.by_shard)
+        named = ", ".join(map(str, failed[:SHARDS_NAMED])) + (", …" if len(failed) > SHARDS_NAMED else "")
+        raise SynpipeError(
+            f"{self.lost:,} cut-outs were not made: {len(failed)} of {of} shards failed ({named})"
+            f"{', one after the other, and the rest was not tried' if self.gave_up else ''}. The first error: "
+            f"{next(iter(self.by_shard.values()))} All other cut-outs are kept: run the same command again, and only those "
+            "that are not there are fetched."
+        )
+
+
+def cut_out_windows(
+    volume: Volume,
+    spec: TileSpec,
+    folder: BulkPath,
+    starts: np.ndarray,
+    progress: Callable[[int], None] = lambda count: None,
+) -> Failures:
+    """Cut out windows, each of them given once, and write them as parts. Raises `AccessDenied`."""
     shards = shard_of(starts, spec)
     low = np.clip(starts, 0, volume.shape_zyx)
     high = np.clip(starts + spec.window_zyx(volume.voxel_size_nm_zyx), 0, volume.shape_zyx)
     batches = plan(low, high, shards, volume.chunking, PART_TILES)
-    failed: dict[int, SynpipeError] = {}
-    lost = in_a_row = 0
+    failures = Failures()
 
     def wanted(window: int) -> bool:
-        return shards[window] not in failed and in_a_row < GIVE_UP_AFTER
+        return shards[window] not in failures.by_shard and not failures.gave_up
 
     def needs(window: int) -> list[Chunk]:
         return list(volume.chunking.chunks(low[window], high[window]))
@@ -110,26 +175,26 @@ def _cut_out_missing(volume: Volume, spec: TileSpec, folder: Path, starts: np.nd
             finish = next(ahead)
             shard = int(shards[window])
             if finish is None or not wanted(window):
-                lost += 1
+                failures.lost += 1
                 continue
             try:
                 tile, row = finish()
             except AccessDenied:  # to the other shards as well
                 raise
             except SynpipeError as error:
-                failed[shard] = error
-                in_a_row += 1
-                lost += 1
+                failures.by_shard[shard] = error
+                failures.in_a_row += 1
+                failures.lost += 1
                 continue
             if tile is not None:
                 stack[place] = tile
             made.setdefault(shard, []).append((place, row))
-            in_a_row = 0
+            failures.in_a_row = 0
+            failures.made += 1
             progress(1)
         for shard in sorted(made):
             _write_part(folder, shard, stack, made[shard])
-    if failed:
-        raise _failure(failed, lost, len(np.unique(shards)), in_a_row >= GIVE_UP_AFTER)
+    return failures
 
 
 def _read_ahead(
@@ -164,52 +229,70 @@ def _read_ahead(
         yield begun.popleft()[0]
 
 
-def _failure(failed: dict[int, SynpipeError], lost: int, of: int, gave_up: bool) -> SynpipeError:
-    named = ", ".join(map(str, sorted(failed)[:SHARDS_NAMED])) + (", …" if len(failed) > SHARDS_NAMED else "")
-    first = next(iter(failed.values()))
-    return SynpipeError(
-        f"{lost:,} cut-outs were not made: {len(failed)} of {of} shards failed ({named})"
-        f"{', one after the other, and the rest was not tried' if gave_up else ''}. The first error: {first} All other "
-        "cut-outs are kept: run the same command again, and only those that are not there are fetched."
-    )
+def missing_windows(folder: BulkPath, shard: int, starts_zyx: np.ndarray) -> np.ndarray:
+    """Of these windows of a shard, those that no part holds now: int64 (m, 3)."""
+    return _missing(_read_parts(_list_parts(folder), shard), starts_zyx)
 
 
-def damaged_parts(folder: Path) -> list[Path]:
+@dataclass(frozen=True)
+class _Files:
+    """A part as the listing has it. marked: whether its tiles were found to be damaged."""
+
+    index: BulkPath
+    tiles: BulkPath
+    marked: bool
+
+
+def damaged_parts(folder: BulkPath) -> list[BulkPath]:
     """Files of tiles, below the folders of all recipes, that were found to be damaged and are not there again."""
-    suspect = {mark.with_suffix("") for mark in folder.glob(f"*/*.h5{SUSPECT}")}
-    moved = {aside.with_suffix("") for aside in folder.glob(f"*/*.h5{DAMAGED}")}
-    return sorted(suspect | {path for path in moved if not path.exists()})
+    found = {str(path): path for path in listed(folder, "*/*.h5*")}
+    suspect = {path.with_suffix("") for name, path in found.items() if name.endswith(SUSPECT)}
+    moved = {path.with_suffix("") for name, path in found.items() if name.endswith(DAMAGED)}
+    return sorted(suspect | {path for path in moved if str(path) not in found}, key=str)
 
 
-def _read_parts(folder: Path, shard: int) -> pa.Table:
+def _list_parts(folder: BulkPath) -> dict[int, list[_Files]]:
+    """The parts by shard.
+
+    Tiles are gone where somebody deleted them, or where they were damaged and moved aside: the cut-outs are then made again.
+    """
+    found = {path.name: path for path in listed(folder, "*")}
+    parts: dict[int, list[_Files]] = {}
+    for name, path in found.items():
+        tiles_path = found.get(f"{path.stem}.h5")
+        if path.suffix == ".parquet" and tiles_path is not None and PART_NAME.fullmatch(path.stem):
+            marked = suspect_mark(tiles_path).name in found
+            parts.setdefault(int(name[:5]), []).append(_Files(path, tiles_path, marked))
+    return parts
+
+
+def _read_parts(parts: Mapping[int, list[_Files]], shard: int) -> pa.Table:
     tables = []
-    for path in sorted(folder.glob(f"{shard:05d}-*.parquet")):
-        tiles_path = path.with_suffix(".h5")
-        # Gone where somebody deleted it, or where it was damaged and moved aside: the cut-outs are then made again.
-        if tiles_path.exists() and (table := _read_part(path, tiles_path)) is not None:
-            for name, value in (("part", pa.scalar(tiles_path.name)), ("shard", pa.scalar(shard, pa.int32()))):
+    for part in parts.get(shard, []):
+        if (table := _read_part(part)) is not None:
+            for name, value in (("part", pa.scalar(part.tiles.name)), ("shard", pa.scalar(shard, pa.int32()))):
                 table = table.append_column(name, pa.repeat(value, len(table)))
             tables.append(table.cast(FOUND_SCHEMA))
     return pa.concat_tables(tables) if tables else FOUND_SCHEMA.empty_table()
 
 
-def _read_part(path: Path, tiles_path: Path) -> pa.Table | None:
+def _read_part(part: _Files) -> pa.Table | None:
     """The index of a part, or None where it or the file of the tiles is damaged, which is then moved aside."""
     try:
-        table = read_table(path)
+        table = read_table(part.index)
     except SynpipeError as error:
         logger.warning("%s", error)
         return None
-    size = int((table.schema.metadata or {}).get(BYTES_KEY, tiles_path.stat().st_size))  # older parts do not say it
-    mark = tiles_path.with_suffix(f"{tiles_path.suffix}{SUSPECT}")
-    if tiles_path.stat().st_size == size and not mark.exists():
+    there = part.tiles.stat().st_size
+    size = int((table.schema.metadata or {}).get(BYTES_KEY, there))  # older parts do not say it
+    if there == size and not part.marked:
         return table
-    logger.warning("%s is damaged: moved to %s, its tiles are cut out again", tiles_path, set_aside(tiles_path).name)
-    mark.unlink(missing_ok=True)
+    logger.warning("%s is damaged: moved to %s, its tiles are cut out again", part.tiles, set_aside(part.tiles).name)
+    suspect_mark(part.tiles).unlink(missing_ok=True)
     return None
 
 
-def _write_part(folder: Path, shard: int, stack: np.ndarray, made: list[tuple[int, dict[str, Any]]]) -> None:
+def _write_part(folder: BulkPath, shard: int, stack: np.ndarray, made: list[tuple[int, dict[str, Any]]]) -> None:
     """made: for each cut-out the place of its tile in the stack, and its row, which has a reason where there is no tile."""
     tiles_at = [place for place, row in made if "reason" not in row]
     number = {place: count for count, place in enumerate(tiles_at)}

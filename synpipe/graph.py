@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from synpipe import classifier_steps, derived_steps, learning_steps, pipeline
 from synpipe.compression import CompressedSpec
-from synpipe.datasets import Dataset
+from synpipe.datasets import Dataset, record_bulk
 from synpipe.errors import SynpipeError
 from synpipe.manifests import Manifest, find_manifest, read_manifest, write_manifest
 from synpipe.pipeline import Log, Made
@@ -50,6 +50,7 @@ class Step:
         Raises `SynpipeError` where an input has not been made, is not whole or has changed since, and for whatever stops
         the work; the manifest is then as it was.
         """
+        record_bulk(self.dataset)
         before = find_manifest(self.dataset, self.asset)
         inputs = self._inputs()
         which = () if self.encoder is None else (self.encoder,)

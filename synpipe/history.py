@@ -9,10 +9,8 @@ is told of a row's origin is that of the version which readers see, not of what 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, timedelta
-from pathlib import Path
 from typing import Any
 
-import lancedb
 import lancedb.expr
 import numpy as np
 import pyarrow as pa
@@ -22,10 +20,11 @@ from synpipe.annotations import SYNAPSE_SCHEMA
 from synpipe.datasets import Dataset
 from synpipe.errors import SynpipeError
 from synpipe.graph import steps
-from synpipe.index import CURRENT, list_tags, open_current, read_provenance, read_vectors
+from synpipe.index import CURRENT, connect, list_tags, open_current, read_provenance, read_vectors
 from synpipe.index_files import damaged
 from synpipe.manifests import Manifest, find_version
 from synpipe.shards import read_table
+from synpipe.storage import BulkPath, lance_options, listed
 
 # Columns whose change makes a row another one; the encoder's vector is compared by its cosine.
 ROW_COLUMNS = (*SYNAPSE_SCHEMA.names[1:], "content_hash", "pad_fraction", "missing_sections")
@@ -137,7 +136,7 @@ def rollback(dataset: Dataset, encoder: str, which: str) -> Version:
     number = found.version
     if wrong := damaged(dataset.lancedb_folder / f"{encoder}.lance", found.schema):
         raise SynpipeError(f"Version {which} of {encoder} is damaged ({', '.join(wrong)}): choose another.")
-    lancedb.connect(dataset.lancedb_folder).open_table(encoder).tags.update(CURRENT, number)
+    connect(dataset.lancedb_folder).open_table(encoder).tags.update(CURRENT, number)
     return next(version for version in versions(dataset, encoder) if version.current)
 
 
@@ -157,7 +156,7 @@ def forget(dataset: Dataset, encoder: str, tag: str) -> Version:
             f"Readers see {tag} of {encoder}: let them see another version first, by `synpipe rollback` or by materialising, or "
             f"take {encoder} out of {dataset.name}.yaml."
         )
-    table = lancedb.connect(dataset.lancedb_folder).open_table(encoder)
+    table = connect(dataset.lancedb_folder).open_table(encoder)
     table.tags.delete(tag)
     if found.current:
         # Of an encoder that is gone, readers see the newest that is left; with the last one the table goes.
@@ -169,7 +168,7 @@ def forget(dataset: Dataset, encoder: str, tag: str) -> Version:
 def former_encoders(dataset: Dataset) -> dict[str, int]:
     """How many published versions there are of each encoder that the data set no longer has."""
     found = {}
-    for path in sorted(dataset.lancedb_folder.glob("*.lance")):
+    for path in listed(dataset.lancedb_folder, "*.lance"):
         if path.stem not in dataset.encoders and (table := _open(dataset, path.stem)) and (tags := _tags(table)):
             found[path.stem] = len(tags)
     return found
@@ -190,32 +189,28 @@ def untagged(dataset: Dataset, name: str) -> Untagged:
 
     Raises `SynpipeError` where the table cannot be read.
     """
-    import lance
-
     opened, path = _open(dataset, name), dataset.lancedb_folder / f"{name}.lance"
     if opened is None:
         return Untagged(0, 0, 0)
     tags, tagged = len(_tags(opened)), set(list_tags(opened).values())
-    table = lance.dataset(path)
+    table = _lance(path)
     numbers = {version["version"] for version in table.versions()} - tagged
     files = table.explain_cleanup_old_versions(**_UNTAGGED, include_files=True, max_files=10**9).candidate_files
     found = {file.path: file.size_bytes for file in files}
     if table.version not in tagged:  # the newest is no candidate, not even where its build was killed
-        kept = {file for number in tagged for file in _files_of(lance.dataset(path, version=number))}
-        found |= {str(file): file.stat().st_size for file in _files_of(table) - kept}
+        kept = {file for number in tagged for file in _files_of(_lance(path, number), path)}
+        found |= {str(file): file.stat().st_size for file in _files_of(table, path) - kept}
     large = any(not name.endswith((".manifest", ".txn")) for name in found)
     return Untagged(len(numbers), sum(found.values()) if large else 0, tags)
 
 
-def remove_untagged(path: Path) -> None:
+def remove_untagged(path: BulkPath) -> None:
     """Remove what `untagged` finds in the LanceDB table in this folder, while nobody writes to it."""
-    import lance
-
-    newest = lance.dataset(path)
+    newest = _lance(path)
     tags = list_tags(newest)
     if CURRENT in tags and newest.version not in tags.values():
-        lance.dataset(path, version=CURRENT).restore()  # as the newest, which is never removed: that would stay
-    lance.dataset(path).cleanup_old_versions(**_UNTAGGED)
+        _lance(path, CURRENT).restore()  # as the newest, which is never removed: that would stay
+    _lance(path).cleanup_old_versions(**_UNTAGGED)
 
 
 # A version is made in far more than a microsecond; the files that a killed build left belong to none.
@@ -226,9 +221,14 @@ _UNTAGGED: dict[str, Any] = {
 }
 
 
-def _files_of(table: Any) -> set[Path]:
-    """Files of the rows and the indexes of an opened version."""
-    root = Path(table.uri)
+def _lance(path: BulkPath, version: int | str | None = None) -> Any:
+    import lance
+
+    return lance.dataset(str(path), version=version, storage_options=lance_options(path))
+
+
+def _files_of(table: Any, root: BulkPath) -> set[BulkPath]:
+    """Files of the rows and the indexes of an opened version of the table in that folder."""
     rows = {root / "data" / file.path for fragment in table.get_fragments() for file in fragment.data_files()}
     indexes = [segment.uuid for index in table.describe_indices() for segment in index.segments]
     folders = [root / "_indices" / uuid for uuid in indexes]
@@ -328,7 +328,7 @@ def _is(synapse_id: int) -> Any:
 def _open(dataset: Dataset, name: str) -> Any | None:
     """The table with its tags, or None where there is none, as its first build was killed."""
     try:
-        table = lancedb.connect(dataset.lancedb_folder).open_table(name)
+        table = connect(dataset.lancedb_folder).open_table(name)
         list_tags(table)
         return table
     except ValueError:

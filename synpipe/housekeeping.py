@@ -7,7 +7,6 @@ would take up: while the tiles or an encoder's vectors are out of date, none of 
 index that a tag names, and what their provenance rests on, stay until the tag is taken off: see `history.forget`.
 """
 
-import shutil
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from synpipe.datasets import Dataset
 from synpipe.graph import states, steps
 from synpipe.manifests import find_manifest, find_version, read_manifest
 from synpipe.shards import DAMAGED, TEMPORARY_PREFIX, read_table
+from synpipe.storage import BulkPath, ObjectPath, listed, move_tree, remove_tree
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Leftover:
     """A file or folder that nothing refers to; or, of the LanceDB table at this path, as many versions. reason: a phrase for
     people."""
 
-    path: Path
+    path: BulkPath
     bytes: int
     reason: str
     versions: int | None = None
@@ -56,7 +56,8 @@ def remove(found: Iterable[Leftover]) -> None:
         elif leftover.path.is_dir():
             # No half of a table is left under its name, whenever the process ends.
             aside = leftover.path.with_suffix(f"{leftover.path.suffix}{DAMAGED}")
-            shutil.rmtree(leftover.path.replace(aside))
+            move_tree(leftover.path, aside)
+            remove_tree(aside)
         else:
             leftover.path.unlink(missing_ok=True)
 
@@ -84,12 +85,14 @@ def _of_dropped_assets(dataset: Dataset) -> list[Leftover]:
 
 
 def _damaged(dataset: Dataset) -> list[Leftover]:
-    return [_leftover(path, "damaged, made anew") for path in _files(dataset.folder, f"**/*{DAMAGED}")]
+    found: list[BulkPath] = [*dataset.folder.rglob(f"*{DAMAGED}")]
+    found += dataset.bulk.rglob(f"*{DAMAGED}") if dataset.bulk else ()
+    return [_leftover(path, "damaged, made anew") for path in sorted(found, key=str)]
 
 
 def _indexes(dataset: Dataset) -> list[Leftover]:
     """Versions that no tag names, with what interrupted builds left, and tables without any tag."""
-    tables = sorted(dataset.lancedb_folder.glob("*.lance"))
+    tables = listed(dataset.lancedb_folder, "*.lance")
     if not tables:
         return []
     from synpipe import history  # LanceDB takes two seconds to import
@@ -136,7 +139,7 @@ def _tiles(dataset: Dataset) -> list[Leftover]:
         _leftover(path, "tiles of no synapse")
         for path in _files(dataset.cut_outs_folder, "*/*")
         # `<part>.h5`, its index `<part>.parquet`, and the mark of a part that is damaged.
-        if str(path.with_name(f"{path.name.partition('.')[0]}.h5").relative_to(dataset.folder)) not in used
+        if f"tiles/{path.parent.name}/{path.name.partition('.')[0]}.h5" not in used
     ]
 
 
@@ -155,7 +158,8 @@ def _embeddings(dataset: Dataset) -> list[Leftover]:
             found.append(_leftover(path, "vectors of an encoder no longer used"))
             continue
         try:
-            content = pq.ParquetFile(path, page_checksum_verification=True).read(["content_hash"])["content_hash"]
+            source = pa.BufferReader(path.read_bytes()) if isinstance(path, ObjectPath) else path
+            content = pq.ParquetFile(source, page_checksum_verification=True).read(["content_hash"])["content_hash"]
         except (pa.ArrowException, OSError):
             continue  # damaged: whoever embeds next moves it aside
         if hashes.isdisjoint(content.to_pylist()):
@@ -176,16 +180,15 @@ def _trainings(dataset: Dataset) -> list[Leftover]:
     ]
 
 
-def _files(folder: Path, pattern: str) -> Iterator[Path]:
+def _files(folder: BulkPath, pattern: str) -> Iterator[BulkPath]:
     """Files that are whole, in order: a writer may be at work on the others."""
-    damaged = pattern.endswith(DAMAGED)
     return (
         path
-        for path in sorted(folder.glob(pattern))
-        if not path.name.startswith(TEMPORARY_PREFIX) and (path.suffix == DAMAGED) == damaged
+        for path in listed(folder, pattern)
+        if not path.name.startswith(TEMPORARY_PREFIX) and path.suffix != DAMAGED
     )
 
 
-def _leftover(path: Path, reason: str) -> Leftover:
+def _leftover(path: BulkPath, reason: str) -> Leftover:
     files = path.rglob("*") if path.is_dir() else [path]
     return Leftover(path, sum(file.stat().st_size for file in files if file.is_file()), reason)

@@ -1,8 +1,10 @@
 """The steps that learn from what `synpipe.pipeline` has made, or judge it; the same rules hold.
 
-In: a `Dataset` and the data versions of the step's inputs. Out: files in its folder, and `Made`.
+In: a `Dataset` and the data versions of the step's inputs. Out: files in its folder, and `Made`. In memory are some sixty
+bytes of each synapse (id, class, group, and where its tile begins), and the vectors of the sample that is judged.
 """
 
+from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
@@ -17,8 +19,9 @@ from synpipe.errors import SynpipeError
 from synpipe.instance_retrieval import instance_retrieval
 from synpipe.manifests import read_manifest
 from synpipe.pipeline import CODE_VERSIONS, Inputs, Log, Made, metadata_of, version_of
-from synpipe.shards import read_json, read_table, write_json, write_table
+from synpipe.shards import read_json, table_writer, write_json, write_table
 from synpipe.specs import digest
+from synpipe.streams import BATCH_ROWS, ContentDigest, column_of, read_parts
 from synpipe.tiles import SECTIONS, TILE_PX
 from synpipe.volumes import Volume
 
@@ -26,35 +29,51 @@ from synpipe.volumes import Volume
 def make_split(dataset: Dataset, inputs: Inputs, log: Log) -> Made:
     """The side of every synapse with a tile, a column per scheme: `split.parquet`."""
     spec = dataset.spec.split
-    synapses, starts, window = synapses_with_tiles(dataset)
-    labels = column(synapses, "neurotransmitter")
-    columns: dict[str, pa.Array] = {"synapse_id": synapses["synapse_id"]}
+    ids, starts, window = synapses_with_tiles(dataset)
+    labels = synapse_column(dataset, ids, "neurotransmitter")
+    names = np.array([*splits.SIDES, splits.GUARD, None], dtype=object)
+    codes: dict[str, np.ndarray] = {}  # a byte of each side: as text they would take sixty
     counts, notes = {}, []
     for scheme in splits.SCHEMES:
-        groups = column(synapses, splits.GROUP_COLUMNS[scheme])
+        groups = synapse_column(dataset, ids, splits.GROUP_COLUMNS[scheme])
         sides = splits.split(spec, scheme, labels, groups, starts, window)
-        columns[scheme] = pa.array(sides, pa.string())
+        codes[scheme] = np.full(len(ids), len(names) - 1, dtype=np.int8)
+        for number, name in enumerate(names[:-1]):
+            codes[scheme][sides == name] = number
         counts[scheme] = splits.tally(labels, groups, sides)
         notes += splits.shortcomings(scheme, counts[scheme])
-    table = pa.table(columns)
+    schema = pa.schema([("synapse_id", pa.int64()), *((scheme, pa.string()) for scheme in splits.SCHEMES)])
+
+    def parts() -> Iterator[pa.Table]:
+        for first in range(0, max(1, len(ids)), BATCH_ROWS):
+            here = slice(first, first + BATCH_ROWS)
+            columns = [pa.array(names[codes[scheme][here]], pa.string()) for scheme in splits.SCHEMES]
+            yield pa.table([pa.array(ids[here]), *columns], schema=schema)
+
     # Of the content: a changed confidence, or a position moved within its voxel, leads to the same split.
-    version = digest(["split", CODE_VERSIONS["split"], spec.by, table.to_pydict()])
-    write_table(dataset.split_path, table, metadata_of(dataset, version, inputs))
+    content = ContentDigest()
+    for part in parts():
+        content.add(part)
+    version = digest(["split", CODE_VERSIONS["split"], spec.by, content.value()])
+    with table_writer(dataset.split_path, schema, metadata_of(dataset, version, inputs)) as writer:
+        for part in parts():
+            writer.write_table(part)
     chosen = counts[spec.by].values()
     log(f"by {spec.by}: " + ", ".join(f"{sum(c[side] for c in chosen):,} {side}" for side in (*splits.SIDES, "guard")))
-    return Made(version, {"rows": len(table), "by": spec.by, "split": counts}, notes)
+    return Made(version, {"rows": len(ids), "by": spec.by, "split": counts}, notes)
 
 
 def make_scores(dataset: Dataset, name: str, inputs: Inputs, log: Log) -> Made:
     """Judge an encoder: figures with intervals (JSON), and what each query found (Parquet)."""
     spec = dataset.spec.evaluation
     assert spec is not None  # else the graph has no such step
-    synapses, starts, window = synapses_with_tiles(dataset)
     made = read_manifest(dataset, f"embeddings_{name}").counts
-    table = read_table(dataset.table_path(name), ["synapse_id", "vector"]).sort_by("synapse_id")
-    vectors = table["vector"].combine_chunks().flatten().to_numpy().reshape(len(table), -1)
-    vectors = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)  # they are held rounded
-    labels, neurons = column(synapses, "neurotransmitter"), column(synapses, "neuron_id")
+    ids, starts, window = synapses_with_tiles(dataset)
+    labels = synapse_column(dataset, ids, "neurotransmitter")
+    judged = evaluation.draw_judged(labels, spec)
+    ids, starts, labels = ids[judged], starts[judged], labels[judged]
+    neurons = synapse_column(dataset, ids, "neuron_id")
+    vectors = _vectors(dataset, name, ids)
 
     queries = evaluation.draw_queries(labels, spec)
     found = evaluation.search_all(vectors, labels, neurons, starts, window, queries)
@@ -66,9 +85,8 @@ def make_scores(dataset: Dataset, name: str, inputs: Inputs, log: Log) -> Made:
         "average_precision": spread(found.average_precision, queries, len(labels)),
         "precision_at_10": spread(found.precision, queries, len(labels)),
     }
-    split = read_table(dataset.split_path).sort_by("synapse_id")
     for scheme in splits.SCHEMES:
-        tested = evaluation.probe(vectors, labels, column(split, scheme), spec)
+        tested = evaluation.probe(vectors, labels, column_of(dataset.split_path, ids, scheme), spec)
         rows[f"probe_{scheme}"] = spread(tested[1], tested[0], len(labels)) if tested else np.full(len(labels), np.nan)
     log("linear probes are fitted")
 
@@ -120,12 +138,12 @@ def make_scores(dataset: Dataset, name: str, inputs: Inputs, log: Log) -> Made:
             for alteration, ranks in again.singles.items()
         },
     }
-    ids = np.append(synapses["synapse_id"].to_numpy(), -1)  # −1: there is no such neighbour
+    some_ids = np.append(ids, -1)  # −1: there is no such neighbour
     nearest = [None] * len(labels)
-    for query, near in zip(queries.tolist(), ids[found.nearest].tolist(), strict=True):
+    for query, near in zip(queries.tolist(), some_ids[found.nearest].tolist(), strict=True):
         nearest[query] = [one for one in near if one >= 0]
     columns = {
-        "synapse_id": synapses["synapse_id"],
+        "synapse_id": ids,
         **{key: pa.array(value, from_pandas=True) for key, value in rows.items()},
     }
     version = version_of("scores", inputs, [made["encoder_fingerprint"], spec.digest()])
@@ -175,18 +193,34 @@ def text(value: float | None) -> str:
     return "–" if value is None else f"{value:.3f}"
 
 
-def synapses_with_tiles(dataset: Dataset) -> tuple[pa.Table, np.ndarray, tuple[int, int, int]]:
-    """The synapses that have a tile, by id; first voxels of the tiles, int64 (n, 3); extents of a tile, voxels z y x."""
-    tiles = read_table(dataset.tiles_path, ["synapse_id", "z_index", "start_z", "start_y", "start_x"])
-    tiles = tiles.sort_by("synapse_id")
-    synapses = read_table(dataset.synapses_path).sort_by("synapse_id")
-    rows = np.searchsorted(synapses["synapse_id"].to_numpy(), tiles["synapse_id"].to_numpy())
-    starts = np.stack([tiles[f"start_{axis}"].to_numpy() for axis in "zyx"], axis=1)
-    # The middle section of a stack is as far from its first as from its last.
-    step = (tiles["z_index"][0].as_py() - tiles["start_z"][0].as_py()) if len(tiles) else 1
-    return synapses.take(rows), starts, ((SECTIONS - 1) * step + 1, TILE_PX, TILE_PX)
+def synapses_with_tiles(dataset: Dataset) -> tuple[np.ndarray, np.ndarray, tuple[int, int, int]]:
+    """Ids of the synapses that have a tile, ascending; first voxels of the tiles, int64 (n, 3); extents of a tile, voxels
+    z y x."""
+    ids, starts, step = [], [], 1
+    for part in read_parts(dataset.tiles_path, ["synapse_id", "z_index", "start_z", "start_y", "start_x"]):
+        ids.append(part["synapse_id"].to_numpy())
+        starts.append(np.stack([part[f"start_{axis}"].to_numpy() for axis in "zyx"], axis=1))
+        # The middle section of a stack is as far from its first as from its last.
+        step = (part["z_index"][0].as_py() - part["start_z"][0].as_py()) if len(part) else step
+    order = np.argsort(together := np.concatenate(ids))
+    return together[order], np.concatenate(starts)[order], ((SECTIONS - 1) * step + 1, TILE_PX, TILE_PX)
 
 
-def column(table: pa.Table, name: str) -> np.ndarray:
-    """A column as object (n,), None where it is null."""
-    return np.array([*table[name].to_pylist(), None], dtype=object)[:-1]
+def synapse_column(dataset: Dataset, ids: np.ndarray, name: str) -> np.ndarray:
+    """A column of the synapses with these ids, ascending: object (n,), None where it is null; or the ids themselves."""
+    return ids if name == "synapse_id" else column_of(dataset.synapses_path, ids, name)
+
+
+def _vectors(dataset: Dataset, encoder: str, ids: np.ndarray) -> np.ndarray:
+    """Unit vectors of these synapses, ascending ids: float32 (n, d)."""
+    vectors: np.ndarray | None = None
+    for part in read_parts(dataset.table_path(encoder), ["synapse_id", "vector"]):
+        places = np.searchsorted(ids, part["synapse_id"].to_numpy())
+        places[places == len(ids)] = 0
+        wanted = ids[places] == part["synapse_id"].to_numpy()
+        rows = part["vector"].combine_chunks().flatten().to_numpy().reshape(len(part), -1)[wanted]
+        if vectors is None:
+            vectors = np.empty((len(ids), rows.shape[1]), np.float32)
+        vectors[places[wanted]] = rows / np.linalg.norm(rows, axis=1, keepdims=True)  # they are held rounded
+    assert vectors is not None
+    return vectors

@@ -6,7 +6,7 @@ some 200 kB), however large the data set.
 
 import base64
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import pyarrow.compute as pc
@@ -17,6 +17,7 @@ from synpipe.pipeline import open_tiles
 from synpipe.projection import map_picture
 from synpipe.search import UNLABELLED, Neighbour, SynapseIndex
 from synpipe.shards import read_table
+from synpipe.streams import column_of, read_parts
 from synpipe.volumes import Volume
 
 Cell = tuple[np.ndarray, str]  # a tile, uint8 (3, size, size), and its caption
@@ -31,27 +32,32 @@ MAX_CLASSES = 12
 
 def tiles_by_class(dataset: Dataset, per_class: int = 8, tile_px: int = 96) -> Image.Image | None:
     """A row of tiles per class, taken at even distances from the index of the tiles; None where there is no tile."""
-    index = read_table(dataset.tiles_path, ["synapse_id"])
-    reader = open_tiles(dataset)
-    labels = class_by_synapse(dataset)
-    classes = np.array([labels[synapse_id] for synapse_id in index["synapse_id"].to_pylist()])
-    rows: dict[str, list[Cell]] = {}
-    for name in (*dataset.spec.classes, UNLABELLED):
-        of_class = np.flatnonzero(classes == name)
-        if len(of_class) and len(rows) < MAX_CLASSES:
-            chosen = of_class[np.linspace(0, len(of_class) - 1, min(per_class, len(of_class))).astype(int)]
-            captions = [str(index["synapse_id"][row]) for row in chosen.tolist()]
-            rows[name] = list(zip(reader.read(chosen), captions, strict=True))
+    ids = np.concatenate([part["synapse_id"].to_numpy() for part in read_parts(dataset.tiles_path, ["synapse_id"])])
+    order = np.argsort(ids)
+    labels = np.full(len(ids), None, dtype=object)
+    labels[order] = column_of(dataset.synapses_path, ids[order], "neurotransmitter")
+    chosen: dict[str, list[int]] = {}
+    for name in (*dataset.spec.classes, None):
+        of_class = np.flatnonzero(labels == np.array(name, dtype=object))
+        if len(of_class) and len(chosen) < MAX_CLASSES:
+            places = np.linspace(0, len(of_class) - 1, min(per_class, len(of_class))).astype(int)
+            chosen[name or UNLABELLED] = ids[of_class[places]].tolist()
+    reader = open_tiles(dataset, [synapse_id for row in chosen.values() for synapse_id in row])
+    rows = {name: [(reader.by_id(synapse_id), str(synapse_id)) for synapse_id in row] for name, row in chosen.items()}
     return sheet(rows, tile_px) if rows else None
 
 
 def example_queries(dataset: Dataset, encoder: str) -> list[int]:
     """A synapse of each class to search with, the first whose tile is whole."""
     columns = ["synapse_id", "neurotransmitter", "pad_fraction", "missing_sections"]
-    table = read_table(dataset.table_path(encoder), columns)
-    whole = table.filter(pc.and_(pc.equal(table["pad_fraction"], 0), pc.equal(table["missing_sections"], 0)))
-    of_class = (whole.filter(pc.equal(whole["neurotransmitter"], name)) for name in dataset.spec.classes)
-    return [found["synapse_id"][0].as_py() for found in of_class if len(found)][:MAX_CLASSES]
+    found: dict[str, int] = {}
+    for part in read_parts(dataset.table_path(encoder), columns):
+        whole = part.filter(pc.and_(pc.equal(part["pad_fraction"], 0), pc.equal(part["missing_sections"], 0)))
+        for name in dataset.spec.classes:
+            of_class = whole.filter(pc.equal(whole["neurotransmitter"], name))
+            if name not in found and len(of_class):
+                found[name] = of_class["synapse_id"][0].as_py()
+    return [found[name] for name in dataset.spec.classes if name in found][:MAX_CLASSES]
 
 
 def neighbours_picture(
@@ -61,8 +67,9 @@ def neighbours_picture(
 
     answers: what `SynapseIndex.search` found, by the query's synapse id; at least one.
     """
-    reader = open_tiles(dataset)
-    labels = class_by_synapse(dataset)
+    shown = [one.synapse_id for answer in answers.values() for near in answer.values() for one in near[:2]]
+    reader = open_tiles(dataset, [*answers, *shown])
+    labels = class_by_synapse(dataset, [*answers])
     rows = {}
     for query, answer in answers.items():
         found = [
@@ -75,18 +82,17 @@ def neighbours_picture(
 
 def nearest_neighbours(dataset: Dataset, encoder: str, tile_px: int = 64) -> Image.Image | None:
     """`neighbours_picture` for an example of each class; None where no tile of a known class is whole."""
-    index = SynapseIndex(dataset, encoder)
+    index = SynapseIndex(dataset, encoder, in_memory=False)
     answers = {query: index.search(query) for query in example_queries(dataset, encoder)}
     return neighbours_picture(dataset, answers, tile_px) if answers else None
 
 
 def vector_map(dataset: Dataset, encoder: str) -> Image.Image:
     """The map of an encoder, coloured by class."""
-    table = read_table(dataset.projection_path(encoder))
-    classes, labels = dataset.spec.classes, class_by_synapse(dataset)
+    table = read_table(dataset.projection_path(encoder))  # by id
     places = np.stack([table[axis].to_numpy() for axis in ("map_x", "map_y")], axis=1)
-    found = np.array([labels[synapse_id] for synapse_id in table["synapse_id"].to_pylist()])
-    return map_picture(places, found, classes, f"{dataset.name}, {encoder}: {len(table):,} synapses")
+    labels = column_of(dataset.synapses_path, table["synapse_id"].to_numpy(), "neurotransmitter")
+    return map_picture(places, labels, dataset.spec.classes, f"{dataset.name}, {encoder}: {len(table):,} synapses")
 
 
 def section_picture(volume: Volume, edge_px: int = 1536, width_px: int = 640) -> Image.Image:
@@ -131,8 +137,8 @@ def _fit(draw: ImageDraw.ImageDraw, text: str, font, width_px: int) -> str:
     return text
 
 
-def class_by_synapse(dataset: Dataset) -> dict[int, str]:
-    """Class by synapse."""
-    table = read_table(dataset.synapses_path, ["synapse_id", "neurotransmitter"])
-    labels = (label or UNLABELLED for label in table["neurotransmitter"].to_pylist())
-    return dict(zip(table["synapse_id"].to_pylist(), labels, strict=True))
+def class_by_synapse(dataset: Dataset, synapse_ids: Iterable[int]) -> dict[int, str]:
+    """Class of each of these synapses."""
+    ids = np.unique(np.array([*synapse_ids], dtype=np.int64))
+    labels = column_of(dataset.synapses_path, ids, "neurotransmitter")
+    return {synapse_id: label or UNLABELLED for synapse_id, label in zip(ids.tolist(), labels, strict=True)}

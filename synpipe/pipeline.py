@@ -5,13 +5,17 @@ they hold, with figures. Guarantees: a step reads only what earlier steps have f
 makes no cut-out, no forward pass and the same data version; killed at any moment and run again it carries on from the
 last whole shard. `synpipe.graph` says what depends on what, and keeps the manifests.
 
+Memory is bounded by a shard, but for some 50 bytes of each synapse (its id, its place, its window) and for the rejects,
+which are held whole: tiles, vectors and rows of tables are read and written a shard at a time.
+
 A data version is a digest of the inputs' versions and of the step's own description, never of the clock.
 """
 
 import json
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,21 +24,26 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from synpipe import __version__, drift, embedding, table, tiles
+from synpipe import __version__, drift, embedding, table, tiles, workers
+from synpipe.annotation_sorting import SetAside
 from synpipe.annotations import REJECT_SCHEMA, SYNAPSE_SCHEMA, convert_annotations
 from synpipe.compression import CompressedSpec
 from synpipe.datasets import Dataset
 from synpipe.embedding_cache import EmbeddingCache
-from synpipe.encoders import Encoder, open_encoder
+from synpipe.encoders import Encoder, open_on_all_devices
+from synpipe.engines import on_cluster
 from synpipe.errors import SynpipeError
-from synpipe.extraction import damaged_parts, extract
+from synpipe.extraction import damaged_parts, extract_shards
 from synpipe.fingerprints import file_sha256, status
 from synpipe.links import find_viewer, image_layer
 from synpipe.manifests import find_manifest, read_manifest
 from synpipe.shards import is_whole, read_table, remove_leftovers, set_aside, table_writer, write_table
 from synpipe.specs import digest
+from synpipe.storage import BulkPath
+from synpipe.streams import ContentDigest, by_shard, read_parts
 from synpipe.synthetic import make_demo
 from synpipe.volumes import Volume
+from synpipe.workers import shard_name
 
 Log = Callable[[str], None]
 Inputs = Mapping[str, str]  # data version by asset
@@ -44,10 +53,10 @@ CODE_VERSIONS = {
     "volume": "2",
     "annotations": "1",
     "synapses": "1",
-    "synapse_stacks": "1",
+    "synapse_stacks": "2",
     "rgb_tiles": "1",
     "rejects": "2",
-    "split": "1",
+    "split": "2",
     "classifier": "1",
     "embeddings": "1",
     "projection": "1",
@@ -62,7 +71,10 @@ TABLE_SCHEMA_VERSION = 3
 
 
 # What makes a stack what it is: not the file that holds it: that depends on the order in which things were added.
-STACK_IDENTITY = ("synapse_id", "start_z", "start_y", "start_x", "content_hash", "reason")
+STACK_IDENTITY = ["synapse_id", "start_z", "start_y", "start_x", "content_hash", "reason"]
+STACKS_SCHEMA = pa.schema(
+    [("synapse_id", pa.int64()), ("shard", pa.int32()), ("file", pa.string()), *tiles.PART_SCHEMA]
+)
 
 
 @dataclass(frozen=True)
@@ -96,7 +108,8 @@ class Progress:
 
 def make_volume(dataset: Dataset, inputs: Inputs, log: Log) -> Made:
     """Open the volume (making it first where it is synthetic) and take its fingerprint."""
-    remove_leftovers(dataset.folder)
+    for folder in {dataset.folder, dataset.bulk_folder}:
+        remove_leftovers(folder)
     if dataset.spec.synthetic is not None:
         make_demo(dataset.base, dataset.spec.synthetic, log)
     with Volume(dataset.spec.volume, dataset.base) as volume:
@@ -169,13 +182,13 @@ def make_synapses(dataset: Dataset, inputs: Inputs, log: Log) -> Made:
     return Made(version, counts, summary.notes)
 
 
-def lost_tiles(dataset: Dataset, index: Path) -> Path | None:
+def lost_tiles(dataset: Dataset, index: Path) -> BulkPath | None:
     """A file of tiles that this index of stacks or tiles names and that was found to be damaged, or None."""
     damaged = damaged_parts(dataset.cut_outs_folder)
     if not damaged:
         return None
     named = set(read_table(index, ["file"])["file"].unique().to_pylist())
-    return next((path for path in damaged if str(path.relative_to(dataset.folder)) in named), None)
+    return next((path for path in damaged if str(path).removeprefix(f"{dataset.bulk_folder}/") in named), None)
 
 
 def make_synapse_stacks(dataset: Dataset, inputs: Inputs, log: Log) -> Made:
@@ -188,30 +201,41 @@ def make_synapse_stacks(dataset: Dataset, inputs: Inputs, log: Log) -> Made:
             f"{dataset.name} has no usable synapse: all {read_manifest(dataset, 'synapses').counts['rejects']} were rejected. "
             f"Look at {dataset.synapse_rejects_path}."
         )
+    ids = synapses["synapse_id"].to_numpy()
     positions = np.stack([synapses[column].to_numpy() for column in ("z_nm", "y_nm", "x_nm")], axis=1)
+    del synapses
     started = time.monotonic()
-    with Volume(dataset.spec.volume, dataset.base) as volume:
+    content, rejected, shards = ContentDigest(), 0, 0
+    with Volume(dataset.spec.volume, dataset.base) as volume, SetAside(STACKS_SCHEMA, dataset.folder) as stacks:
         starts = volume.window_starts(positions, spec.window_zyx(volume.voxel_size_nm_zyx))
-        rows = np.argsort(tiles.shard_of(starts, spec), kind="stable")
         progress = Progress(log, len(starts), "cut-outs")
-        cut, made = extract(volume, spec, dataset.cut_outs_folder / recipe, starts[rows], progress)
-    place = {
-        "synapse_id": synapses["synapse_id"].take(rows),
-        "shard": cut["shard"],
-        "file": pc.binary_join_element_wise(f"tiles/{recipe}", cut["part"], "/"),
-    }
-    stack_table = pa.table(place | {name: cut[name] for name in tiles.PART_SCHEMA.names})
-    # Of the content, not of the inputs: a changed label or a file that was only copied leads to the same stacks.
-    version = version_of("synapse_stacks", {}, [stack_table[name].to_pylist() for name in STACK_IDENTITY])
-    write_table(dataset.stacks_path, stack_table, metadata_of(dataset, version, inputs))
+        folder = dataset.cut_outs_folder / recipe
+        plan = workers.Cutting(dataset.spec.volume, dataset.base, inputs["volume"], spec, folder)
+        elsewhere = partial(workers.cut_out, plan, progress=progress, log=log) if on_cluster() else None
+        found, made = extract_shards(volume, spec, folder, starts, progress, elsewhere)
+        for rows, cut in found:
+            files = pc.binary_join_element_wise(f"tiles/{recipe}", cut["part"], "/")
+            place = {"synapse_id": ids[rows], "shard": cut["shard"], "file": files}
+            stack_table = pa.table(place | {name: cut[name] for name in tiles.PART_SCHEMA.names}).combine_chunks()
+            content.add(stack_table.select(STACK_IDENTITY))
+            rejected += len(stack_table) - stack_table["reason"].null_count
+            shards += 1
+            stacks.add(stack_table)
+        bytes_read = volume.bytes_read
+        # Of the content, not of the inputs: a changed label or a file that was only copied leads to the same stacks.
+        version = version_of("synapse_stacks", {}, content.value())
+        with table_writer(dataset.stacks_path, STACKS_SCHEMA, metadata_of(dataset, version, inputs)) as writer:
+            for part in stacks.read():
+                writer.write_table(part)
     elapsed = time.monotonic() - started
-    log(f"{made:,} cut-outs made, {len(stack_table) - made:,} were there")
+    log(f"{made:,} cut-outs made, {len(ids) - made:,} were there")
     counts = {
-        "rows": len(stack_table),
-        "rejects": len(stack_table) - stack_table["reason"].null_count,
+        "rows": len(ids),
+        "rejects": rejected,
         "cut_outs_made": made,
         "cut_outs_per_second": round(made / elapsed, 1),
-        "shards": pc.count_distinct(stack_table["shard"]).as_py(),
+        **({} if on_cluster() else {"bytes_read": bytes_read}),
+        "shards": shards,
         "recipe": recipe,
     }
     return Made(version, counts)
@@ -219,41 +243,53 @@ def make_synapse_stacks(dataset: Dataset, inputs: Inputs, log: Log) -> Made:
 
 def make_rgb_tiles(dataset: Dataset, inputs: Inputs, log: Log) -> Made:
     """The index of the model-ready tiles: a view of the stacks, in colour or grey, without those that have no tile."""
-    stacks = read_table(dataset.stacks_path)
-    good = stacks.filter(pc.is_null(stacks["reason"])).drop_columns(["reason", "detail"])
     stacking = dataset.spec.tiles.stacking
-    if stacking == "grey":
-        reader = tiles.TileReader(good, dataset.folder, stacking)
-        hashes = tiles.content_hashes(reader, len(good))
-        good = good.set_column(good.schema.get_field_index("content_hash"), "content_hash", hashes)
     version = version_of("rgb_tiles", inputs, [stacking])
-    write_table(dataset.tiles_path, good, metadata_of(dataset, version, inputs))
-    counts = {
-        "rows": len(good),
-        "stacking": stacking,
-        "padded": int(pc.sum(pc.greater(good["pad_fraction"], 0)).as_py() or 0),
-        "with_missing_sections": int(pc.sum(pc.greater(good["missing_sections"], 0)).as_py() or 0),
-    }
+    counts: dict[str, Any] = {"rows": 0, "stacking": stacking, "padded": 0, "with_missing_sections": 0}
+    schema = pa.schema([column for column in STACKS_SCHEMA if column.name not in ("reason", "detail")])
+    with table_writer(dataset.tiles_path, schema, metadata_of(dataset, version, inputs)) as writer:
+        for _, stacks in by_shard(read_parts(dataset.stacks_path)):
+            good = stacks.filter(pc.is_null(stacks["reason"])).select(schema.names)
+            if stacking == "grey":
+                hashes = tiles.content_hashes(tiles.TileReader(good, dataset.bulk_folder, stacking), len(good))
+                good = good.set_column(schema.get_field_index("content_hash"), "content_hash", hashes)
+            counts["rows"] += len(good)
+            counts["padded"] += int(pc.sum(pc.greater(good["pad_fraction"], 0)).as_py() or 0)
+            counts["with_missing_sections"] += int(pc.sum(pc.greater(good["missing_sections"], 0)).as_py() or 0)
+            if len(good):
+                writer.write_table(good.cast(schema))
     log(
         f"{counts['rows']:,} tiles, {counts['padded']:,} padded, {counts['with_missing_sections']:,} with missing sections"
     )
     return Made(version, counts)
 
 
-def open_tiles(dataset: Dataset) -> tiles.TileReader:
+def open_tiles(dataset: Dataset, synapse_ids: Sequence[int] | None = None) -> tiles.TileReader:
     """The tiles of `rgb_tiles`, as they were made and hashed: the spec may say another stacking by now.
 
+    synapse_ids: for those of some synapses only, in no order, where the index of all need not be in memory.
     Raises `SynpipeError` where they have not been made.
     """
     stacking = read_manifest(dataset, "rgb_tiles").counts["stacking"]
-    return tiles.TileReader(read_table(dataset.tiles_path), dataset.folder, stacking)
+    if synapse_ids is None:
+        return tiles.TileReader(read_table(dataset.tiles_path), dataset.bulk_folder, stacking)
+    wanted = pa.array(synapse_ids, pa.int64())
+    parts = (part.filter(pc.is_in(part["synapse_id"], value_set=wanted)) for part in read_parts(dataset.tiles_path))
+    return tiles.TileReader(pa.concat_tables(parts), dataset.bulk_folder, stacking)
 
 
 def make_rejects(dataset: Dataset, inputs: Inputs, log: Log) -> Made:
     """Every synapse that has no tile: `REJECT_SCHEMA`, and `neuroglancer`, a link to its place (null: there is none)."""
-    synapses = read_table(dataset.synapses_path)
-    stacks = read_table(dataset.stacks_path, ["synapse_id", "reason", "detail"])
-    without_tile = stacks.filter(pc.is_valid(stacks["reason"])).join(synapses, "synapse_id", join_type="inner")
+    # What was rejected is in memory; of everything else a part at a time.
+    stacks = pa.concat_tables(
+        part.filter(pc.is_valid(part["reason"]))
+        for part in read_parts(dataset.stacks_path, ["synapse_id", "reason", "detail"])
+    )
+    count, found = 0, []
+    for part in read_parts(dataset.synapses_path):
+        count += len(part)
+        found.append(part.filter(pc.is_in(part["synapse_id"], value_set=stacks["synapse_id"].combine_chunks())))
+    without_tile = stacks.join(pa.concat_tables(found), "synapse_id", join_type="inner")
     unusable = read_table(dataset.synapse_rejects_path).cast(REJECT_SCHEMA)
     rejects = pa.concat_tables([unusable, without_tile.select(REJECT_SCHEMA.names).cast(REJECT_SCHEMA)])
     rejects = rejects.sort_by([("reason", "ascending"), ("synapse_id", "ascending")])
@@ -264,7 +300,7 @@ def make_rejects(dataset: Dataset, inputs: Inputs, log: Log) -> Made:
     write_table(dataset.rejects_path, rejects, metadata_of(dataset, version, inputs))
     reasons = _counts(rejects, "reason")
     log(f"{len(rejects):,} rejects: " + (", ".join(f"{count} {reason}" for reason, count in reasons.items()) or "none"))
-    share = len(rejects) / max(1, len(synapses) + len(unusable))
+    share = len(rejects) / max(1, count + len(unusable))
     return Made(version, {"rows": len(rejects), "reasons": reasons, "share": round(share, 4)})
 
 
@@ -275,18 +311,19 @@ def make_embeddings(dataset: Dataset, name: str, inputs: Inputs, log: Log) -> Ma
     assert not isinstance(spec, CompressedSpec)  # `derived_steps` makes those
     made = find_manifest(dataset, asset)
     if made and made.counts["encoder_identity"] == who and made.inputs == inputs:
-        shards, hashes = _tiles_to_embed(dataset)
-        cache = EmbeddingCache(dataset.embeddings_folder, made.counts["encoder_fingerprint"])
-        if not _missing_from(cache, shards, hashes):
+        count, missing = _tiles_to_embed(dataset, made.counts["encoder_fingerprint"])
+        if not missing:
             # Opening the network takes ten seconds, most of it to import torch, and would change nothing.
-            log(f"0 tiles embedded, {len(hashes):,} were there")
+            log(f"0 tiles embedded, {count:,} were there")
             version = version_of("embeddings", inputs, [made.counts["encoder_fingerprint"]])
-            return Made(version, made.counts | {"tiles_embedded": 0})
+            kept = {name: value for name, value in made.counts.items() if name not in OF_THE_WORK}
+            return Made(version, kept | {"tiles_embedded": 0})
 
-    encoder = open_encoder(spec, dataset.weights_base)
-    log(f"{encoder.spec.model} on {encoder.device}, {encoder.dim} dimensions, fingerprint {encoder.fingerprint[:12]}")
-    counts = embed_tiles(dataset, encoder, log) | {
-        "device": str(encoder.device),
+    encoders = open_on_all_devices(spec, dataset.weights_base)
+    encoder, devices = encoders[0], ", ".join(str(one.device) for one in encoders)
+    log(f"{encoder.spec.model} on {devices}, {encoder.dim} dimensions, fingerprint {encoder.fingerprint[:12]}")
+    counts = embed_tiles(dataset, encoders, log) | {
+        "device": devices,
         "encoder_identity": who,
         "encoder_fingerprint": encoder.fingerprint,
         "encoder": {
@@ -299,40 +336,56 @@ def make_embeddings(dataset: Dataset, name: str, inputs: Inputs, log: Log) -> Ma
     return Made(version, counts)
 
 
-def embed_tiles(dataset: Dataset, encoder: Encoder, log: Log) -> dict[str, Any]:
-    """Embed the tiles that are not in the encoder's cache; `rows`, `dimensions`, `tiles_embedded`, `tiles_per_second`."""
-    shards, hashes = _tiles_to_embed(dataset)
-    reader = open_tiles(dataset)
-    cache = EmbeddingCache(dataset.embeddings_folder, encoder.fingerprint)
-    progress = Progress(log, _missing_from(cache, shards, hashes), "tiles")
-    started, embedded = time.monotonic(), 0
-    for shard in np.unique(shards).tolist():
-        rows = np.flatnonzero(shards == shard)
+# Figures of embedding that a run without a forward pass has none of.
+OF_THE_WORK = ("tiles_per_second", "bytes_read", "device_waited", "gpu_memory_bytes")
 
-        def read_tiles(picked: np.ndarray, rows: np.ndarray = rows) -> np.ndarray:
-            return reader.read(rows[picked])
 
-        wanted = hashes[rows].tolist()
-        embedded += embedding.embed_missing(encoder, cache, shard_name(shard), wanted, read_tiles, progress=progress)
+def embed_tiles(dataset: Dataset, encoders: Sequence[Encoder], log: Log) -> dict[str, Any]:
+    """Embed the tiles that are not in the encoder's cache, and say how that went, in figures.
+
+    encoders: the same one on each device that is to work; on a cluster its workers open their own.
+    """
+    started, fingerprint = time.monotonic(), encoders[0].fingerprint
+    rows, missing = _tiles_to_embed(dataset, fingerprint)
+    stacking = read_manifest(dataset, "rgb_tiles").counts["stacking"]
+    progress = Progress(log, sum(missing.values()), "tiles")
+    shards = ((shard, index) for shard, index in by_shard(read_parts(dataset.tiles_path)) if shard in missing)
+    if not missing:
+        done = embedding.Embedded()
+    elif on_cluster():
+        base, bulk = dataset.weights_base, dataset.bulk_folder
+        done = workers.embed(encoders[0], base, shards, len(missing), bulk, stacking, progress, log)
+    else:
+        cache = EmbeddingCache(dataset.embeddings_folder, fingerprint)
+        work = (_work(shard, index, dataset, stacking) for shard, index in shards)
+        done = embedding.embed_missing(encoders, cache, work, progress=progress)
     elapsed = time.monotonic() - started
-    log(f"{embedded:,} tiles embedded, {len(hashes) - embedded:,} were there")
-    return {
-        "rows": len(hashes),
-        "dimensions": encoder.dim,
-        "tiles_embedded": embedded,
-        "tiles_per_second": round(embedded / elapsed, 1),
-    }
+    log(f"{done.tiles:,} tiles embedded, {rows - done.tiles:,} were there")
+    counts: dict[str, Any] = {"rows": rows, "dimensions": encoders[0].dim, "tiles_embedded": done.tiles}
+    if done.tiles:
+        waited = sum(done.waited_s.values())
+        counts |= {"tiles_per_second": round(done.tiles / elapsed, 1), "bytes_read": done.bytes_read}
+        counts |= {"device_waited": round(waited / (waited + done.computed_s), 4)}
+    if done.gpu_bytes:
+        counts["gpu_memory_bytes"] = done.gpu_bytes
+    return counts
 
 
-def _tiles_to_embed(dataset: Dataset) -> tuple[np.ndarray, np.ndarray]:
-    """Shard and content hash of every tile."""
-    index_table = read_table(dataset.tiles_path, ["shard", "content_hash"])
-    return index_table["shard"].to_numpy(), np.array(index_table["content_hash"].to_pylist())
+def _work(shard: int, index: pa.Table, dataset: Dataset, stacking: str) -> embedding.Shard:
+    reader = tiles.TileReader(index, dataset.bulk_folder, stacking)
+    return embedding.Shard(shard_name(shard), index["content_hash"].to_pylist(), reader.read)
 
 
-def _missing_from(cache: EmbeddingCache, shards: np.ndarray, hashes: np.ndarray) -> int:
-    known = {shard: cache.known(shard_name(shard)) for shard in np.unique(shards).tolist()}
-    return sum(content not in known[shard] for shard, content in zip(shards.tolist(), hashes.tolist(), strict=True))
+def _tiles_to_embed(dataset: Dataset, fingerprint: str) -> tuple[int, dict[int, int]]:
+    """Number of tiles, and by shard of those whose vectors are not in the cache of an encoder, where there are any."""
+    cache = EmbeddingCache(dataset.embeddings_folder, fingerprint)
+    count, missing = 0, {}
+    for shard, index in by_shard(read_parts(dataset.tiles_path, ["shard", "content_hash"])):
+        count += len(index)
+        lacking = set(index["content_hash"].to_pylist()) - cache.known(shard_name(shard))
+        if lacking:
+            missing[shard] = len(lacking)
+    return count, missing
 
 
 def make_embedding_table(dataset: Dataset, name: str, inputs: Inputs, log: Log) -> Made:
@@ -355,12 +408,12 @@ def make_embedding_table(dataset: Dataset, name: str, inputs: Inputs, log: Log) 
         cache = EmbeddingCache(dataset.embeddings_folder, made["encoder_fingerprint"])
         columns = ["synapse_id", "shard", "content_hash", "pad_fraction", "missing_sections"]
         paths = {"classifier": dataset.predictions_path(name), "projection": dataset.projection_path(name)}
-        derived = [read_table(file) for kind, file in paths.items() if f"{kind}_{name}" in inputs]
+        derived = [read_parts(file) for kind, file in paths.items() if f"{kind}_{name}" in inputs]
         drift.keep_former(path, dataset.former_table_path(name))
         table.write_embedding_table(
             path,
-            read_table(dataset.synapses_path),
-            read_table(dataset.tiles_path, columns),
+            read_parts(dataset.synapses_path),
+            read_parts(dataset.tiles_path, columns),
             lambda shard, hashes: cache.read(shard_name(shard), hashes),
             provenance,
             derived,
@@ -412,10 +465,6 @@ def _annotations_version(dataset: Dataset) -> str:
 def status_of(files: Iterable[Path]) -> list[list[Any]]:
     """Size and time of each file or folder: while they stay, its content is not read again."""
     return [[str(file), *status(file)] for file in files if file.exists()]
-
-
-def shard_name(shard: int) -> str:
-    return f"{shard:05d}"
 
 
 def _column_bytes(metadata: pq.FileMetaData, name: str) -> int:

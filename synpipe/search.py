@@ -93,8 +93,11 @@ class SynapseIndex:
     cosine compares directions. l2, dot and l1 compare the vectors as the encoder gave them, with their length.
     """
 
-    def __init__(self, dataset: Dataset, encoder: str):
-        """Raises `SynpipeError` where the index has not been built."""
+    def __init__(self, dataset: Dataset, encoder: str, in_memory: bool = True):
+        """in_memory: hold what the module says, which pays for many questions; else everything is asked of the index.
+
+        Raises `SynpipeError` where the index has not been built.
+        """
         self._table = open_current(dataset.lancedb_folder, encoder)
         self._classes: list[str | None] = [*dataset.spec.classes, None]
         self._viewer = find_viewer(dataset)
@@ -103,19 +106,17 @@ class SynapseIndex:
         self.version: int = self._table.version
         self.rows: int = self._table.count_rows()
         self.dimensions: int = self._table.schema.field("vector").type.list_size
-        self.exact = self.rows <= EXACT_ROWS
+        self.exact = in_memory and self.rows <= EXACT_ROWS
         self._nprobes = int(self._table.schema.field("vector").metadata[b"synpipe.nprobes"])
         self.metrics = METRICS if self.exact else ("cosine",)
 
-        counted = pc.value_counts(self.columns(["neurotransmitter"])["neurotransmitter"]).to_pylist()
-        found = {each["values"]: each["counts"] for each in counted}
-        counts = {name: found.get(name, 0) for name in self._classes}
         limit = EXACT_ROWS if self.exact else EXACT_CLASS_ROWS
-        held = {name: count for name, count in counts.items() if count <= limit}
-        self._kept = None if self.exact or self.rows > KEPT_ROWS else self._keep()
+        held = {name: count for name, count in self._counts().items() if count <= limit} if in_memory else {}
+        self._kept = self._keep() if in_memory and not self.exact and self.rows <= KEPT_ROWS else None
         kept_labels = [] if self._kept is None else self._kept["neurotransmitter"].to_pylist()
         self._labels = np.array(kept_labels, dtype=object)
-        self._held = ExactSearch(self._batches(), held, self.dimensions)
+        # The columns are those of the first batch, of which nothing may be held.
+        self._held = ExactSearch(islice(self._batches(), None if held else 1), held, self.dimensions)
         # The same synapse is asked for again with other options, and by `synapse`; what it finds never changes.
         self._find = lru_cache(maxsize=FOUND_KEPT)(self._look_up)
         # Always in a thread: a notebook has a loop of its own running.
@@ -123,6 +124,11 @@ class SynapseIndex:
         # The table again: its plain form asks for the schema four times in each query, a third of the time that takes.
         opening = open_version(dataset.lancedb_folder, encoder, self.version)
         self._searched = self._threads.submit(asyncio.run, opening).result()
+
+    def _counts(self) -> dict[str | None, int]:
+        counted = pc.value_counts(self.columns(["neurotransmitter"])["neurotransmitter"]).to_pylist()
+        found = {each["values"]: each["counts"] for each in counted}
+        return {name: found.get(name, 0) for name in self._classes}
 
     def _batches(self) -> Iterator[tuple[pa.RecordBatch, np.ndarray]]:
         columns = dict.fromkeys([*SHOWN_COLUMNS, *FILTER_COLUMNS, "norm", "vector"])

@@ -1,14 +1,16 @@
 """Files that are whole or absent: atomic writes, Parquet with metadata, a manifest per asset.
 
-In: tables and small JSON documents. Out: files in the store. Guarantee: a reader never sees half a file. Everything is
-written beside its final name, flushed to disk and renamed; a process killed at any moment leaves at most a file whose
-name begins with `.tmp-`, which `remove_leftovers` deletes.
+In: tables and small JSON documents. Out: files in the store, local or on an object store. Guarantee: a reader never sees
+half a file. A local one is written beside its final name, flushed to disk and renamed; a process killed at any moment
+leaves at most a file whose name begins with `.tmp-`, which `remove_leftovers` deletes. An object is uploaded when it is
+whole.
 """
 
 import contextlib
 import json
 import os
 import shutil
+import tempfile
 import time
 import uuid
 from collections.abc import Iterator
@@ -19,17 +21,25 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from synpipe.errors import SynpipeError
+from synpipe.storage import BulkPath, ObjectPath, move_tree, remove_tree
 
 TEMPORARY_PREFIX = ".tmp-"
 DAMAGED = ".damaged"  # suffix of what was moved aside
 
 
 @contextlib.contextmanager
-def atomic_path(path: Path) -> Iterator[Path]:
+def atomic_path(path: BulkPath) -> Iterator[Path]:
     """Yield a temporary path in the folder of `path`; on success it is flushed and renamed to `path`.
 
+    What is to become an object is written in the system's folder for temporary files, and uploaded on success.
     Raises `SynpipeError` where the folder cannot be written or the disk is full.
     """
+    if isinstance(path, ObjectPath):
+        with tempfile.TemporaryDirectory(prefix="synpipe-") as folder:
+            with atomic_path(Path(folder) / path.name) as temporary:
+                yield temporary
+            path.write_bytes((Path(folder) / path.name).read_bytes())
+        return
     temporary = path.parent / f"{TEMPORARY_PREFIX}{uuid.uuid4().hex}-{path.name}"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -97,29 +107,34 @@ def _sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
-def remove_leftovers(folder: Path, older_than_s: float = 3600) -> None:
-    """Delete temporary files of writers that died; recent ones may belong to a writer at work and stay."""
+def remove_leftovers(folder: BulkPath, older_than_s: float = 3600) -> None:
+    """Delete temporary files of writers that died; recent ones may belong to a writer at work and stay.
+
+    An object store has none; of uploads that were cut off it keeps parts until a rule of the bucket removes them.
+    """
+    if isinstance(folder, ObjectPath):
+        return
     for path in folder.rglob(f"{TEMPORARY_PREFIX}*"):
         with contextlib.suppress(OSError):
             if time.time() - path.stat().st_mtime > older_than_s:
                 path.unlink()
 
 
-def set_aside(path: Path) -> Path:
+def set_aside(path: BulkPath) -> BulkPath:
     """Move what is damaged out of the way, so that it is made anew; returns where to. `synpipe gc` lists it."""
     aside = path.with_suffix(f"{path.suffix}{DAMAGED}")
     if aside.is_dir():
-        shutil.rmtree(aside)
-    path.replace(aside)
+        remove_tree(aside)
+    move_tree(path, aside)
     return aside
 
 
-def damaged(path: Path, problem: object) -> SynpipeError:
+def damaged(path: BulkPath, problem: object) -> SynpipeError:
     """The error to raise for a damaged file of the store, which is moved aside, so that its asset counts as missing."""
     reason = " ".join(str(problem).split()).rstrip(".")
     try:
         moved = f"moved to {set_aside(path).name}. Materialise again, which makes it anew."
-    except OSError:  # a reader's, of a store that it may not write
+    except (OSError, SynpipeError):  # a reader's, of a store that it may not write
         moved = "delete it and materialise again."
     return SynpipeError(f"{path} is damaged ({reason}): {moved}")
 
@@ -143,7 +158,7 @@ def read_json(path: Path) -> Any:
         raise damaged(path, error) from None
 
 
-def write_table(path: Path, table: pa.Table, metadata: dict[str, str] | None = None, **options: Any) -> None:
+def write_table(path: BulkPath, table: pa.Table, metadata: dict[str, str] | None = None, **options: Any) -> None:
     """Write one Parquet file atomically, with `metadata` added to the schema's; zstd, with checksums of the pages."""
     if metadata:
         table = table.replace_schema_metadata({**(table.schema.metadata or {}), **metadata})
@@ -163,10 +178,18 @@ def table_writer(path: Path, schema: pa.Schema, metadata: dict[str, str] | None 
         yield writer
 
 
-def read_table(path: Path, columns: list[str] | None = None) -> pa.Table:
+def read_table(path: BulkPath, columns: list[str] | None = None) -> pa.Table:
     """Read one Parquet file of the store. Raises `SynpipeError` where it is absent, or damaged: it is then moved aside."""
+    with reading(path):
+        source = pa.BufferReader(path.read_bytes()) if isinstance(path, ObjectPath) else path
+        return pq.ParquetFile(source, memory_map=True, page_checksum_verification=True).read(columns=columns)
+
+
+@contextlib.contextmanager
+def reading(path: BulkPath) -> Iterator[None]:
+    """Say of a Parquet file of the store what is wrong with it; what is damaged is moved aside."""
     try:
-        return pq.ParquetFile(path, memory_map=True, page_checksum_verification=True).read(columns=columns)
+        yield
     except FileNotFoundError:
         raise SynpipeError(f"{path} does not exist: materialise the asset that makes it.") from None
     except (pa.ArrowInvalid, OSError) as error:
@@ -175,10 +198,11 @@ def read_table(path: Path, columns: list[str] | None = None) -> pa.Table:
         raise damaged(path, error) from None
 
 
-def is_whole(path: Path) -> bool:
+def is_whole(path: BulkPath) -> bool:
     """Whether every page of a Parquet file has its checksum; all of it is read, a batch at a time."""
     try:
-        file = pq.ParquetFile(path, page_checksum_verification=True)
+        source = pa.BufferReader(path.read_bytes()) if isinstance(path, ObjectPath) else path
+        file = pq.ParquetFile(source, page_checksum_verification=True)
         return sum(len(batch) for batch in file.iter_batches()) == file.metadata.num_rows
     except (pa.ArrowException, OSError):
         return False

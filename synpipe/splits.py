@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from typing import Literal, get_args
 
 import numpy as np
+import pyarrow as pa
 from pydantic import Field, model_validator
 
 from synpipe.specs import Spec
@@ -31,6 +32,7 @@ SIDES = (TRAIN, VALIDATION, TEST)
 MIN_GROUPS = len(SIDES)
 # A group that holds more than this multiple of `test_share` of its stratum goes to training as long as others are there.
 LARGE = 2.0
+SLAB_ROWS = 2**15  # rows whose neighbourhood is looked at at a time
 
 
 class SplitSpec(Spec):
@@ -66,46 +68,58 @@ def split(
 ) -> np.ndarray:
     """Side of each synapse under a scheme: object (n,), one of `SIDES`, `GUARD`, or None.
 
-    labels, groups: object (n,), None where not known. A synapse without a class or without a group has no side: there is
-    nothing to learn from it or to hold against it, and it may be anybody's. starts_zyx: int64 (n, 3), first voxels of the
-    tiles; window_zyx: their extents in voxels.
+    labels, groups: object (n,), None where not known; groups may be numbers, all of them known. A synapse without a class
+    or without a group has no side: there is nothing to learn from it or to hold against it, and it may be anybody's.
+    starts_zyx: int64 (n, 3), first voxels of the tiles; window_zyx: their extents in voxels.
     """
     sides = np.full(len(labels), None, dtype=object)
-    placed = np.flatnonzero(
-        [label is not None and group is not None for label, group in zip(labels, groups, strict=True)]
-    )
-    side_of = _sides_of_groups(spec, scheme, labels[placed], groups[placed]) if len(placed) else {}
-    sides[placed] = [side_of[group] for group in groups[placed].tolist()]
+    placed = np.flatnonzero(known(labels) & known(groups))
+    if len(placed):
+        sides[placed] = _sides_of(spec, scheme, labels[placed], groups[placed])
     if scheme != "random":
         _set_aside(sides, starts_zyx / np.array(window_zyx), spec.guard)
     return sides
 
 
-def _sides_of_groups(spec: SplitSpec, scheme: str, labels: np.ndarray, groups: np.ndarray) -> dict:
-    classes, label_codes = np.unique(labels.astype(str), return_inverse=True)
-    names, group_codes = np.unique(groups, return_inverse=True)
-    synapses = np.zeros((len(names), len(classes)), dtype=np.int64)
+def _sides_of(spec: SplitSpec, scheme: str, labels: np.ndarray, groups: np.ndarray) -> np.ndarray:
+    """Side of each row: object (n,)."""
+    classes, label_codes = _coded(labels)
+    names, group_codes = _coded(groups)
+    synapses = np.zeros((len(names), len(classes)), dtype=np.int32)
     np.add.at(synapses, (group_codes, label_codes), 1)
-    held = synapses > 0
-    groups_of_class = held.sum(axis=0)
-    # Rarest first, so that what is hardest to divide is divided (as in Sechidis et al. 2011, iterative stratification).
-    stratum = np.where(held, groups_of_class, np.iinfo(np.int64).max).argmin(axis=1)
+    groups_of_class = (synapses > 0).sum(axis=0)
+    # Rarest last, so that what is hardest to divide is divided (as in Sechidis et al. 2011, iterative stratification).
+    stratum = np.zeros(len(names), dtype=np.int32)
+    for code in sorted(range(len(classes)), key=lambda code: (-groups_of_class[code], -code)):
+        stratum[synapses[:, code] > 0] = code
     sizes = synapses.sum(axis=1)
-    side_of = {}
+    # Eight bytes of the hash: two that are alike in them would stand in the order of their names.
+    hashes = (hashlib.sha256(f"{spec.seed}/{scheme}/{name}".encode()).digest()[:8] for name in names)
+    ranks = np.fromiter((int.from_bytes(each, "big") for each in hashes), np.uint64, len(names))
+    side_of = np.full(len(names), TRAIN, dtype=object)
     for number in np.unique(stratum):
         members = np.flatnonzero(stratum == number)
         limit = LARGE * spec.test_share * sizes[members].sum()
-        order = sorted(
-            members.tolist(),
-            key=lambda member: (
-                sizes[member] if sizes[member] > limit else 0,
-                hashlib.sha256(f"{spec.seed}/{scheme}/{names[member]}".encode()).digest(),
-            ),
-        )
+        large = np.where(sizes[members] > limit, sizes[members], 0)
+        order = members[np.lexsort((ranks[members], large))]
         test, validation = _numbers(len(order), spec)
-        for rank, member in enumerate(order):
-            side_of[names[member]] = TEST if rank < test else VALIDATION if rank < test + validation else TRAIN
-    return side_of
+        side_of[order[:test]] = TEST
+        side_of[order[test : test + validation]] = VALIDATION
+    return side_of[group_codes]
+
+
+def known(values: np.ndarray) -> np.ndarray:
+    """Which of the values are not None: bool (n,)."""
+    return values != np.array(None, dtype=object)
+
+
+def _coded(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Distinct values, sorted, and the number of each row's: int64 (n,)."""
+    if values.dtype != object:
+        return np.unique(values, return_inverse=True)
+    encoded = pa.array(values).dictionary_encode()  # in one pass; numpy would sort objects
+    names, places = np.unique(np.array(encoded.dictionary.to_pylist(), dtype=object), return_inverse=True)
+    return names, places[encoded.indices.to_numpy()]
 
 
 def _numbers(groups: int, spec: SplitSpec) -> tuple[int, int]:
@@ -129,10 +143,21 @@ def _near(places: np.ndarray, others: np.ndarray, guard: float) -> np.ndarray:
     """
     from scipy.spatial import cKDTree
 
+    near = np.zeros(len(places), dtype=bool)
     if not len(others):
-        return np.zeros(len(places), dtype=bool)
-    nearest, _ = cKDTree(others).query(places, p=np.inf)
-    return nearest < guard - 1e-6
+        return near
+    # Slab by slab of the longest axis: a tree of everything would take 50 bytes a row.
+    axis = int(np.ptp(others, axis=0).argmax())
+    others = others[np.argsort(others[:, axis])]
+    order = np.argsort(places[:, axis])
+    for first in range(0, len(order), SLAB_ROWS):
+        rows = order[first : first + SLAB_ROWS]
+        low, high = places[rows[[0, -1]], axis] + (-guard, guard)
+        start, end = np.searchsorted(others[:, axis], [low, high])
+        if start < end:
+            nearest, _ = cKDTree(others[start:end]).query(places[rows], p=np.inf, distance_upper_bound=guard)
+            near[rows] = nearest < guard - 1e-6
+    return near
 
 
 def faults(
@@ -143,15 +168,16 @@ def faults(
     sides, groups: object (n,); starts_zyx: int64 (n, 3). Returns the groups and the numbers of the rows.
     """
     placed = np.flatnonzero(np.isin(sides, SIDES))
-    by_group: dict = {}
-    for group, side in zip(groups[placed].tolist(), sides[placed].tolist(), strict=True):
-        by_group.setdefault(group, set()).add(side)
+    names, codes = _coded(groups[placed]) if len(placed) else (np.zeros(0, dtype=object), placed)
+    on_side = np.zeros((len(names), len(SIDES)), dtype=bool)
+    for number, side in enumerate(SIDES):
+        on_side[codes[sides[placed] == side], number] = True
     places = starts_zyx / np.array(window_zyx)
     overlapping = np.zeros(len(sides), dtype=bool)
     for side in SIDES:
         here, others = placed[sides[placed] == side], placed[sides[placed] != side]
         overlapping[here] = _near(places[here], places[others], guard)
-    return [group for group, found in by_group.items() if len(found) > 1], np.flatnonzero(overlapping)
+    return names[on_side.sum(axis=1) > 1].tolist(), np.flatnonzero(overlapping)
 
 
 def tally(labels: np.ndarray, groups: np.ndarray, sides: np.ndarray) -> dict[str, dict[str, int]]:
@@ -160,8 +186,9 @@ def tally(labels: np.ndarray, groups: np.ndarray, sides: np.ndarray) -> dict[str
     for name in sorted({label for label in labels.tolist() if label is not None}):
         of_class = labels == name
         counts = {side: int((sides[of_class] == side).sum()) for side in (*SIDES, GUARD)}
-        known = {group for group in groups[of_class].tolist() if group is not None}
-        found[name] = {"groups": len(known), **counts, "unplaced": int(of_class.sum()) - sum(counts.values())}
+        holding = groups[of_class & known(groups)]
+        number = len(_coded(holding)[0]) if len(holding) else 0
+        found[name] = {"groups": number, **counts, "unplaced": int(of_class.sum()) - sum(counts.values())}
     return found
 
 

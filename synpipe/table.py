@@ -1,7 +1,8 @@
 """The embedding table: synapses with their vectors in one Parquet file, for every tool that reads Parquet.
 
 In: the synapses, the index of their tiles, vectors by shard, and tables of what was derived from the vectors. Out: one
-file, a row group per shard, so that memory is bounded by a shard. Guarantee: one row per tile, of a known synapse, with a
+file, a row group per shard. Memory is bounded by a shard, but for 16 bytes of each row of the synapses and of what was
+derived (`streams.RowsById`). Guarantee: one row per tile, of a known synapse, with a
 vector whose length is 1 to within 1/500.
 
 Why the file is smaller than gzipped JSON of the same vectors: a component of a unit vector of d dimensions is about
@@ -13,18 +14,19 @@ Half precision would need a sixth more space, and DuckDB 2.0 cannot read it byte
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from synpipe.annotations import SYNAPSE_SCHEMA
 from synpipe.errors import SynpipeError
 from synpipe.shards import atomic_path
+from synpipe.streams import RowsById, by_shard
 
 STEP_BITS = 8
 
@@ -65,59 +67,54 @@ def table_schema(dimensions: int) -> pa.Schema:
 
 def write_embedding_table(
     path: Path,
-    synapses: pa.Table,
-    tiles: pa.Table,
+    synapses: Iterable[pa.Table],
+    tiles: Iterable[pa.Table],
     read_vectors: ReadVectors,
     provenance: dict[str, Any],
-    derived: Sequence[pa.Table] = (),
+    derived: Sequence[Iterable[pa.Table]] = (),
 ) -> int:
-    """Join, normalise and write; returns the number of rows.
+    """Join, normalise and write; returns the number of rows. Tables come in parts.
 
     tiles: `synapse_id`, `shard`, `content_hash`, `pad_fraction`, `missing_sections`, the rows of a shard together.
     provenance: goes into the schema's metadata under `synpipe` as JSON; `encoder`, `encoder_fingerprint` and
     `dataset_version` of it are columns too. derived: tables with `synapse_id` and some of `DERIVED_FIELDS`.
     Raises `SynpipeError` where a tile's synapse is unknown, or a vector's length is zero or not finite.
     """
-    row_of = {synapse_id: row for row, synapse_id in enumerate(synapses["synapse_id"].to_pylist())}
-    unknown = [synapse_id for synapse_id in tiles["synapse_id"].to_pylist() if synapse_id not in row_of]
-    if unknown:
-        raise SynpipeError(
-            f"{len(unknown)} tiles belong to no synapse of this version, the first to synapse {unknown[0]}: materialise "
-            "synapse_stacks and rgb_tiles again."
-        )
-    tiles = with_derived(tiles, derived)
-    shards = tiles["shard"].to_numpy()
     metadata = {"synpipe": json.dumps(provenance, sort_keys=True)}
-    writer = None
-    with atomic_path(path) as temporary:
-        try:
-            for shard in dict.fromkeys(shards.tolist()):
-                rows = tiles.filter(pa.array(shards == shard))
-                group = _row_group(
-                    synapses, row_of, rows, read_vectors(shard, rows["content_hash"].to_pylist()), provenance
+    writer, count = None, 0
+    with ExitStack() as stack:
+        temporary = stack.enter_context(atomic_path(path))
+        by_id = stack.enter_context(RowsById(synapses, path.parent))
+        others = [stack.enter_context(RowsById(parts, path.parent)) for parts in derived]
+        for shard, rows in by_shard(tiles):
+            ids = rows["synapse_id"].to_numpy()
+            unknown = ids[~by_id.knows(ids)]
+            if len(unknown):
+                raise SynpipeError(
+                    f"{len(unknown)} tiles belong to no synapse of this version, in shard {shard}, the first to synapse "
+                    f"{unknown[0]}: materialise synapse_stacks and rgb_tiles again."
                 )
-                if writer is None:
-                    schema = group.schema.with_metadata(metadata)
-                    # The step bounds the dictionary; 1 MB, the default limit, would hold a quarter of a million values.
-                    writer = pq.ParquetWriter(temporary, schema, compression="zstd", write_page_checksum=True)
-                writer.write_table(group.cast(schema))
-        finally:
-            if writer is not None:
-                writer.close()
+            rows = with_derived(rows, others)
+            vectors = read_vectors(shard, rows["content_hash"].to_pylist())
+            group = _row_group(by_id.take(ids), rows, vectors, provenance)
+            if writer is None:
+                schema = group.schema.with_metadata(metadata)
+                # The step bounds the dictionary; 1 MB, the default limit, would hold a quarter of a million values.
+                writer = pq.ParquetWriter(temporary, schema, compression="zstd", write_page_checksum=True)
+                stack.callback(writer.close)
+            writer.write_table(group.cast(schema))
+            count += len(group)
         if writer is None:
             raise SynpipeError(f"There are no tiles to make {path} of. Look at the rejects.")
-    return len(tiles)
+    return count
 
 
-def with_derived(rows: pa.Table, derived: Sequence[pa.Table]) -> pa.Table:
-    """`rows` with `DERIVED_FIELDS`, taken by `synapse_id` from whichever table of `derived` has them; else null."""
+def with_derived(rows: pa.Table, derived: Sequence[RowsById]) -> pa.Table:
+    """`rows` with `DERIVED_FIELDS`, taken by `synapse_id` from whichever of `derived` has them; else null."""
+    taken = [source.take(rows["synapse_id"].to_numpy()) for source in derived]
     for field in DERIVED_FIELDS:
-        source = next((table for table in derived if field.name in table.column_names), None)
-        if source is None:
-            column = pa.nulls(len(rows), field.type)
-        else:
-            places = pc.index_in(rows["synapse_id"], value_set=source["synapse_id"])
-            column = source[field.name].cast(field.type).take(places)
+        source = next((table for table in taken if field.name in table.column_names), None)
+        column = pa.nulls(len(rows), field.type) if source is None else source[field.name].cast(field.type)
         rows = rows.append_column(field, column)
     return rows
 
@@ -128,9 +125,8 @@ def round_vectors(vectors: np.ndarray) -> np.ndarray:
     return np.round(vectors * steps) / steps
 
 
-def _row_group(
-    synapses: pa.Table, row_of: dict[int, int], tiles: pa.Table, vectors: np.ndarray, provenance: dict[str, Any]
-) -> pa.Table:
+def _row_group(synapses: pa.Table, tiles: pa.Table, vectors: np.ndarray, provenance: dict[str, Any]) -> pa.Table:
+    """synapses: those of the tiles, in their order."""
     norms = np.linalg.norm(vectors, axis=1)
     bad = np.flatnonzero(~((norms > 0) & np.isfinite(norms)))
     if len(bad):
@@ -140,9 +136,8 @@ def _row_group(
         )
     unit = round_vectors(vectors / norms[:, None])
     count, dimensions = vectors.shape
-    table = synapses.take([row_of[synapse_id] for synapse_id in tiles["synapse_id"].to_pylist()])
     columns = {
-        **{name: table[name] for name in SYNAPSE_SCHEMA.names},
+        **{name: synapses[name] for name in SYNAPSE_SCHEMA.names},
         **{name: tiles[name] for name in ("content_hash", "pad_fraction", "missing_sections")},
         "vector": pa.FixedSizeListArray.from_arrays(pa.array(unit.ravel(), pa.float32()), dimensions),
         "norm": pa.array(norms, pa.float32()),

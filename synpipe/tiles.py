@@ -11,10 +11,8 @@ import io
 import math
 import zlib
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, Literal
 
-import h5py
 import numpy as np
 import pyarrow as pa
 from PIL import Image
@@ -22,6 +20,8 @@ from pydantic import Field, FiniteFloat, PositiveInt
 
 from synpipe.errors import SynpipeError
 from synpipe.specs import Spec, digest
+from synpipe.storage import BulkPath
+from synpipe.tile_parts import Part, open_part
 from synpipe.volume_sources import HDF5_ERRORS
 from synpipe.volumes import MissingChunk, Volume
 
@@ -103,6 +103,13 @@ def shard_of(starts_zyx: np.ndarray, spec: TileSpec) -> np.ndarray:
     unique, inverse = np.unique(blocks, axis=0, return_inverse=True)
     hashes = np.array([zlib.crc32(block.tobytes()) for block in unique], dtype=np.int64)
     return hashes[inverse.reshape(-1)] % spec.shards if len(unique) else np.zeros(0, dtype=np.int64)
+
+
+def rows_by_shard(shards: np.ndarray) -> list[tuple[int, np.ndarray]]:
+    """Each shard of int (n,) with the rows, ascending, where it stands: in time and memory of n, whatever their number."""
+    order = np.argsort(shards, kind="stable")
+    cuts = np.flatnonzero(np.diff(shards[order])) + 1
+    return [(int(shards[rows[0]]), rows) for rows in np.split(order, cuts)] if len(order) else []
 
 
 def cut_out(volume: Volume, start_zyx: np.ndarray, spec: TileSpec) -> CutOut:
@@ -222,17 +229,22 @@ class TileReader:
     A tile by id takes well under a millisecond once its part has been opened.
     """
 
-    def __init__(self, index: pa.Table, folder: Path, stacking: str):
+    def __init__(self, index: pa.Table, folder: BulkPath, stacking: str):
         """index: table with `synapse_id`, `file` (below `folder`), `row` and `crc32`; stacking: see `TileSpec`."""
         self._folder = folder
         self._grey = stacking == "grey"
-        self._files = index["file"].to_pylist()
+        files = index["file"].combine_chunks().dictionary_encode()
+        self._names = files.dictionary.to_pylist()
+        self._files = files.indices.to_numpy()
         self._rows = index["row"].to_numpy()
         self._crc32 = index["crc32"].to_numpy()
         ids = index["synapse_id"].to_numpy()
         self._order = np.argsort(ids, kind="stable")
         self._sorted_ids = ids[self._order]
-        self._parts: dict[str, np.ndarray] = {}
+        self._parts: dict[int, Part] = {}
+
+    def __len__(self) -> int:
+        return len(self._rows)
 
     def read(self, indices: np.ndarray) -> np.ndarray:
         """Tiles at these rows of the index: uint8 (n, 3, 256, 256).
@@ -241,8 +253,12 @@ class TileReader:
         marked as damaged, and synapse_stacks out of date: made again, it cuts those tiles out anew. The others can be read.
         """
         tiles = np.empty((len(indices), SECTIONS, TILE_PX, TILE_PX), dtype=np.uint8)
-        for place, index in enumerate(indices):
-            tiles[place] = self._tile(int(index))
+        files = self._files[indices]
+        for file in np.unique(files).tolist():
+            places = np.flatnonzero(files == file)
+            self._read(file, indices[places], tiles, places)
+        if self._grey:
+            tiles[:] = tiles[:, 1:2]
         return tiles
 
     def by_id(self, synapse_id: int) -> np.ndarray:
@@ -250,7 +266,7 @@ class TileReader:
         place = int(np.searchsorted(self._sorted_ids, synapse_id))
         if place == len(self._sorted_ids) or self._sorted_ids[place] != synapse_id:
             raise SynpipeError(f"There is no tile of synapse {synapse_id}: it is unknown, or among the rejects.")
-        return self._tile(int(self._order[place]))
+        return self.read(self._order[place : place + 1])[0]
 
     def png(self, synapse_id: int) -> bytes:
         """The same as a PNG file with sections z−1, z, z+1 as red, green, blue."""
@@ -258,39 +274,35 @@ class TileReader:
         Image.fromarray(self.by_id(synapse_id).transpose(1, 2, 0)).save(buffer, "PNG")
         return buffer.getvalue()
 
-    def _tile(self, index: int) -> np.ndarray:
-        name, row = self._files[index], int(self._rows[index])
-        path = self._folder / name
+    def _read(self, file: int, indices: np.ndarray, tiles: np.ndarray, places: np.ndarray) -> None:
+        """Put the tiles of one file into their places, and hold them against their checksums."""
+        path, rows = self._folder / self._names[file], self._rows[indices]
         try:
-            if name not in self._parts:
-                self._parts[name] = _map_part(path)
-            tile = self._parts[name][row]
+            if file not in self._parts:
+                self._parts[file] = open_part(path)
+            self._parts[file].read(rows, tiles, places)
         except FileNotFoundError:
             raise SynpipeError(
                 f"Tiles {path} are not there: materialise synapse_stacks again, which cuts them out anew."
             ) from None
         except (*HDF5_ERRORS, TypeError, IndexError) as error:
-            raise _damaged(path, f"row {row}, cannot be read ({' '.join(str(error).split())})") from None
-        if zlib.crc32(tile.data) != self._crc32[index]:
-            raise _damaged(path, f"row {row}, differ from their checksum")
-        return np.broadcast_to(tile[1], tile.shape) if self._grey else tile
+            raise _damaged(path, f"row {rows[0]}, cannot be read ({' '.join(str(error).split())})") from None
+        for index, row, place in zip(indices, rows, places, strict=True):
+            if zlib.crc32(tiles[place].data) != self._crc32[index]:
+                raise _damaged(path, f"row {row}, differ from their checksum")
 
 
-def _damaged(path: Path, problem: str) -> SynpipeError:
-    with contextlib.suppress(OSError):  # a reader's, of a store that it may not write
-        path.with_suffix(f"{path.suffix}{SUSPECT}").touch()
+def suspect_mark(path: BulkPath) -> BulkPath:
+    """File that says by being there that tiles of this part are damaged."""
+    return path.with_suffix(f"{path.suffix}{SUSPECT}")
+
+
+def _damaged(path: BulkPath, problem: str) -> SynpipeError:
+    with contextlib.suppress(OSError, SynpipeError):  # a reader's, of a store that it may not write
+        suspect_mark(path).write_bytes(b"")
     return SynpipeError(
         f"Tiles {path}, {problem}: the file is damaged. Materialise again: synapse_stacks cuts its tiles out anew."
     )
-
-
-def _map_part(path: Path) -> np.ndarray:
-    """Map a part into memory: unlike h5py, that is fast from several threads."""
-    with h5py.File(path, "r") as file:
-        tiles = file["tiles"]
-        if 0 in tiles.shape:
-            return np.zeros(tiles.shape, dtype=np.uint8)
-        return np.memmap(path, np.uint8, "r", tiles.id.get_offset(), tiles.shape)
 
 
 def content_hashes(reader: TileReader, count: int) -> pa.Array:

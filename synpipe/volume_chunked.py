@@ -72,6 +72,7 @@ class Chunked(Source):
         self.location = f"{kind}://{place}"
         root = {"driver": "file", "path": f"{place}/"} if self._folder else f"{str(place).rstrip('/')}/"
         self._documents: dict[str, Any] = {}
+        self._read_before = _bytes_read()
         self._context = ts.Context(
             {
                 "cache_pool": {"total_bytes_limit": CACHE_BYTES},
@@ -161,6 +162,11 @@ class Chunked(Source):
         shape: Any = self._data.chunk_layout.read_chunk.shape  # the first begins at voxel 0 in all these formats
         self.chunking = Chunking(shape, CACHE_BYTES // (math.prod(shape) * self.dtype.itemsize))
 
+    @property
+    def bytes_read(self) -> int:
+        """Of all volumes that are open in this process at the time: tensorstore counts no other way."""
+        return _bytes_read() - self._read_before
+
     def start_read(self, box: Box) -> Callable[[], np.ndarray]:
         future = self._data[box].read(order="C")
         future.force()  # else it would begin only when it is waited for
@@ -184,6 +190,12 @@ class Chunked(Source):
     def documents(self) -> dict[str, Any]:
         """The JSON documents that were looked at, by name."""
         return {name: content for name, (content, _) in self._documents.items()}
+
+
+def _bytes_read() -> int:
+    """Since this process began."""
+    metrics = ts.experimental_collect_matching_metrics("/tensorstore/kvstore/")
+    return sum(int(metric["values"][0]["value"]) for metric in metrics if metric["name"].endswith("/bytes_read"))
 
 
 def open_chunked(kind: str, place: str | Path, wanted_nm_zyx: tuple[float, float, float] | None) -> Chunked:

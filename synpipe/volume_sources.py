@@ -11,9 +11,10 @@ import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import pairwise, product
 from pathlib import Path
+from threading import Lock
 from typing import Any, ClassVar
 
 import h5py
@@ -66,6 +67,11 @@ class Source(ABC):
     voxel_size_nm_zyx: Any = None
     offset_nm_zyx: Any = None
 
+    @property
+    @abstractmethod
+    def bytes_read(self) -> int:
+        """What has been read since the volume was opened, as it is stored, compressed or not."""
+
     @abstractmethod
     def start_read(self, box: Box) -> Callable[[], np.ndarray]:
         """Begin to read where that is of use; what is returned waits for the voxels, or reads them."""
@@ -95,6 +101,7 @@ class Hdf5(Source):
 
     def __init__(self, path: Path, dataset: str):
         self._path, self.location = path, str(path)
+        self._voxel_bytes = 0
         self._gzipped: Gzipped | None = None
         where = f"Volume {path}"
         try:
@@ -125,8 +132,17 @@ class Hdf5(Source):
         self.chunking = Chunking(chunk, HDF5_CHUNK_CACHE_BYTES // (math.prod(chunk) * self.dtype.itemsize))
         self._gzipped = Gzipped(data, self.chunking) if _is_only_gzipped(data) else None
 
+    @property
+    def bytes_read(self) -> int:
+        return self._voxel_bytes if self._gzipped is None else self._gzipped.bytes_read
+
     def start_read(self, box: Box) -> Callable[[], np.ndarray]:
-        return (lambda: self._data[box]) if self._gzipped is None else self._gzipped.start_read(box)
+        return partial(self._read, box) if self._gzipped is None else self._gzipped.start_read(box)
+
+    def _read(self, box: Box) -> np.ndarray:
+        values = self._data[box]
+        self._voxel_bytes += values.nbytes
+        return values
 
     def identity(self) -> dict[str, Any]:
         return {"content": file_sha256(self._path), "dataset": self._data.name}
@@ -148,6 +164,7 @@ class Gzipped:
 
     def __init__(self, data: h5py.Dataset, chunking: Chunking):
         self._data, self._chunking = data, chunking
+        self.bytes_read, self._counting = 0, Lock()
         self._threads = ThreadPoolExecutor(os.cpu_count(), "inflate")
         self._begun = lru_cache(maxsize=chunking.cached)(lambda chunk: self._threads.submit(self._inflated, chunk))
 
@@ -170,6 +187,8 @@ class Gzipped:
         if self._data.id.get_chunk_info_by_coord(first).byte_offset is None:  # never written
             return np.full(shape, self._data.fillvalue)
         unfiltered, content = self._data.id.read_direct_chunk(first)
+        with self._counting:
+            self.bytes_read += len(content)
         if not unfiltered:
             content = zlib.decompress(content, bufsize=math.prod(shape) * dtype.itemsize)
         return np.frombuffer(content, dtype).reshape(shape)
@@ -219,14 +238,20 @@ class Sections(Source):
         # A decoded image serves all tiles of its section; at least those of two stacks are kept.
         kept = max(6, SECTION_CACHE_BYTES // (height * width * self.dtype.itemsize))
         self._section = lru_cache(maxsize=kept)(self._decode)
+        self._bytes_read = 0
         self.chunking = Chunking((1, height, width), kept)
 
     def start_read(self, box: Box) -> Callable[[], np.ndarray]:
         z, y, x = box
         return lambda: np.stack([self._section(index)[y, x] for index in range(z.start, z.stop)])
 
+    @property
+    def bytes_read(self) -> int:
+        return self._bytes_read
+
     def _decode(self, index: int) -> np.ndarray:
         path = self._paths[index]
+        self._bytes_read += path.stat().st_size
         with Image.open(path) as image:
             dtype, shape = _dtype(image, path), (image.height, image.width)
             if (dtype, shape) != (self.dtype, self.shape_zyx[1:]):

@@ -150,6 +150,11 @@ class Volume:
         return self._source
 
     @property
+    def bytes_read(self) -> int:
+        """What has been read since it was opened, as it is stored."""
+        return self._source.bytes_read
+
+    @property
     def bounds_nm_zyx(self) -> tuple[np.ndarray, np.ndarray]:
         """Lower (inside) and upper (outside) corner of the volume, float64 arrays of 3."""
         return self.offset_nm_zyx, self.offset_nm_zyx + self.shape_zyx * self.voxel_size_nm_zyx

@@ -11,8 +11,11 @@ from pathlib import Path
 
 
 def row(figure: str, value: float, bar: float, at_most: bool = True, unit: str = "") -> None:
-    """Print a figure beside its bar, and add it to the table where one is being gathered."""
-    told = {"figure": figure, "value": value, "bar": bar, "at_most": at_most, "unit": unit}
+    """Print a figure beside its bar, and add it to the table where one is being gathered.
+
+    figure: of what, and of which bench; at_most: whether the bar is the highest value allowed, or the lowest.
+    """
+    told = {"figure": figure, "value": float(value), "bar": bar, "at_most": at_most, "unit": unit}
     print(_line(told), flush=True)
     if table := os.environ.get("SYNPIPE_BENCH_TABLE"):
         with open(table, "a") as file:

@@ -38,6 +38,7 @@ from synpipe.chunk_plan import Chunking, spatial_order
 from synpipe.extraction import extract
 from synpipe.tiles import SECTIONS, TILE_PX, TileReader, TileSpec
 from synpipe.volumes import Volume, VolumeSpec
+from synpipe_tests.bars import row
 
 DELAY_S = 0.02
 CHUNK = 64
@@ -80,8 +81,7 @@ def main() -> None:
         bars += of_hdf5(texture, Path(folder))
     print()
     for what, figure, bar, at_least in bars:
-        met = figure >= bar if at_least else figure <= bar
-        print(f"{what:<68} {figure:6.2f}  bar {'≥' if at_least else '≤'} {bar:<4} {'ok' if met else 'MISSED'}")
+        row(f"cut-outs, {what}", figure, bar, at_most=not at_least)
 
 
 Bar = tuple[str, float, float, bool]

@@ -23,6 +23,11 @@ CLUSTERS, OWN_DIRECTIONS, NOISE = 200, 10, 0.2
 
 def vectors_like_an_encoders(rows: int, dimensions: int, seed: int) -> np.ndarray:
     """float32 (rows, dimensions), of the same clusters for every seed."""
+    return clusters_like_an_encoders(rows, dimensions, seed)[0]
+
+
+def clusters_like_an_encoders(rows: int, dimensions: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """The same, and the number of the cluster of each: (rows,)."""
     of_clusters, random = np.random.default_rng(0), np.random.default_rng(seed)
     centres = of_clusters.normal(size=(CLUSTERS, dimensions))
     bases = of_clusters.normal(size=(CLUSTERS, OWN_DIRECTIONS, dimensions)) / OWN_DIRECTIONS**0.5
@@ -33,7 +38,7 @@ def vectors_like_an_encoders(rows: int, dimensions: int, seed: int) -> np.ndarra
         of_cluster = cluster == number
         own = random.normal(size=(int(of_cluster.sum()), OWN_DIRECTIONS))
         vectors[of_cluster] += centres[number] + own @ bases[number]
-    return vectors
+    return vectors, cluster
 
 
 def measure(what: str, work: Callable[[], object]) -> None:

@@ -92,7 +92,8 @@ def main() -> None:
     from synpipe import index
 
     torch.set_num_threads(1)  # a thread of the parent would be missing in its forks
-    extraction.PART_TILES = embedding.ROWS_PER_PART = PART
+    extraction.PART_TILES = PART
+    embedding.ROWS_PER_PART["cpu"] = PART
     index.RECALL_QUERIES = 3  # a third of the time that a build takes, and no file is touched
     for line in sys.stdin:
         print(json.dumps(fork(json.loads(line))), flush=True)
@@ -186,13 +187,21 @@ def materialise(order: dict[str, Any], mark: Callable[[bytes], Any]) -> None:
 
     sys.addaudithook(operations)
     count("make_tile", tiles, lambda *_: mark(b"c"))
-    count("embed_shard", embedding, lambda _encoder, _read, hashes, *_: mark(b"e" * len(hashes)))
+    count("__call__", embedding._Launch, lambda _launch, staged: mark(b"e" * len(staged)) if for_the_cache() else None)
     dataset = Project(Path(order["data"]), Path(store)).dataset("demo")
     stale = {state.asset for state in states(dataset) if state.state != "fresh"}
     for step in steps(dataset):
         if step.asset in stale:
             kind = b"l" if step.kind in LEARN else b"w"
             step.run(lambda message: None)
+
+
+def for_the_cache() -> bool:
+    """Whether what is embedded now are tiles, and not views of them that the evaluation makes."""
+    frame: Any = sys._getframe()
+    while frame and frame.f_code is not embedding._embed_parts.__code__:
+        frame = frame.f_back
+    return frame is not None
 
 
 def count(name: str, module: Any, note: Callable[..., Any]) -> None:

@@ -67,7 +67,8 @@ def embedding_table(
         return vectors[[int(content, 16) for content in hashes]]
 
     provenance = {**PROVENANCE, "data_version": version}
-    write_embedding_table(path, table, tiles_of(table, shards), read_vectors, provenance, derived)
+    parts = [[each] for each in derived]
+    write_embedding_table(path, [table], [tiles_of(table, shards)], read_vectors, provenance, parts)
     return path
 
 

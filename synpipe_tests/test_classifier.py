@@ -152,7 +152,7 @@ def test_figures_are_of_the_test_side_alone_and_neurons_vote_there():
     rows += [(3, "test", "b", wrong)] * 2
     elsewhere = [(side, "a") for side in ("train", "validation", "guard", None)]
     rows += [(1, side, label, wrong) for side, label in elsewhere] * 5 + [(1, "test", None, wrong)] * 5
-    figures = score_test_side(predictions(rows), ("a", "b"))
+    figures = score_test_side([predictions(rows)], ("a", "b"))
     assert figures["confusion"]["synapses"] == [[3, 5], [0, 2]]
     assert figures["confusion"]["neurons"] == [[1, 1], [0, 1]]
     assert figures["recalls"]["a"]["recall"] == pytest.approx(3 / 8)
@@ -163,7 +163,7 @@ def test_figures_are_of_the_test_side_alone_and_neurons_vote_there():
     assert figures["recalls"]["a"]["recall_low"] == 0
     assert figures["recalls"]["a"]["recall_high"] == 0.75
     assert json.loads(json.dumps(figures)) == figures
-    assert score_test_side(predictions([(1, "train", "a", right)]), ("a", "b")) == {}
+    assert score_test_side([predictions([(1, "train", "a", right)])], ("a", "b")) == {}
 
 
 # The asset.

@@ -121,6 +121,18 @@ def test_nothing_is_written_elsewhere_and_no_address_is_asked(first: FirstRun):
     assert telemetry == {"enabled": False}
 
 
+def test_what_an_encoder_costs_here(first: FirstRun):
+    before = files(first.project.store)
+    told = json.loads(answer(first.project, "profile", "--encoder", "tiny", "--tiles", "70", "--json"))
+    assert told["tiles"] == told["done"]["tiles"] == 70
+    assert told["utilisation"] == pytest.approx(told["tiles_per_second"] / told["bare_per_second"])
+    assert told["done"]["computed_s"] + sum(told["done"]["waited_s"].values()) <= told["seconds"]
+    said = answer(first.project, "profile", "--encoder", "tiny", "--tiles", "10")
+    assert "10 tiles in" in said
+    assert "of that is reached" in said
+    assert files(first.project.store) == before
+
+
 def test_a_second_run_makes_nothing_anew(first: FirstRun):
     former = {asset: said["made"]["data_version"] for asset, said in first.assets.items()}
     tables = files(first.project.store / "demo" / "tables")

@@ -4,6 +4,8 @@ import dataclasses
 import hashlib
 import json
 import logging
+import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,10 +16,11 @@ import timm
 import torch
 
 from synpipe import embedding
-from synpipe.embedding import embed_missing, embed_shard
+from synpipe.embedding import Shard, embed_missing, embed_shard
 from synpipe.embedding_cache import EmbeddingCache
 from synpipe.encoders import Encoder, EncoderSpec, open_encoder
 from synpipe.errors import SynpipeError
+from synpipe.forward import Computed
 
 TINY = "test_resnet.r160_in1k"
 
@@ -83,7 +86,7 @@ def test_values_that_are_not_finite_stop_the_shard_and_are_not_kept(
     broken = open_tiny(weights=str(tmp_path / "broken.safetensors"), seed=None)
     cache = EmbeddingCache(tmp_path, broken.fingerprint)
     with pytest.raises(SynpipeError, match=f"infinite values for 23 of 23 tiles.*{hashes[0]}.*fp32"):
-        embed_missing(broken, cache, "s0", hashes, tiles.__getitem__)
+        embed_missing([broken], cache, [Shard("s0", hashes, tiles.__getitem__)])
     assert cache.known("s0") == set()
 
 
@@ -98,13 +101,15 @@ def test_too_little_memory_halves_the_batch_and_goes_on(
         sizes.append(len(batch))
         return encoder.embed(batch)
 
-    small = dataclasses.replace(encoder, _forward=lambda batch: limited(batch, 4))
+    small = dataclasses.replace(encoder, forward=Computed(lambda batch: limited(batch, 4)))
     vectors = embed_shard(small, tiles.__getitem__, hashes, batch_size=16)
     assert sizes == [4, 4, 4, 4, 4, 3]
     np.testing.assert_allclose(vectors, encoder.embed(tiles), rtol=1e-4, atol=1e-6)
     assert "batches of 4 tiles" in caplog.text
     with pytest.raises(SynpipeError, match="One tile does not fit"):
-        embed_shard(dataclasses.replace(encoder, _forward=lambda batch: limited(batch, 0)), tiles.__getitem__, hashes)
+        embed_shard(
+            dataclasses.replace(encoder, forward=Computed(lambda batch: limited(batch, 0))), tiles.__getitem__, hashes
+        )
 
 
 def test_only_what_is_missing_is_embedded_and_each_content_once(
@@ -114,13 +119,13 @@ def test_only_what_is_missing_is_embedded_and_each_content_once(
     order = [3, 1, 3, 4, 1]
     reader = CountingReader(tiles[order])
     first = [hashes[row] for row in order]
-    assert embed_missing(encoder, cache, "s0", first, reader) == 3
+    assert embed_missing([encoder], cache, [Shard("s0", first, reader)]).tiles == 3
     assert reader.rows == [0, 1, 3]
 
     reader = CountingReader(tiles)
-    assert embed_missing(encoder, cache, "s0", hashes, reader) == 20
+    assert embed_missing([encoder], cache, [Shard("s0", hashes, reader)]).tiles == 20
     assert sorted(reader.rows) == [row for row in range(23) if row not in (1, 3, 4)]
-    assert embed_missing(encoder, cache, "s0", hashes, reader) == 0
+    assert embed_missing([encoder], cache, [Shard("s0", hashes, reader)]).tiles == 0
     assert len(reader.rows) == 20
 
     assert cache.known("s0") == set(hashes)
@@ -132,19 +137,67 @@ def test_only_what_is_missing_is_embedded_and_each_content_once(
 def test_encoders_do_not_see_each_others_vectors(
     tmp_path: Path, encoder: Encoder, tiles: np.ndarray, hashes: list[str]
 ) -> None:
-    embed_missing(encoder, EmbeddingCache(tmp_path, encoder.fingerprint), "s0", hashes, tiles.__getitem__)
+    embed_missing([encoder], EmbeddingCache(tmp_path, encoder.fingerprint), [Shard("s0", hashes, tiles.__getitem__)])
     other = open_tiny(seed=1)
     cache = EmbeddingCache(tmp_path, other.fingerprint)
-    assert embed_missing(other, cache, "s0", hashes, tiles.__getitem__) == 23
-    assert embed_missing(encoder, EmbeddingCache(tmp_path, encoder.fingerprint), "s0", hashes, tiles.__getitem__) == 0
+    assert embed_missing([other], cache, [Shard("s0", hashes, tiles.__getitem__)]).tiles == 23
+    assert (
+        embed_missing(
+            [encoder], EmbeddingCache(tmp_path, encoder.fingerprint), [Shard("s0", hashes, tiles.__getitem__)]
+        ).tiles
+        == 0
+    )
     with pytest.raises(ValueError, match="another encoder"):
-        embed_missing(encoder, cache, "s0", hashes, tiles.__getitem__)
+        embed_missing([encoder], cache, [Shard("s0", hashes, tiles.__getitem__)])
+
+
+def test_several_devices_share_the_parts(
+    tmp_path: Path, encoder: Encoder, tiles: np.ndarray, hashes: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two of them here are the same CPU twice: each takes parts, none is embedded by both, and the result is that of one."""
+    monkeypatch.setitem(embedding.ROWS_PER_PART, "cpu", 4)
+    alone, together = (EmbeddingCache(tmp_path / name, encoder.fingerprint) for name in ("alone", "together"))
+    shards = [Shard(f"s{number}", hashes[number::2], tiles[number::2].__getitem__) for number in range(2)]
+    embed_missing([encoder], alone, shards)
+    at_work = [0, 0]
+
+    def second_waits_for_first(device: int, batch: np.ndarray) -> np.ndarray:
+        at_work[device] += len(batch)
+        deadline = time.monotonic() + 10
+        while not all(at_work) and time.monotonic() < deadline:
+            time.sleep(0.001)
+        return encoder.embed(batch)
+
+    devices = [
+        dataclasses.replace(encoder, forward=Computed(partial(second_waits_for_first, device))) for device in (0, 1)
+    ]
+    assert embed_missing(devices, together, shards).tiles == sum(at_work) == len(tiles)
+    assert all(at_work)
+    for shard in shards:
+        vectors = [cache.read(shard.name, shard.content_hashes) for cache in (alone, together)]
+        np.testing.assert_array_equal(*vectors)
+
+
+def test_a_device_that_fails_costs_only_what_it_was_at(
+    tmp_path: Path, encoder: Encoder, tiles: np.ndarray, hashes: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(embedding.ROWS_PER_PART, "cpu", 4)
+    cache = EmbeddingCache(tmp_path, encoder.fingerprint)
+
+    def fails(batch: np.ndarray) -> np.ndarray:
+        raise RuntimeError("the device fell off the bus")
+
+    broken = dataclasses.replace(encoder, forward=Computed(fails))
+    with pytest.raises(RuntimeError, match="fell off"):
+        embed_missing([encoder, broken], cache, [Shard("s0", hashes, tiles.__getitem__)])
+    there = cache.known("s0")
+    assert embed_missing([encoder], cache, [Shard("s0", hashes, tiles.__getitem__)]).tiles == len(tiles) - len(there)
 
 
 def test_interrupted_work_keeps_the_finished_parts(
     tmp_path: Path, encoder: Encoder, tiles: np.ndarray, hashes: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(embedding, "ROWS_PER_PART", 8)
+    monkeypatch.setitem(embedding.ROWS_PER_PART, "cpu", 8)
     cache = EmbeddingCache(tmp_path, encoder.fingerprint)
 
     def interrupted(rows: np.ndarray) -> np.ndarray:
@@ -153,9 +206,9 @@ def test_interrupted_work_keeps_the_finished_parts(
         return tiles[rows]
 
     with pytest.raises(KeyboardInterrupt):
-        embed_missing(encoder, cache, "s0", hashes, interrupted)
+        embed_missing([encoder], cache, [Shard("s0", hashes, interrupted)])
     assert cache.known("s0") == set(hashes[:16])
-    assert embed_missing(encoder, cache, "s0", hashes, tiles.__getitem__) == 7
+    assert embed_missing([encoder], cache, [Shard("s0", hashes, tiles.__getitem__)]).tiles == 7
 
 
 @pytest.mark.parametrize("damage", ["cut", "flipped bit", "emptied", "of another encoder"])
@@ -168,9 +221,9 @@ def test_damaged_part_is_named_moved_aside_and_computed_again(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     cache = EmbeddingCache(tmp_path, encoder.fingerprint)
-    embed_missing(encoder, cache, "s0", hashes[:10], tiles.__getitem__)
+    embed_missing([encoder], cache, [Shard("s0", hashes[:10], tiles.__getitem__)])
     (part,) = cache.folder.glob("*.parquet")
-    embed_missing(encoder, cache, "s0", hashes, tiles.__getitem__)
+    embed_missing([encoder], cache, [Shard("s0", hashes, tiles.__getitem__)])
     before = cache.read("s0", hashes)
     content = bytearray(part.read_bytes())
     if damage == "cut":
@@ -190,7 +243,7 @@ def test_damaged_part_is_named_moved_aside_and_computed_again(
     assert part.with_suffix(".damaged").exists()
     with pytest.raises(SynpipeError, match=r"lacks the vectors of 10 tiles of shard s0.*materialise"):
         cache.read("s0", hashes)
-    assert embed_missing(encoder, cache, "s0", hashes, tiles.__getitem__) == 10
+    assert embed_missing([encoder], cache, [Shard("s0", hashes, tiles.__getitem__)]).tiles == 10
     np.testing.assert_array_equal(cache.read("s0", hashes), before)
 
 
@@ -198,7 +251,7 @@ def test_part_file_says_what_made_it_and_other_tools_read_it(
     tmp_path: Path, encoder: Encoder, tiles: np.ndarray, hashes: list[str]
 ) -> None:
     cache = EmbeddingCache(tmp_path, encoder.fingerprint)
-    embed_missing(encoder, cache, "s0", hashes[:4], tiles.__getitem__)
+    embed_missing([encoder], cache, [Shard("s0", hashes[:4], tiles.__getitem__)])
     (part,) = cache.folder.glob("s0-*.parquet")
     table = pq.read_table(part)
     assert table.column_names == ["content_hash", "vector"]

@@ -244,8 +244,11 @@ def test_counts_are_shown(made: Dataset, seen: Seen):
         expected = {f"| {row['values'] or 'unlabelled'} | {row['counts']:,} |" for row in counted}
         assert set(seen(asset)[name].splitlines()[2:]) == expected
     assert seen("synapse_stacks")["cut_outs_per_second"] > 0
+    assert 0 < seen("synapse_stacks")["bytes_read"] <= len(read_table(made.stacks_path)) * 3 * 256 * 256
     for encoder in made.encoders:
         assert seen(f"embeddings_{encoder}")["tiles_per_second"] > 0
+        assert seen(f"embeddings_{encoder}")["bytes_read"] == len(read_table(made.tiles_path)) * 3 * 256 * 256
+        assert 0 <= seen(f"embeddings_{encoder}")["device_waited"] < 1
         assert seen(f"embeddings_{encoder}")["device"]
         assert seen(f"index_{encoder}")["recall"] >= 0.99
 

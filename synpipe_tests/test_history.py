@@ -526,7 +526,7 @@ def test_readers_that_never_stop_while_tables_are_rebuilt_optimised_and_cleaned(
                 rows = synapses(50, region=[dataset_version] * 50)
                 vectors = clustered(50, 8, seed=int(dataset_version, 16))
                 told = {**PROVENANCE, "dataset_version": dataset_version}
-                write_embedding_table(path, rows, tiles_of(rows), lambda *_, found=vectors: found, told)
+                write_embedding_table(path, [rows], [tiles_of(rows)], lambda *_, found=vectors: found, told)
                 publish(path, dataset.lancedb_folder, "tiny", version, lambda line: None)
                 if int(dataset_version, 16) % 5 == 0:
                     lancedb.connect(dataset.lancedb_folder).open_table("tiny").optimize()

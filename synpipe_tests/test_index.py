@@ -85,6 +85,61 @@ def test_partitioned_tables_find_the_true_neighbours(partitioned: tuple[Path, np
     assert np.mean(hits[100:]) >= 0.99
 
 
+def rare_and_scattered(rows: int = 6_000, rare: int = 60) -> tuple[np.ndarray, list[str]]:
+    """Tight clusters of a frequent class; and between all of them a rare one, whose neighbours lie in many partitions."""
+    vectors = clustered(rows, 16, clusters=60, spread=0.05)
+    vectors[:rare] = np.random.default_rng(3).normal(size=(rare, 16))
+    return vectors, ["octopamine"] * rare + ["gaba"] * (rows - rare)
+
+
+def test_the_probes_are_enough_for_the_rarest_class_too(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(index, "FIRST_NPROBES", 1)
+    vectors, classes = rare_and_scattered()
+    path = embedding_table(tmp_path / "t.parquet", vectors, neurotransmitter=classes)
+    report = publish_table(path, tmp_path / "db", "a" * 32)
+    assert report.rarest_class == "octopamine"
+    assert report.rarest_class_recall is not None and report.rarest_class_recall >= index.MIN_RECALL
+    assert published(tmp_path / "db", "tiny") == report
+    found = [
+        len(
+            {*np.argpartition(-(unit(vectors) @ unit(vectors)[row]), 10)[:10]}
+            & {*ids_near(tmp_path / "db", vectors[row], report.nprobes)}
+        )
+        for row in range(60)
+    ]
+    assert np.mean(found) >= 9.5  # the table holds them rounded
+    # Of all rows alone fewer would have been enough: the frequent class finds its neighbours in one partition.
+    of_all = embedding_table(tmp_path / "all.parquet", vectors)
+    unlabelled = publish_table(of_all, tmp_path / "db", "b" * 32)
+    assert (unlabelled.rarest_class, unlabelled.rarest_class_recall) == (None, None)
+    assert unlabelled.nprobes < report.nprobes
+
+
+def test_too_low_a_recall_of_the_rarest_class_leaves_the_former_version_current(
+    before: Path, tmp_path: Path, monkeypatch
+):
+    vectors, classes = rare_and_scattered()
+    path = embedding_table(tmp_path / "t.parquet", vectors, neurotransmitter=classes)
+    measured = index._recall
+    monkeypatch.setattr(
+        index, "_recall", lambda table, queries, *of: measured(table, queries, *of) * (len(queries) > 60)
+    )
+    with pytest.raises(SynpipeError, match=r"0\.0% of the true neighbours of octopamine"):
+        publish_table(path, before, "b" * 32)
+
+
+def test_a_version_of_before_the_rarest_class_was_measured_still_opens(tmp_path: Path) -> None:
+    path = embedding_table(tmp_path / "t.parquet", clustered(90, 16), neurotransmitter=["gaba"] * 90)
+    report = publish_table(path, tmp_path / "db", "a" * 32)
+    assert (report.rarest_class, report.rarest_class_recall) == ("gaba", 1.0)
+    table = lancedb.connect(tmp_path / "db").open_table("tiny")
+    former = {"synpipe.nprobes": "1", "synpipe.recall_at_10": "1.0000"}
+    table.replace_field_metadata("vector", former)
+    table.tags.update("current", table.version)
+    found = published(tmp_path / "db", "tiny")
+    assert (found.recall, found.rarest_class, found.rarest_class_recall) == (1.0, None, None)
+
+
 def test_every_index_is_there_and_whole(partitioned: tuple[Path, np.ndarray, IndexReport]) -> None:
     folder, vectors, _ = partitioned
     found = {entry.columns[0]: entry for entry in open_current(folder, "tiny").list_indices()}

@@ -21,7 +21,7 @@ from synpipe_tests.inputs import SHAPE, Inputs, Place, Store
 from synpipe_tests.killable import Killable, killable
 
 SETTINGS = settings(
-    max_examples=6,
+    max_examples=int(os.environ.get("SYNPIPE_TEST_SEQUENCES") or 4),  # more for a night
     stateful_step_count=8,
     deadline=None,
     derandomize=True,

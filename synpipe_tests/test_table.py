@@ -82,8 +82,8 @@ def test_rows_carry_their_synapse_tile_and_vector(tmp_path: Path) -> None:
     tiles = tiles_of(table.take(order), shards=2)
     rows = write_embedding_table(
         tmp_path / "table.parquet",
-        table,
-        tiles,
+        [table.slice(0, 4), table.slice(4)],
+        [tiles.slice(0, 5), tiles.slice(5)],
         lambda _, hashes: vectors[[int(content, 16) for content in hashes]],
         PROVENANCE,
     )
@@ -163,8 +163,8 @@ def write(path: Path, vectors: np.ndarray, **changes: Any) -> None:
     arguments = {"synapses": table, "tiles": tiles_of(table, 2), **changes}
     write_embedding_table(
         path,
-        arguments["synapses"],
-        arguments["tiles"],
+        [arguments["synapses"]],
+        [arguments["tiles"]],
         lambda _, hashes: vectors[[int(content, 16) for content in hashes]],
         PROVENANCE,
     )
@@ -202,5 +202,5 @@ def test_an_error_of_the_vectors_leaves_nothing_half_written(tmp_path: Path) -> 
         return clustered(len(hashes), 16)
 
     with pytest.raises(SynpipeError, match="shard 1"):
-        write_embedding_table(tmp_path / "table.parquet", table, tiles_of(table, 2), read_vectors, PROVENANCE)
+        write_embedding_table(tmp_path / "table.parquet", [table], [tiles_of(table, 2)], read_vectors, PROVENANCE)
     assert not list(tmp_path.iterdir())

@@ -1,0 +1,300 @@
+"""Files on an object store, named and used like local ones; where the bulk of a data set lies.
+
+In: an address, `s3://bucket/prefix` or `gs://bucket/prefix`, or a folder. Out: an `ObjectPath`, which has those methods of
+`pathlib.Path` that synpipe's store needs, with their names and meanings, or a `Path`. Guarantees: an object is whole or
+absent, whatever stops its upload; what the store's server, network or rights prevent is a `SynpipeError` that names the
+address, within seconds.
+
+Credentials and endpoint are those of the environment that every tool of the cloud reads: AWS_ACCESS_KEY_ID,
+AWS_SECRET_ACCESS_KEY, AWS_REGION, AWS_ENDPOINT_URL (http:// where it says so) and the rest of the SDK's chain for S3,
+GOOGLE_APPLICATION_CREDENTIALS for GCS. They are never part of an address, a manifest or a message.
+"""
+
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from fnmatch import fnmatchcase
+from functools import lru_cache
+from pathlib import Path, PurePosixPath
+from urllib.parse import urlsplit
+
+import pyarrow as pa
+import pyarrow.fs as pafs
+
+from synpipe.errors import SynpipeError
+
+ADDRESS = re.compile(r"(s3|gs)://[a-z0-9][a-z0-9._-]{1,61}[a-z0-9](/[\w.=+ -]+)*")
+CONNECT_S, SILENCE_S, ATTEMPTS = 3, 20, 3
+HINTS = {
+    "s3": "AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_REGION and, if it is not Amazon's, AWS_ENDPOINT_URL",
+    "gs": "GOOGLE_APPLICATION_CREDENTIALS",
+}
+
+# Uploads run here; see `ObjectPath.write_bytes`.
+_uploads = ThreadPoolExecutor(thread_name_prefix="upload")
+
+
+@dataclass(frozen=True)
+class Status:
+    """Of an object, or of a folder. st_size: bytes. st_mtime: seconds since 1970, when it was uploaded."""
+
+    st_size: int
+    st_mtime: float
+    is_file: bool
+
+
+@dataclass(frozen=True, order=True)
+class ObjectPath:
+    """An object, or what all objects of a prefix have in common; see the methods of the same names of `pathlib.Path`.
+
+    Reading raises `FileNotFoundError` where there is no such object, as a local file would, and everything else
+    `SynpipeError`. Folders need not be made.
+    """
+
+    address: str
+    # As the listing gave it that found this object, for `is_file`, `is_dir` and `stat`: asking again would take a request each.
+    _listed: Status | None = field(default=None, compare=False, repr=False)
+
+    def __str__(self) -> str:
+        return self.address
+
+    def __truediv__(self, name: "str | PurePosixPath") -> "ObjectPath":
+        return ObjectPath(f"{self.address}/{name}")
+
+    @property
+    def scheme(self) -> str:
+        return self.address.partition("://")[0]
+
+    @property
+    def _key(self) -> PurePosixPath:
+        """Bucket and key, as pyarrow names objects."""
+        return PurePosixPath(self.address.partition("://")[2])
+
+    @property
+    def name(self) -> str:
+        return self._key.name
+
+    @property
+    def stem(self) -> str:
+        return self._key.stem
+
+    @property
+    def suffix(self) -> str:
+        return self._key.suffix
+
+    @property
+    def parent(self) -> "ObjectPath":
+        return self._at(self._key.parent)
+
+    def with_suffix(self, suffix: str) -> "ObjectPath":
+        return self._at(self._key.with_suffix(suffix))
+
+    def with_name(self, name: str) -> "ObjectPath":
+        return self._at(self._key.with_name(name))
+
+    def relative_to(self, other: "ObjectPath") -> PurePosixPath:
+        return self._key.relative_to(other._key)
+
+    def _at(self, key: PurePosixPath, listed: Status | None = None) -> "ObjectPath":
+        return ObjectPath(f"{self.scheme}://{key}", listed)
+
+    def exists(self) -> bool:
+        return self._info().type != pafs.FileType.NotFound
+
+    def is_file(self) -> bool:
+        found = self._status()
+        return found is not None and found.is_file
+
+    def is_dir(self) -> bool:
+        found = self._status()
+        return found is not None and not found.is_file
+
+    def _status(self) -> Status | None:
+        return self._listed or _status(self._info())
+
+    def stat(self) -> Status:
+        found = self._status()
+        if found is None:
+            raise FileNotFoundError(f"{self} does not exist")
+        return found
+
+    def _info(self) -> pafs.FileInfo:
+        with self._explained("look for"):
+            return self._files().get_file_info(str(self._key))
+
+    def iterdir(self) -> "Iterator[ObjectPath]":
+        return self.glob("*")
+
+    def glob(self, pattern: str) -> "Iterator[ObjectPath]":
+        """Objects and folders below this one whose path relative to it fits, part by part; `**` is not known here."""
+        parts = pattern.split("/")
+        for path in self._below(recursive=len(parts) > 1):
+            found = path.relative_to(self).parts
+            if len(found) == len(parts) and all(map(fnmatchcase, found, parts)):
+                yield path
+
+    def rglob(self, pattern: str) -> "Iterator[ObjectPath]":
+        return (path for path in self._below(recursive=True) if fnmatchcase(path.name, pattern))
+
+    def _below(self, recursive: bool) -> "Iterator[ObjectPath]":
+        try:
+            with self._explained("list"):
+                # With `allow_not_found` a bucket that does not exist would count as an empty one.
+                selector = pafs.FileSelector(str(self._key), recursive=recursive)
+                found = self._files().get_file_info(selector)
+        except FileNotFoundError:
+            return
+        for info in found:
+            yield self._at(PurePosixPath(info.path), _status(info))
+
+    def check(self) -> None:
+        """Raises `SynpipeError` where the bucket does not exist, cannot be reached or may not be listed."""
+        next(self._below(recursive=False), None)
+
+    def open_random(self) -> pa.NativeFile:
+        """The object, for `read_at(bytes, offset)` from any thread: one request each, after one that looks for it."""
+        with self._explained("read"):
+            return self._files().open_input_file(str(self._key))
+
+    def read_bytes(self) -> bytes:
+        with self._explained("read"), self._files().open_input_file(str(self._key)) as file:
+            return file.read()
+
+    def read_at(self, file: pa.NativeFile, count: int, offset: int) -> bytes:
+        """`count` bytes from `offset` of what `open_random` has opened, fewer at its end."""
+        with self._explained("read"):
+            return file.read_at(count, offset)
+
+    def write_bytes(self, content: bytes | memoryview | pa.Buffer) -> None:
+        """Upload the whole content; what was there before is replaced once that is complete.
+
+        pyarrow completes an upload whenever it closes the stream, also where an exception, or Ctrl-C, is what closed it:
+        half an object would stand there as a whole one. So it is opened, written once and closed in a thread of its own,
+        which no signal interrupts; an upload of which a part fails is not completed, nor is that of a killed process.
+        """
+        with self._explained("write"):
+            _uploads.submit(self._put, content).result()
+
+    def _put(self, content: bytes | memoryview | pa.Buffer) -> None:
+        stream = self._files().open_output_stream(str(self._key), compression=None)
+        stream.write(content)
+        stream.close()
+
+    def unlink(self, missing_ok: bool = False) -> None:
+        try:
+            with self._explained("delete"):
+                self._files().delete_file(str(self._key))
+        except FileNotFoundError:
+            if not missing_ok:
+                raise
+
+    def replace(self, target: "ObjectPath") -> "ObjectPath":
+        with self._explained("rename"):
+            self._files().move(str(self._key), str(target._key))
+        return target
+
+    def _files(self) -> pafs.FileSystem:
+        variables = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_REGION", "AWS_DEFAULT_REGION")
+        return _file_system(self.scheme, *(os.environ.get(name) or None for name in variables))
+
+    @contextmanager
+    def _explained(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except FileNotFoundError:
+            raise
+        except (OSError, pa.ArrowException) as error:
+            said = " ".join(str(error).split())
+            reason = re.sub(r"^.*?(?=AWS Error )| \(Request ID: [^)]*\)", "", said).rstrip(".")
+            raise SynpipeError(
+                f"Cannot {what} {self}: {reason}. Check that address (SYNPIPE_BULK), the network, and the environment "
+                f"variables {HINTS[self.scheme]}."
+            ) from error
+
+
+BulkPath = Path | ObjectPath
+
+
+def move_tree(path: BulkPath, target: BulkPath) -> None:
+    """Move a file, or a folder with all that is in it; on an object store one object after the other."""
+    if isinstance(path, ObjectPath) and isinstance(target, ObjectPath):
+        for each in [*path.rglob("*")] or [path]:
+            if each.is_file():
+                each.replace(target if each == path else target / each.relative_to(path))
+    else:
+        path.replace(target)  # type: ignore[arg-type]  # both of one kind
+
+
+def remove_tree(path: BulkPath) -> None:
+    """Remove a folder with all that is in it."""
+    if isinstance(path, Path):
+        shutil.rmtree(path)
+    else:
+        for each in [*path.rglob("*")]:
+            if each.is_file():
+                each.unlink()
+
+
+def listed(folder: BulkPath, pattern: str) -> list[BulkPath]:
+    """What `folder.glob` finds, in the order of the names."""
+    found: list[BulkPath] = [*folder.glob(pattern)]
+    return sorted(found, key=str)
+
+
+def locate(text: str) -> BulkPath:
+    """The folder or the prefix of an object store that a text names. Raises `SynpipeError` for any other address."""
+    if "://" not in text:
+        return Path(text).resolve()
+    if not ADDRESS.fullmatch(text.rstrip("/")):
+        raise SynpipeError(
+            f"SYNPIPE_BULK is {text!r}, which is no place for tiles and vectors: use a folder, s3://bucket/prefix or "
+            "gs://bucket/prefix, without credentials."
+        )
+    return ObjectPath(text.rstrip("/"))
+
+
+def lance_options(folder: BulkPath) -> dict[str, str] | None:
+    """`storage_options` of LanceDB for a database there: what it does not read from the environment itself."""
+    if isinstance(folder, Path):
+        return None
+    # Its own patience is three minutes.
+    options = {"client_max_retries": str(ATTEMPTS), "client_retry_timeout": "10", "connect_timeout": f"{CONNECT_S}s"}
+    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+    if folder.scheme == "s3" and endpoint:
+        region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or "us-east-1"
+        options |= {"aws_endpoint": endpoint, "aws_region": region}
+        options |= {"allow_http": "true"} if endpoint.startswith("http://") else {}
+    return options
+
+
+@lru_cache(maxsize=8)
+def _file_system(scheme: str, endpoint_s3: str | None, endpoint: str | None, *regions: str | None) -> pafs.FileSystem:
+    if scheme == "gs":
+        return pafs.GcsFileSystem(retry_time_limit=timedelta(seconds=SILENCE_S))
+    named = endpoint_s3 or endpoint or ""
+    address = urlsplit(named)
+    if named and (address.scheme not in ("http", "https") or not address.netloc):
+        raise SynpipeError(f"AWS_ENDPOINT_URL is {named!r}: it should begin with http:// or https://.")
+    region = next(filter(None, regions), None)
+    return pafs.S3FileSystem(
+        # Without a region the SDK would ask a server that only Amazon's own machines have.
+        region=region or ("us-east-1" if address.netloc else None),
+        scheme=address.scheme or "https",
+        endpoint_override=address.netloc or None,
+        connect_timeout=CONNECT_S,
+        request_timeout=SILENCE_S,
+        retry_strategy=pafs.AwsStandardS3RetryStrategy(max_attempts=ATTEMPTS),
+        allow_delayed_open=True,  # what is small is uploaded by one request instead of three
+    )
+
+
+def _status(info: pafs.FileInfo) -> Status | None:
+    if info.type == pafs.FileType.NotFound:
+        return None
+    modified = info.mtime or datetime.fromtimestamp(0, UTC)
+    return Status(info.size or 0, modified.timestamp(), info.type == pafs.FileType.File)
