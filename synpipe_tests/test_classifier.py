@@ -14,10 +14,16 @@ import pytest
 import yaml
 from PIL import Image
 
-from synpipe import checks
+from synpipe import checks, classifier_scores
 from synpipe.annotations import SYNAPSE_SCHEMA
 from synpipe.classifier import Balance, class_weights, fit_linear, sample_rows, temperature_for
-from synpipe.classifier_scores import predictions_table, read_probabilities, score_test_side, votes_of_neurons
+from synpipe.classifier_scores import (
+    NeuronVotes,
+    predictions_table,
+    read_probabilities,
+    score_test_side,
+    votes_of_neurons,
+)
 from synpipe.classifier_steps import make_classifier
 from synpipe.datasets import Project
 from synpipe.errors import SynpipeError
@@ -144,6 +150,25 @@ def test_neurons_vote():
     assert seven["confidence"] == pytest.approx(0.4)
     np.testing.assert_allclose(seven["class_probabilities"], [0.6, 0.4], atol=1e-6)
     assert (three["split"], three["predicted_neurotransmitter"]) == ("train", "a")  # one vote each: the surer one
+
+
+def test_votes_and_figures_are_the_same_however_the_synapses_are_spread_over_parts(monkeypatch):
+    random = np.random.default_rng(0)
+    shares = random.dirichlet([1, 1], 400).astype(np.float32)
+    neurons = [None if number == 0 else number for number in random.integers(0, 40, 400).tolist()]
+    sides = random.choice(["train", "test", "guard"], 400).tolist()
+    table = predictions(list(zip(neurons, sides, random.choice(["a", "b"], 400).tolist(), shares, strict=True)))
+    monkeypatch.setattr(classifier_scores, "MERGED_ROWS", 0)
+    votes = NeuronVotes(("a", "b"))
+    parts = [table.slice(start, 37) for start in range(0, 400, 37)]
+    for part in parts:
+        votes.add(part)
+    found, whole = votes.table(), votes_of_neurons(table, ("a", "b"))
+    assert found.drop_columns(["confidence", "class_probabilities"]).equals(
+        whole.drop_columns(["confidence", "class_probabilities"])
+    )
+    np.testing.assert_allclose(found["confidence"].to_numpy(), whole["confidence"].to_numpy(), rtol=1e-6)
+    assert score_test_side(parts, ("a", "b")) == score_test_side([table], ("a", "b"))
 
 
 def test_figures_are_of_the_test_side_alone_and_neurons_vote_there():

@@ -8,7 +8,7 @@ from sklearn.metrics import average_precision_score
 
 from synpipe import evaluation, splits
 from synpipe.datasets import Dataset
-from synpipe.evaluation import EvaluationSpec, draw_queries, estimate, probe, resample, search_all
+from synpipe.evaluation import EvaluationSpec, draw_judged, draw_queries, estimate, probe, resample, search_all
 from synpipe.manifests import read_manifest
 from synpipe.shards import read_table
 from synpipe.splits import SplitSpec, split
@@ -209,3 +209,30 @@ def test_the_figures_of_a_data_set(made: Dataset):
         )
         for query, nearest in zip(table["synapse_id"].to_pylist(), table["nearest"].to_pylist(), strict=True):
             assert neuron[query] not in {neuron[one] for one in nearest or []}
+
+
+def test_of_many_synapses_a_sample_is_judged_those_of_known_class_first():
+    labels = objects([None, "a", None, "b"] * 500)
+    assert draw_judged(labels, EvaluationSpec()).tolist() == list(range(2000))
+    few, more = (draw_judged(labels, EvaluationSpec(synapses=count)) for count in (300, 1200))
+    assert len(few) == 300 and all(labels[row] is not None for row in few)
+    assert 100 < sum(labels[row] == "a" for row in few) < 200
+    assert len(more) == 1200 and sum(labels[row] is not None for row in more) == 1000
+    assert (np.diff(few) > 0).all() and (np.diff(more) > 0).all()
+    assert draw_judged(labels, EvaluationSpec(synapses=300, seed=1)).tolist() != few.tolist()
+
+
+def test_figures_do_not_depend_on_how_much_is_in_memory_at_a_time(monkeypatch):
+    vectors, labels, neurons = six_classes(0.6, 0.6)
+    values = (vectors[:, 0] > 0).astype(float)
+
+    def measured():
+        queries = draw_queries(labels, EvaluationSpec(queries=60))
+        found = search_all(vectors, labels, neurons, apart(len(labels)), WINDOW, queries)
+        return found.nearest, found.average_precision, resample(values, labels, neurons.astype(np.int64), 3)[1]
+
+    at_once = measured()
+    monkeypatch.setattr(evaluation, "PAIRS", 7 * len(labels))
+    monkeypatch.setattr(evaluation, "RESAMPLED_AT_ONCE", 60 * 13)
+    for one, other in zip(at_once, measured(), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-12)

@@ -125,7 +125,8 @@ def look(project: Project) -> None:
 def process(request: pytest.FixtureRequest) -> Iterator[Killable]:
     with killable() as found:
         yield found
-        request.config.get_terminal_writer().line(f"\n{found.kills:,} kills")
+        with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
+            print(f"\n  {found.kills:,} kills")
 
 
 @pytest.fixture(scope="module")

@@ -112,7 +112,7 @@ def exact(dataset_and_truth: tuple[Dataset, Truth]) -> SynapseIndex:
     return index
 
 
-def too_large(dataset: Dataset, class_rows: int, kept_rows: int = 0) -> SynapseIndex:
+def too_large(dataset: Dataset, class_rows: int, kept_rows: int) -> SynapseIndex:
     """The index treated as too large for memory; vectors of classes of up to `class_rows` are held."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(search, "KEPT_ROWS", kept_rows)
@@ -125,7 +125,8 @@ def too_large(dataset: Dataset, class_rows: int, kept_rows: int = 0) -> SynapseI
 
 @pytest.fixture(scope="module")
 def large(dataset_and_truth: tuple[Dataset, Truth]) -> SynapseIndex:
-    return too_large(dataset_and_truth[0], 0)
+    """Nothing is held in memory, as in a table too large for it."""
+    return SynapseIndex(dataset_and_truth[0], "tiny", in_memory=False)
 
 
 @pytest.fixture(scope="module")
@@ -265,7 +266,7 @@ def test_equal_vectors_are_at_no_distance(tmp_path: Path) -> None:
 
 def test_an_index_answers_from_the_version_it_was_opened_with(tmp_path: Path) -> None:
     dataset = make(tmp_path, clustered(50, 16), neurotransmitter=["gaba"] * 50)
-    for rows, index in ((300_000, SynapseIndex(dataset, "tiny")), (0, too_large(dataset, 0))):
+    for rows, index in ((300_000, SynapseIndex(dataset, "tiny")), (0, SynapseIndex(dataset, "tiny", in_memory=False))):
         before = index.search(3)
         path = embedding_table(tmp_path / "other.parquet", clustered(80, 24, seed=rows + 1), 2)
         publish(path, dataset.lancedb_folder, "tiny", "b" * 32, lambda line: None)
