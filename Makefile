@@ -5,7 +5,7 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo ui explore test check bench pictures format lock clean
+.PHONY: help demo ui explore test torture check bench pictures format lock clean
 
 help: ## List the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "make %-8s %s\n", $$1, $$2 }'
@@ -21,6 +21,11 @@ explore: $(INSTALLED) ## Open the explorer in the browser: similar synapses and 
 
 test: $(INSTALLED) check ## Run every check and every test
 	@$(BIN)/python -m pytest -n 2 --dist loadfile
+
+torture: $(INSTALLED) ## Kill at every file operation, damage every file: what `make test` does in a small way (some hours)
+	@SYNPIPE_TEST_KILLS=1400 SYNPIPE_TEST_SEQUENCES=40 $(BIN)/python -m pytest -n 2 --dist load \
+		synpipe_tests/test_interrupted.py synpipe_tests/test_stateful.py synpipe_tests/test_damage.py \
+		synpipe_tests/test_index.py synpipe_tests/test_shards.py synpipe_tests/test_finetuning.py
 
 check: $(INSTALLED) ## Lint, formatting and types
 	@$(BIN)/ruff check
