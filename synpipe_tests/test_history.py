@@ -516,7 +516,7 @@ def test_readers_that_never_stop_while_tables_are_rebuilt_optimised_and_cleaned(
                 assert not of_file or of_file >= dataset_versions[version]  # the file is there before it is published
                 started.set()
             assert len(found[0]) == len(found[1]) == 50 and len(answer) == 49
-            assert table.version == table.tags.list()[tag_for(version, PROVENANCE["encoder_fingerprint"])]["version"]
+            assert table.version == table.tags.get_version(tag_for(version, PROVENANCE["encoder_fingerprint"]))
             seen.append((version, table.version))
 
     with ThreadPoolExecutor(1) as threads:
