@@ -22,10 +22,10 @@ explore: $(INSTALLED) ## Open the explorer in the browser: similar synapses and 
 test: $(INSTALLED) check ## Run every check and every test
 	@$(BIN)/python -m pytest -n 2 --dist loadfile
 
-torture: $(INSTALLED) ## Kill at every file operation, damage every file: what `make test` does in a small way (some hours)
-	@SYNPIPE_TEST_KILLS=1400 SYNPIPE_TEST_SEQUENCES=40 $(BIN)/python -m pytest -n 2 --dist load \
-		synpipe_tests/test_interrupted.py synpipe_tests/test_stateful.py synpipe_tests/test_damage.py \
-		synpipe_tests/test_index.py synpipe_tests/test_shards.py synpipe_tests/test_finetuning.py
+torture: $(INSTALLED) ## Kill it at every file operation, fill the disk, damage files, race (half an hour)
+	@SYNPIPE_TEST_KILLS=1400 SYNPIPE_TEST_SEQUENCES=20 SYNPIPE_TEST_VERSIONS=300 $(BIN)/python -m pytest \
+		synpipe_tests/test_interrupted.py synpipe_tests/test_damage.py synpipe_tests/test_locks.py synpipe_tests/test_stateful.py \
+		synpipe_tests/test_history.py::test_readers_that_never_stop_while_tables_are_rebuilt_optimised_and_cleaned
 
 check: $(INSTALLED) ## Lint, formatting and types
 	@$(BIN)/ruff check
