@@ -49,7 +49,7 @@ class Comparison:
 
 def take_sample(path: Path) -> pa.Table:
     """`content_hash`, `vector` and `norm` of at most `SAMPLE_ROWS` rows of an embedding table, by hash, with its metadata."""
-    file = pq.ParquetFile(path, page_checksum_verification=True)
+    file = pq.ParquetFile(path, memory_map=True, page_checksum_verification=True)
     smallest = SmallestHashes(["content_hash"], SAMPLE_ROWS)
     for batch in file.iter_batches(8192, columns=["content_hash"]):
         smallest.add(pa.Table.from_batches([batch]))

@@ -202,7 +202,7 @@ def is_whole(path: BulkPath) -> bool:
     """Whether every page of a Parquet file has its checksum; all of it is read, a batch at a time."""
     try:
         source = pa.BufferReader(path.read_bytes()) if isinstance(path, ObjectPath) else path
-        file = pq.ParquetFile(source, page_checksum_verification=True)
+        file = pq.ParquetFile(source, memory_map=True, page_checksum_verification=True)
         return sum(len(batch) for batch in file.iter_batches()) == file.metadata.num_rows
     except (pa.ArrowException, OSError):
         return False
