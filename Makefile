@@ -20,7 +20,7 @@ explore: $(INSTALLED) ## Open the explorer in the browser: similar synapses and 
 	@$(BIN)/synpipe explore
 
 test: $(INSTALLED) check ## Run every check and every test
-	@$(BIN)/python -m pytest -n 2 --dist loadfile
+	@$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 torture: $(INSTALLED) ## Kill it at every file operation, fill the disk, damage files, race (half an hour)
 	@SYNPIPE_TEST_KILLS=1400 SYNPIPE_TEST_SEQUENCES=20 SYNPIPE_TEST_VERSIONS=300 $(BIN)/python -m pytest \

@@ -38,6 +38,27 @@ SMALL_ENCODERS = {
 }
 
 
+# Files that take longest, in that order: begun last, one of them would keep one process waiting for the other.
+SLOWEST = (
+    "interrupted",
+    "versions",
+    "schedule",
+    "pretraining",
+    "bad_input",
+    "cluster",
+    "stateful",
+    "ui",
+    "explorer_pages",
+    "cli",
+    "site",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    order = {f"test_{name}.py": place for place, name in enumerate(SLOWEST)}
+    items.sort(key=lambda item: order.get(item.path.name, len(order)))
+
+
 @pytest.fixture(scope="session")
 def real_em() -> Path:
     """Folder with real EM data; tests that need it skip where it is absent."""

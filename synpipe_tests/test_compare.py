@@ -120,7 +120,10 @@ def test_switched_off_nothing_is_judged_and_the_figures_may_go(own: Own):
     remove(leftovers(own.dataset))
     gone = before.keys() - files(own.dataset.folder).keys()
     figures = {f"evaluation/{encoder}.{kind}" for encoder in own.dataset.encoders for kind in ("json", "parquet")}
-    assert gone == figures | {"evaluation.parquet", *(f"manifests/{asset}.json" for asset in scores | {"evaluation"})}
+    judged = scores | {"evaluation"}
+    lineage = {path for path in gone if path.split("/")[0] == "lineage"}
+    assert {path.split("/")[1] for path in lineage} == judged
+    assert gone - lineage == figures | {"evaluation.parquet", *(f"manifests/{asset}.json" for asset in judged)}
     assert own.outdated() == {} and leftovers(own.dataset) == []
 
     own.edit_dataset(lambda content: content.update(evaluation=QUICK_EVALUATION))
