@@ -11,7 +11,7 @@ A part is `<shard>-<digest>.h5` with `tiles` uint8 (n, 3, 256, 256), contiguous:
 import logging
 import re
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -135,14 +135,17 @@ class Failures:
         """Raises `SynpipeError` where there is one. of: number of shards that were to be cut out."""
         if not self.by_shard:
             return
-        failed = sorted(self.by_shard)
-        named = ", ".join(map(str, failed[:SHARDS_NAMED])) + (", …" if len(failed) > SHARDS_NAMED else "")
         raise SynpipeError(
-            f"{self.lost:,} cut-outs were not made: {len(failed)} of {of} shards failed ({named})"
+            f"{self.lost:,} cut-outs were not made: {len(self.by_shard)} of {of} shards failed ({name_some(self.by_shard)})"
             f"{', one after the other, and the rest was not tried' if self.gave_up else ''}. The first error: "
             f"{next(iter(self.by_shard.values()))} All other cut-outs are kept: run the same command again, and only those "
             "that are not there are fetched."
         )
+
+
+def name_some(shards: Collection[Any]) -> str:
+    """The first `SHARDS_NAMED` of these shards, for a message."""
+    return ", ".join(map(str, sorted(shards)[:SHARDS_NAMED])) + (", …" if len(shards) > SHARDS_NAMED else "")
 
 
 def cut_out_windows(

@@ -21,7 +21,7 @@ from synpipe.manifests import read_manifest
 from synpipe.pipeline import CODE_VERSIONS, Inputs, Log, Made, metadata_of, version_of
 from synpipe.shards import read_json, table_writer, write_json, write_table
 from synpipe.specs import digest
-from synpipe.streams import BATCH_ROWS, ContentDigest, column_of, read_parts
+from synpipe.streams import BATCH_ROWS, ContentDigest, column_of, places_among, read_parts
 from synpipe.tiles import SECTIONS, TILE_PX
 from synpipe.volumes import Volume
 
@@ -215,9 +215,7 @@ def _vectors(dataset: Dataset, encoder: str, ids: np.ndarray) -> np.ndarray:
     """Unit vectors of these synapses, ascending ids: float32 (n, d)."""
     vectors: np.ndarray | None = None
     for part in read_parts(dataset.table_path(encoder), ["synapse_id", "vector"]):
-        places = np.searchsorted(ids, part["synapse_id"].to_numpy())
-        places[places == len(ids)] = 0
-        wanted = ids[places] == part["synapse_id"].to_numpy()
+        places, wanted = places_among(ids, part)
         rows = part["vector"].combine_chunks().flatten().to_numpy().reshape(len(part), -1)[wanted]
         if vectors is None:
             vectors = np.empty((len(ids), rows.shape[1]), np.float32)

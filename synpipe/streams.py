@@ -47,14 +47,20 @@ def column_of(path: Path, ids: np.ndarray, name: str) -> np.ndarray:
     found = np.full(len(ids), None, dtype=object)
     objects: dict[Any, Any] = {}
     for part in read_parts(path, ["synapse_id", name]):
-        places = np.searchsorted(ids, part["synapse_id"].to_numpy())
-        places[places == len(ids)] = 0
-        wanted = ids[places] == part["synapse_id"].to_numpy() if len(ids) else np.zeros(len(part), dtype=bool)
+        places, wanted = places_among(ids, part)
         encoded = part[name].combine_chunks().dictionary_encode()
         values = [*(objects.setdefault(value, value) for value in encoded.dictionary.to_pylist()), None]
         codes = pc.fill_null(encoded.indices, len(values) - 1).to_numpy()
         found[places[wanted]] = np.array(values, dtype=object)[codes[wanted]]
     return found
+
+
+def places_among(ids: np.ndarray, rows: pa.Table) -> tuple[np.ndarray, np.ndarray]:
+    """For each row its place in `ids`, ascending, by its `synapse_id`: int64 (n,); and whether it is there at all: bool (n,)."""
+    own = rows["synapse_id"].to_numpy()
+    places = np.searchsorted(ids, own)
+    places[places == len(ids)] = 0
+    return places, ids[places] == own if len(ids) else np.zeros(len(rows), dtype=bool)
 
 
 def by_shard(parts: Iterable[pa.Table]) -> Iterator[tuple[int, pa.Table]]:

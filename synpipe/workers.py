@@ -26,7 +26,6 @@ from synpipe.tiles import TileReader, TileSpec, rows_by_shard, shard_of
 from synpipe.volumes import AccessDenied, Volume, VolumeSpec
 
 Log = Callable[[str], None]
-SHARDS_NAMED = 10
 # Of the index of the tiles.
 NEEDED_COLUMNS = ("synapse_id", "file", "row", "crc32", "content_hash")
 
@@ -138,9 +137,8 @@ def embed(
         embedded.add(result)
         progress(result.tiles)
     if failed:
-        named = ", ".join(sorted(failed)[:SHARDS_NAMED]) + (", …" if len(failed) > SHARDS_NAMED else "")
         raise SynpipeError(
-            f"{len(failed)} of {count} shards were not embedded ({named}). The first error: "
+            f"{len(failed)} of {count} shards were not embedded ({extraction.name_some(failed)}). The first error: "
             f"{next(iter(failed.values()))} All other vectors are kept: run the same command again, and only those that are "
             "not there are computed."
         )

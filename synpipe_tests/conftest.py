@@ -3,7 +3,7 @@
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -115,6 +115,28 @@ def own(template: "Own", tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> "Ow
     from synpipe_tests import changes
 
     return changes.copy(template, tmp_path / "own", monkeypatch)
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
+    """A folder on a disk of so many kB, which a later call makes larger."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+
+    def sized(kb: int) -> Path:
+        again = "remount," if folder.is_mount() else ""
+        command = ["mount", "-t", "tmpfs", "-o", f"{again}size={kb}k", "tmpfs", str(folder)]
+        try:
+            mounted = subprocess.run(command, capture_output=True, text=True, check=False)
+        except FileNotFoundError:
+            pytest.skip("there is no mount command here")
+        if mounted.returncode:
+            pytest.skip(f"this user may not mount a small disk: {mounted.stderr.strip()}")
+        return folder
+
+    yield sized
+    if folder.is_mount():
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
 def project_of(dataset: Dataset) -> Project:

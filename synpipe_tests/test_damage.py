@@ -4,8 +4,7 @@ nothing deleted by hand. A disk that is full: the file is named, and with space 
 import logging
 import os
 import shutil
-import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import h5py
@@ -141,28 +140,6 @@ def test_a_damaged_version_is_not_gone_back_to(dataset: Dataset, whole: tuple[Pr
 
 
 # A full disk.
-
-
-@pytest.fixture
-def disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
-    """A folder on a disk of so many kB, which a later call makes larger."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-
-    def sized(kb: int) -> Path:
-        again = "remount," if folder.is_mount() else ""
-        command = ["mount", "-t", "tmpfs", "-o", f"{again}size={kb}k", "tmpfs", str(folder)]
-        try:
-            mounted = subprocess.run(command, capture_output=True, text=True, check=False)
-        except FileNotFoundError:
-            pytest.skip("there is no mount command here")
-        if mounted.returncode:
-            pytest.skip(f"this user may not mount a small disk: {mounted.stderr.strip()}")
-        return folder
-
-    yield sized
-    if folder.is_mount():
-        subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
 @pytest.fixture(scope="module")
