@@ -1,16 +1,22 @@
 """Runs that meet in one store, and runs that are killed."""
 
+import multiprocessing
 import re
 import signal
+import sqlite3
 import subprocess
 import sys
+import threading
 import time
+from contextlib import closing
 from pathlib import Path
 
 import dagster as dg
+import pytest
 
 from synpipe.datasets import Project
-from synpipe.defs.locks import DIED, one_step_at_a_time
+from synpipe.defs.locks import DIED, one_step_at_a_time, open_history
+from synpipe.defs.run import prepare_home
 from synpipe.graph import states
 from synpipe.history import versions
 from synpipe.housekeeping import leftovers
@@ -39,6 +45,41 @@ def test_a_killed_run_blocks_nothing_and_is_shown_as_failed(project: Project, tm
         second, first = instance.get_runs()
         assert (first.status, second.status) == (dg.DagsterRunStatus.FAILURE, dg.DagsterRunStatus.SUCCESS)
         assert DIED in [event.message for event in instance.all_logs(first.run_id)]
+
+
+def test_a_history_that_several_open_first_at_once_stays_whole(
+    project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each makes Dagster's databases where it finds none; without a lock, two of four leave them unusable mostly."""
+    context = multiprocessing.get_context("fork")
+    for number in range(3):
+        monkeypatch.setenv("DAGSTER_HOME", str(project.store / f"home-{number}"))
+        prepare_home(project)
+        together = context.Barrier(4)
+        openers = [context.Process(target=_open_history, args=(project, together)) for _ in range(4)]
+        for opener in openers:
+            opener.start()
+        for opener in openers:
+            opener.join()
+        assert [opener.exitcode for opener in openers] == [0] * 4
+        with open_history(project.store) as instance:
+            assert len(instance.get_runs()) == 0
+
+
+def _open_history(project: Project, together: threading.Barrier) -> None:
+    together.wait()
+    with open_history(project.store) as instance:
+        instance.get_runs()
+
+
+def test_a_history_of_two_revisions_is_named(project: Project) -> None:
+    assert invoke(project, "materialize", "--select", "volume").exit_code == 0
+    history = project.store / "dagster_home" / "history" / "runs.db"
+    with closing(sqlite3.connect(history)) as database:
+        database.execute("INSERT INTO alembic_version VALUES ('of another')")
+        database.commit()
+    refused = invoke(project, "materialize", "--select", "volume")
+    assert refused.exit_code == 1 and "delete that folder" in refused.stderr and "dagster_home" in refused.stderr
 
 
 def test_two_runs_of_the_same_assets_at_once_and_a_clearing_up_in_between(tmp_path: Path) -> None:

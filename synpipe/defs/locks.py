@@ -1,8 +1,9 @@
 """Locks that outlive nothing: the kernel frees them when their process ends, killed or not.
 
-In: a store. Two guarantees: one step at a time is made in a store, whoever asked for it; and a run whose process has died
-is marked as failed when the next one begins, instead of being shown as running for ever. Dagster's own pools do neither:
-the slot of a killed run stays taken, and every later run waits for it.
+In: a store. Three guarantees: one step at a time is made in a store, whoever asked for it; a run whose process has died is
+marked as failed when the next one begins, instead of being shown as running for ever; and one process at a time opens
+Dagster's history. Dagster's own pools do neither of the first two: the slot of a killed run stays taken, and every later run
+waits for it.
 """
 
 import fcntl
@@ -11,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import alembic.util
 import dagster as dg
 
 from synpipe.errors import SynpipeError
@@ -38,6 +40,28 @@ def one_step_at_a_time(store: Path, log: Callable[[str], None]) -> Iterator[None
         yield
     finally:
         os.close(handle)
+
+
+@contextmanager
+def open_history(store: Path) -> Iterator[dg.DagsterInstance]:
+    """The Dagster instance of DAGSTER_HOME.
+
+    Whoever opens it first makes its databases. Two that do so at once each write the revision of the tables that they found,
+    and Dagster (1.13) refuses a database of two revisions from then on. Raises `SynpipeError` for such a database.
+    """
+    handle = _open(store, "history")
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        instance = dg.DagsterInstance.get()
+    except alembic.util.CommandError as error:
+        raise SynpipeError(
+            f"Dagster's history in {os.environ['DAGSTER_HOME']} cannot be opened ({error}): delete that folder; nothing but "
+            "the history is lost."
+        ) from None
+    finally:
+        os.close(handle)
+    with instance:
+        yield instance
 
 
 def register_run(instance: dg.DagsterInstance, store: Path, run_id: str) -> None:

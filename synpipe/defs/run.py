@@ -17,7 +17,7 @@ import sqlalchemy.exc
 from synpipe.compression import branch_name
 from synpipe.datasets import Project
 from synpipe.defs.definitions import build_definitions
-from synpipe.defs.locks import fail_dead_runs, register_run
+from synpipe.defs.locks import fail_dead_runs, open_history, register_run
 from synpipe.errors import SynpipeError
 from synpipe.shards import write_text
 
@@ -64,7 +64,7 @@ def materialize(project: Project, dataset: str, selection: Sequence[str] = ()) -
     keys = _selected(definitions, dataset, selection)
     run_id = str(uuid.uuid4())
     try:
-        with dg.DagsterInstance.get() as instance:
+        with open_history(project.store) as instance:
             register_run(instance, project.store, run_id)
             result = definitions.resolve_implicit_global_asset_job_def().execute_in_process(
                 instance=instance,
@@ -136,7 +136,7 @@ def serve_ui(project: Project, host: str, port: int) -> None:
     program = shutil.which("dagster", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}")
     if program is None:
         raise SynpipeError("The program `dagster` is not installed beside synpipe: install the lock file again.")
-    with dg.DagsterInstance.get() as instance:
+    with open_history(project.store) as instance:
         fail_dead_runs(instance, project.store)
     # A shell that starts a program in the background lets it ignore Ctrl-C, and Dagster treats SIGTERM as Ctrl-C.
     signal.signal(signal.SIGINT, signal.default_int_handler)
