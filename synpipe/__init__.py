@@ -4,5 +4,7 @@ import os
 
 __version__ = "0.1.0"
 
-# LanceDB warns of every table that it makes anew. It reads this when it is imported, wherever that is.
-os.environ.setdefault("LANCEDB_LOG", "error")
+# LanceDB warns of every table that it makes anew, and pylance of every partition without rows. They read this when they are
+# imported, wherever that is.
+for _logger in ("LANCEDB_LOG", "LANCE_LOG"):
+    os.environ.setdefault(_logger, "error")

@@ -187,7 +187,8 @@ def vectors_have_not_drifted(dataset: Dataset, encoder: str) -> Finding:
 
 def index_finds_neighbours(dataset: Dataset, encoder: str) -> Finding:
     """The published index has the rows of the table and finds the true neighbours, also of the rarest class."""
-    from synpipe.index import MIN_RECALL, published  # late, as in `pipeline.make_index`
+    from synpipe.index import published  # late, as in `pipeline.make_index`
+    from synpipe.index_recall import MIN_RECALL
 
     table = read_manifest(dataset, f"embedding_table_{encoder}").counts
     report = published(dataset.lancedb_folder, encoder)

@@ -20,11 +20,13 @@ from synpipe.annotations import SYNAPSE_SCHEMA
 from synpipe.datasets import Dataset
 from synpipe.errors import SynpipeError
 from synpipe.graph import steps
-from synpipe.index import CURRENT, connect, list_tags, open_current, read_provenance, read_vectors
+from synpipe.index import CURRENT, connect, list_tags, open_current, read_provenance
+from synpipe.index_build import open_lance
 from synpipe.index_files import damaged
 from synpipe.manifests import Manifest, find_version
 from synpipe.shards import read_table
-from synpipe.storage import BulkPath, lance_options, listed
+from synpipe.storage import BulkPath, listed
+from synpipe.vector_column import read_vectors
 
 # Columns whose change makes a row another one; the encoder's vector is compared by its cosine.
 ROW_COLUMNS = (*SYNAPSE_SCHEMA.names[1:], "content_hash", "pad_fraction", "missing_sections")
@@ -193,12 +195,12 @@ def untagged(dataset: Dataset, name: str) -> Untagged:
     if opened is None:
         return Untagged(0, 0, 0)
     tags, tagged = len(_tags(opened)), set(list_tags(opened).values())
-    table = _lance(path)
+    table = open_lance(path)
     numbers = {version["version"] for version in table.versions()} - tagged
     files = table.explain_cleanup_old_versions(**_UNTAGGED, include_files=True, max_files=10**9).candidate_files
     found = {file.path: file.size_bytes for file in files}
     if table.version not in tagged:  # the newest is no candidate, not even where its build was killed
-        kept = {file for number in tagged for file in _files_of(_lance(path, number), path)}
+        kept = {file for number in tagged for file in _files_of(open_lance(path, number), path)}
         found |= {str(file): file.stat().st_size for file in _files_of(table, path) - kept}
     large = any(not name.endswith((".manifest", ".txn")) for name in found)
     return Untagged(len(numbers), sum(found.values()) if large else 0, tags)
@@ -206,11 +208,11 @@ def untagged(dataset: Dataset, name: str) -> Untagged:
 
 def remove_untagged(path: BulkPath) -> None:
     """Remove what `untagged` finds in the LanceDB table in this folder, while nobody writes to it."""
-    newest = _lance(path)
+    newest = open_lance(path)
     tags = list_tags(newest)
     if CURRENT in tags and newest.version not in tags.values():
-        _lance(path, CURRENT).restore()  # as the newest, which is never removed: that would stay
-    _lance(path).cleanup_old_versions(**_UNTAGGED)
+        open_lance(path, CURRENT).restore()  # as the newest, which is never removed: that would stay
+    open_lance(path).cleanup_old_versions(**_UNTAGGED)
 
 
 # A version is made in far more than a microsecond; the files that a killed build left belong to none.
@@ -219,12 +221,6 @@ _UNTAGGED: dict[str, Any] = {
     "delete_unverified": True,
     "error_if_tagged_old_versions": False,
 }
-
-
-def _lance(path: BulkPath, version: int | str | None = None) -> Any:
-    import lance
-
-    return lance.dataset(str(path), version=version, storage_options=lance_options(path))
 
 
 def _files_of(table: Any, root: BulkPath) -> set[BulkPath]:

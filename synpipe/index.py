@@ -2,21 +2,12 @@
 
 In: the Parquet file of `embedding_table_<encoder>`. Out: a version of the LanceDB table of that name. Guarantee: the tag
 `current` moves only after rows, indexes and recall have been verified, so that readers who check out the tag never see a
-table without its index, also when a build is killed. One writer at a time. Only this module, `search` and `history` talk
-to LanceDB.
-
-What was measured (LanceDB 0.40, 103,511 × 192): a flat scan 79 ms, IVF_FLAT with 256 partitions and 16 probes 2.5 ms at
-the same recall; SQ and PQ show approximate distances, HNSW builds four times slower. So: IVF_FLAT, or nothing below
-`FLAT_ROWS`, where a flat scan is exact and takes a few milliseconds. How many probes are enough depends on how clumped the
-vectors are, and hardly on their number: 8 found .9999 at 103,511 × 192 and .994 at 1,000,000 × 128, 16 all of them. So they
-are doubled from `FIRST_NPROBES` on until a sample of the rows, and one of the rarest class, find their neighbours. Twice
-as many partitions take twice as long to build, and save nothing: most of a query is what LanceDB needs whatever it reads.
-`python -m synpipe_tests.bench_search` measures it again.
+table without its index, also when a build is killed. One writer at a time. Only this module, `index_build`, `search` and
+`history` talk to LanceDB.
 """
 
 import contextlib
 import json
-import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -27,31 +18,21 @@ from typing import Any
 import lancedb
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from lancedb.index import Bitmap, BTree, IvfFlat
 
 from synpipe import index_files
 from synpipe.errors import SynpipeError
+from synpipe.index_build import build_indexes, partitions_for, write_rows
+from synpipe.index_recall import MIN_RECALL, RECALL_K, tune
 from synpipe.shards import set_aside
 from synpipe.storage import BulkPath, lance_options
+from synpipe.streams import BATCH_ROWS
+from synpipe.vector_column import read_unit_vectors, read_vectors
 
 CURRENT = "current"
 METADATA_KEY = b"synpipe"
-FLAT_ROWS = 5_000
-MIN_RECALL = 0.99
 LISTED_AGAIN = 10  # LanceDB lists the names of the tags and then reads each: one may have been taken off in between
-WANTED_RECALL = 0.995  # of the sample, so that other queries find `MIN_RECALL` too
-FIRST_NPROBES = 8
-SAMPLE_RATE = (
-    64  # rows a partition that the partitions are fitted to; 256, the default, takes twice as long and finds no more
-)
 PUBLISH_CACHE_BYTES = 32 * 2**20  # while an index is built and tried, it is read from the disk and not kept
-RECALL_QUERIES = 200  # of all rows, and as many of the rarest class
-RECALL_K = 10
-TOLERANCE = 1e-6  # of a cosine in float32; LanceDB's were within 2e-7 of those in float64
-BITMAP_COLUMNS = ("neurotransmitter", "region", "hemilineage", "predicted_neurotransmitter", "split")
-BTREE_COLUMNS = ("synapse_id", "neuron_id")
 
 
 @dataclass(frozen=True)
@@ -79,11 +60,6 @@ class Cost:
 
     bytes: int
     query_ms: float
-
-
-def partitions_for(rows: int) -> int:
-    """Partitions of IVF_FLAT: the power of two nearest to √rows (256 at 100,000, 1,024 at a million), 0 for none."""
-    return 0 if rows < FLAT_ROWS else 2 ** round(math.log2(math.sqrt(rows)))
 
 
 def tag_for(data_version: str, fingerprint: str) -> str:
@@ -122,29 +98,16 @@ def _publish(
     provenance = read_provenance(source.schema_arrow)
     provenance |= {"table_data_version": provenance["data_version"], "data_version": data_version}
     schema = pa.schema([*source.schema_arrow], metadata={METADATA_KEY: json.dumps(provenance)})
-    batches = (_unit(batch).cast(schema) for batch in source.iter_batches(batch_size=8192))
-    database = connect(folder, session=lancedb.Session(index_cache_size_bytes=PUBLISH_CACHE_BYTES))
-    before = index_files.written(folder / f"{name}.lance")
-    # Overwriting makes a new version and keeps the old ones; dropping would break every reader.
-    table = database.create_table(name, pa.RecordBatchReader.from_batches(schema, batches), mode="overwrite")
-    log(f"{table.count_rows():,} rows written, building indexes")
-    partitions = partitions_for(source.metadata.num_rows)
-    if partitions:
-        table.create_index(
-            "vector", config=IvfFlat(distance_type="cosine", num_partitions=partitions, sample_rate=SAMPLE_RATE)
-        )
-    for column in BITMAP_COLUMNS:
-        table.create_index(column, config=Bitmap())
-    for column in BTREE_COLUMNS:
-        table.create_index(column, config=BTree())
-
-    if table.count_rows() != source.metadata.num_rows:
-        raise SynpipeError(f"{folder}/{name} has {table.count_rows()} rows, {table_path} {source.metadata.num_rows}.")
-    complete = {index.columns[0] for index in table.list_indices() if index.num_unindexed_rows == 0}
-    missing = {*BITMAP_COLUMNS, *BTREE_COLUMNS, *(["vector"] if partitions else [])} - complete
-    if missing:
-        raise SynpipeError(f"{folder}/{name} has no whole index of {', '.join(sorted(missing))}: materialise again.")
-    nprobes, recalls = _tune(table, table_path, partitions)
+    batches = (_unit(batch).cast(schema) for batch in source.iter_batches(BATCH_ROWS))
+    path, rows = folder / f"{name}.lance", source.metadata.num_rows
+    before = index_files.written(path)
+    write_rows(path, schema, batches, rows)
+    log(f"{rows:,} rows written, building indexes")
+    table = connect(folder, session=lancedb.Session(index_cache_size_bytes=PUBLISH_CACHE_BYTES)).open_table(name)
+    if table.count_rows() != rows:
+        raise SynpipeError(f"{folder}/{name} has {table.count_rows()} rows, {table_path} {rows}.")
+    build_indexes(table, path, log)
+    nprobes, recalls = tune(table, table_path, partitions_for(rows))
     for queries, recall in recalls.items():
         if recall < MIN_RECALL:
             raise SynpipeError(
@@ -152,7 +115,7 @@ def _publish(
                 f"than {MIN_RECALL:.0%}; the former version stays current. Are many vectors alike? Look at the check of the "
                 "embeddings."
             )
-    digests = index_files.digests(folder / f"{name}.lance", index_files.written(folder / f"{name}.lance") - before)
+    digests = index_files.digests(path, index_files.written(path) - before)
     told = {"synpipe.nprobes": str(nprobes), index_files.KEY.decode(): digests}
     for queries, recall in recalls.items():
         told["synpipe.rarest_class_recall_at_10" if queries else "synpipe.recall_at_10"] = f"{recall:.4f}"
@@ -263,43 +226,6 @@ def read_provenance(schema: pa.Schema) -> dict[str, Any]:
     return json.loads(schema.metadata[METADATA_KEY])
 
 
-def read_vectors(rows: pa.Table | pa.RecordBatch) -> np.ndarray:
-    """The column `vector`: float32 (n, d)."""
-    vectors = rows["vector"]
-    if isinstance(vectors, pa.ChunkedArray):
-        vectors = vectors.combine_chunks()
-    return vectors.flatten().to_numpy().reshape(len(rows), -1)
-
-
-def _unit(batch: pa.RecordBatch) -> pa.RecordBatch:
-    """Vectors of exactly unit length: the Parquet file holds them rounded."""
-    vectors = read_vectors(batch)
-    vectors = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
-    place = batch.schema.get_field_index("vector")
-    unit = pa.FixedSizeListArray.from_arrays(pa.array(vectors.ravel()), vectors.shape[1])
-    return batch.set_column(place, batch.schema.field(place), unit)
-
-
-def _tune(table: Any, table_path: Path, partitions: int) -> tuple[int, dict[str | None, float]]:
-    """Smallest number of probes, from `FIRST_NPROBES` up, with which the recalls are as wanted; and those: by class of the
-    queries, None being a sample of all rows, the other the rarest class.
-
-    A query finds itself, in the exact search too. Of the vectors a batch is in memory at a time, and the queries.
-    """
-    drawn = _draw_queries(table_path)
-    queries = {
-        name: read_vectors(table.take_offsets(rows).select(["vector"]).to_arrow()) for name, rows in drawn.items()
-    }
-    k = min(RECALL_K, table.count_rows())
-    kth = dict(zip(queries, _kth_similarities(table_path, list(queries.values()), k), strict=True))
-    nprobes = max(1, min(FIRST_NPROBES, partitions))
-    while True:
-        recalls = {name: _recall(table, queries[name], kth[name], k, nprobes) for name in queries}
-        if min(recalls.values()) >= WANTED_RECALL or nprobes >= partitions:
-            return nprobes, recalls
-        nprobes = min(2 * nprobes, partitions)
-
-
 def _set_aside_unreadable(folder: BulkPath, name: str, log: Callable[[str], None]) -> None:
     """Move a table aside that LanceDB cannot even open: it would build no other version in it."""
     path = folder / f"{name}.lance"
@@ -311,52 +237,16 @@ def _set_aside_unreadable(folder: BulkPath, name: str, log: Callable[[str], None
         log(f"{path} cannot be read ({' '.join(str(error).split())}): moved to {set_aside(path).name}, built anew")
 
 
-def _draw_queries(table_path: Path) -> dict[str | None, list[int]]:
-    """Rows to search with: of all (None), and of the class that has the fewest, where one is known."""
-    # As a dictionary a label takes four bytes.
-    labels = pq.ParquetFile(table_path, read_dictionary=["neurotransmitter"]).read(["neurotransmitter"])
-    encoded = labels["neurotransmitter"].unify_dictionaries().combine_chunks()
-    codes = pc.fill_null(encoded.indices, -1).to_numpy()
-    random = np.random.default_rng(0)
-
-    def some_of(rows: np.ndarray | int, count: int) -> list[int]:
-        return np.sort(random.choice(rows, min(RECALL_QUERIES, count), replace=False)).tolist()
-
-    drawn: dict[str | None, list[int]] = {None: some_of(len(codes), len(codes))}
-    counts = np.bincount(codes[codes >= 0], minlength=len(encoded.dictionary))
-    if counts.any():
-        names = encoded.dictionary.to_pylist()
-        rarest = min(np.flatnonzero(counts).tolist(), key=lambda code: (counts[code], names[code]))
-        drawn[names[rarest]] = some_of(np.flatnonzero(codes == rarest), counts[rarest])
-    return drawn
-
-
-def _kth_similarities(table_path: Path, queries: list[np.ndarray], k: int) -> list[np.ndarray]:
-    """Cosine of the k-th nearest row of each query, for arrays of queries, float32 (q, d): float32 (q,) each.
-
-    Equal vectors are equally good answers: an answer is right if it is as near as the k-th true one.
-    """
-    everyone = np.concatenate(queries)
-    best = np.full((len(everyone), k), -np.inf, np.float32)
-    for batch in pq.ParquetFile(table_path, memory_map=True, page_checksum_verification=True).iter_batches(
-        8192, columns=["vector"]
-    ):
-        found = np.concatenate([best, everyone @ read_vectors(_unit(batch)).T], axis=1)
-        best = np.partition(found, -k, axis=1)[:, -k:]
-    return np.split(best.min(axis=1), np.cumsum([len(group) for group in queries])[:-1])
-
-
-def _recall(table: Any, queries: np.ndarray, kth: np.ndarray, k: int, nprobes: int) -> float:
-    hits = 0
-    for query, limit in zip(queries, kth, strict=True):
-        search = table.search(query).distance_type("cosine").nprobes(nprobes).limit(k)
-        distances = search.select(["_distance"]).to_arrow()["_distance"].to_numpy()
-        hits += int((1 - distances >= limit - TOLERANCE).sum())
-    return hits / (len(queries) * k)
-
-
 def _move_tag(table: Any, tag: str) -> None:
     if tag in list_tags(table):
         table.tags.update(tag, table.version)
     else:
         table.tags.create(tag, table.version)
+
+
+def _unit(batch: pa.RecordBatch) -> pa.RecordBatch:
+    """The same rows with vectors of unit length."""
+    vectors = read_unit_vectors(batch)
+    place = batch.schema.get_field_index("vector")
+    unit = pa.FixedSizeListArray.from_arrays(pa.array(vectors.ravel()), vectors.shape[1])
+    return batch.set_column(place, batch.schema.field(place), unit)

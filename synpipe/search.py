@@ -26,8 +26,9 @@ from lancedb.expr import Expr, col, func, lit
 from synpipe.datasets import Dataset
 from synpipe.errors import NotFound, SynpipeError
 from synpipe.exact_search import ExactSearch
-from synpipe.index import open_current, open_version, read_provenance, read_vectors
+from synpipe.index import open_current, open_version, read_provenance
 from synpipe.links import Viewer, find_viewer
+from synpipe.vector_column import read_vectors
 
 Metric = Literal["cosine", "l2", "dot", "l1"]
 METRICS: tuple[str, ...] = get_args(Metric)

@@ -19,7 +19,8 @@ import torch
 from synpipe.datasets import Project
 from synpipe.defs.run import materialize
 from synpipe.encoders import EncoderSpec, load_registry, open_encoder
-from synpipe.index import partitions_for, publish
+from synpipe.index import publish
+from synpipe.index_build import partitions_for
 from synpipe.manifests import read_manifest
 from synpipe.profiling import Profile, profile
 from synpipe_tests import bench_extraction, bench_search

@@ -132,7 +132,8 @@ def lancedb_index(folder: Path, vectors: np.ndarray, labels: np.ndarray) -> dict
 def faiss_indexes(vectors: np.ndarray) -> dict[str, tuple[Ask, float, int]]:
     import faiss
 
-    from synpipe.index import FIRST_NPROBES, partitions_for
+    from synpipe.index_build import partitions_for
+    from synpipe.index_recall import FIRST_NPROBES
 
     rows, dimensions = vectors.shape
     flat, partitions = faiss.IndexFlatIP(dimensions), partitions_for(rows)

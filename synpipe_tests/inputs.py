@@ -14,7 +14,8 @@ import yaml
 
 from synpipe.datasets import Dataset, Project
 from synpipe.graph import steps
-from synpipe.index import BITMAP_COLUMNS, BTREE_COLUMNS, CURRENT
+from synpipe.index import CURRENT
+from synpipe.index_build import BITMAP_COLUMNS, BTREE_COLUMNS
 from synpipe.manifests import read_manifest
 from synpipe.shards import read_table
 

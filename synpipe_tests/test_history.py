@@ -16,8 +16,7 @@ import numpy as np
 import pyarrow.compute as pc
 import pytest
 
-from synpipe import index as index_module
-from synpipe import search
+from synpipe import index_recall, search
 from synpipe.annotations import SYNAPSE_SCHEMA
 from synpipe.encoders import open_encoder
 from synpipe.errors import SynpipeError
@@ -488,7 +487,7 @@ def test_readers_that_never_stop_while_tables_are_rebuilt_optimised_and_cleaned(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """Every row says which version it is of; no answer holds two, and none is of a version that was not current."""
-    monkeypatch.setattr(index_module, "RECALL_QUERIES", 5)  # most of the time that publishing takes
+    monkeypatch.setattr(index_recall, "RECALL_QUERIES", 5)  # most of the time that publishing takes
     dataset = index_of(tmp_path, clustered(50, 8))
     # By version of the index.
     dataset_versions = {f"{number:012x}{0:020x}": f"{number:032x}" for number in range(1, VERSIONS + 1)}

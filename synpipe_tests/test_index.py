@@ -12,9 +12,10 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from synpipe import index
+from synpipe import index, index_recall
 from synpipe.errors import SynpipeError
-from synpipe.index import IndexReport, open_current, partitions_for, publish, published, republish, tag_for
+from synpipe.index import IndexReport, open_current, publish, published, republish, tag_for
+from synpipe.index_build import partitions_for
 from synpipe_tests.tables import PROVENANCE, clustered, embedding_table, unit
 
 import lancedb  # isort: skip  # after `index`, which tells it to be quiet
@@ -93,12 +94,12 @@ def rare_and_scattered(rows: int = 6_000, rare: int = 60) -> tuple[np.ndarray, l
 
 
 def test_the_probes_are_enough_for_the_rarest_class_too(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(index, "FIRST_NPROBES", 1)
+    monkeypatch.setattr(index_recall, "FIRST_NPROBES", 1)
     vectors, classes = rare_and_scattered()
     path = embedding_table(tmp_path / "t.parquet", vectors, neurotransmitter=classes)
     report = publish_table(path, tmp_path / "db", "a" * 32)
     assert report.rarest_class == "octopamine"
-    assert report.rarest_class_recall is not None and report.rarest_class_recall >= index.MIN_RECALL
+    assert report.rarest_class_recall is not None and report.rarest_class_recall >= index_recall.MIN_RECALL
     assert published(tmp_path / "db", "tiny") == report
     found = [
         len(
@@ -120,9 +121,9 @@ def test_too_low_a_recall_of_the_rarest_class_leaves_the_former_version_current(
 ):
     vectors, classes = rare_and_scattered()
     path = embedding_table(tmp_path / "t.parquet", vectors, neurotransmitter=classes)
-    measured = index._recall
+    measured = index_recall._recall
     monkeypatch.setattr(
-        index, "_recall", lambda table, queries, *of: measured(table, queries, *of) * (len(queries) > 60)
+        index_recall, "_recall", lambda table, queries, *of: measured(table, queries, *of) * (len(queries) > 60)
     )
     with pytest.raises(SynpipeError, match=r"0\.0% of the true neighbours of octopamine"):
         publish_table(path, before, "b" * 32)
@@ -316,14 +317,20 @@ def test_readers_of_current_see_a_whole_table_whenever_a_build_is_killed(tmp_pat
         """
     )
     seen = {whole_state(db)}
-    # The builder says a line when the rows are written and one when all is published.
-    for lines, reads in ((1, 0), (2, 0), (3, 1)):
+    # What the builder says last before it is killed: two parts of the vectors are indexed.
+    written = ["rows written", "1 of 2 parts", "2 of 2 parts"]
+    for awaited, reads in (
+        (written[:1], 0),
+        (written[:2], 0),
+        (written, 0),
+        ([*written, "published", *written[:1]], 1),
+    ):
         process = subprocess.Popen(
             [sys.executable, "-c", builder, *map(str, paths), str(db)], stdout=subprocess.PIPE, text=True
         )
         assert process.stdout is not None
-        for _ in range(lines):
-            assert process.stdout.readline()
+        for words in awaited:
+            assert words in process.stdout.readline()
             seen.add(whole_state(db))
         seen |= {whole_state(db) for _ in range(reads)}
         process.kill()

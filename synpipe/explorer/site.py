@@ -32,12 +32,13 @@ from synpipe.explorer.app import HEADERS, STATIC
 from synpipe.explorer.column_files import Files, as_column, metadata_columns, narrow
 from synpipe.explorer.quantised import measure_recall, quantise
 from synpipe.explorer.tile_packs import write_tiles
-from synpipe.index import open_current, read_provenance, read_vectors
+from synpipe.index import open_current, read_provenance
 from synpipe.links import find_viewer
 from synpipe.pipeline import Log
 from synpipe.search import METRICS, UNLABELLED
 from synpipe.shards import atomic_folder
 from synpipe.specs import digest
+from synpipe.vector_column import read_vectors
 
 FORMAT = 1
 # What a page says of itself has no frame-ancestors.
