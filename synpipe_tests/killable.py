@@ -70,7 +70,8 @@ class Killable:
 def killable() -> Iterator[Killable]:
     quiet = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     # LanceDB warns that it may hang when forked while at work; before the fork it does nothing here.
-    command = [sys.executable, "-W", "ignore:lancedb fork support", "-m", "synpipe_tests.killable"]
+    quiet["PYTHONWARNINGS"] = "ignore:lancedb fork support,ignore:lance is not fork-safe"
+    command = [sys.executable, "-m", "synpipe_tests.killable"]
     repository = Path(__file__).resolve().parent.parent
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=quiet, cwd=repository
@@ -82,6 +83,7 @@ def killable() -> Iterator[Killable]:
 
 
 def main() -> None:
+    import lance.indices  # noqa: F401
     import lancedb  # noqa: F401
     import sklearn.linear_model
     import sklearn.pipeline
@@ -89,12 +91,13 @@ def main() -> None:
     import timm  # noqa: F401
     import torch
 
-    from synpipe import index
+    from synpipe import index_build, index_recall
 
     torch.set_num_threads(1)  # a thread of the parent would be missing in its forks
     extraction.PART_TILES = PART
     embedding.ROWS_PER_PART["cpu"] = PART
-    index.RECALL_QUERIES = 3  # a third of the time that a build takes, and no file is touched
+    index_recall.RECALL_QUERIES = 3  # a third of the time that a build takes, and no file is touched
+    index_build.FLAT_ROWS, index_build.SAMPLE_RATE = 8, 2  # partitions of a dozen rows, in two segments
     for line in sys.stdin:
         print(json.dumps(fork(json.loads(line))), flush=True)
 
