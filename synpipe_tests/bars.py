@@ -8,9 +8,10 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import SupportsFloat
 
 
-def row(figure: str, value: float, bar: float, at_most: bool = True, unit: str = "") -> None:
+def row(figure: str, value: SupportsFloat, bar: float, at_most: bool = True, unit: str = "") -> None:
     """Print a figure beside its bar, and add it to the table where one is being gathered.
 
     figure: of what, and of which bench; at_most: whether the bar is the highest value allowed, or the lowest.

@@ -20,7 +20,7 @@ from synpipe.datasets import Project
 from synpipe.defs.run import materialize
 from synpipe.encoders import EncoderSpec, load_registry, open_encoder
 from synpipe.index import publish
-from synpipe.index_build import partitions_for
+from synpipe.index_build import SAMPLE_RATE, partitions_for
 from synpipe.manifests import read_manifest
 from synpipe.profiling import Profile, profile
 from synpipe_tests import bench_extraction, bench_search
@@ -145,11 +145,12 @@ def told(
     hours = seconds * (count / INDEX_ROWS) ** 1.5 / 3600
     note = f"{partitions_for(count):,} partitions; extrapolated by rows × √rows from {INDEX_ROWS:,}: {seconds:.0f} s"
     line("  hours of this machine to build it", "", f"{hours:,.0f}", note)
+    held = SAMPLE_RATE * partitions_for(count)
     line(
-        "  memory for that",
-        f"{4 * DIMENSIONS:,} B",
-        f"{4e-9 * DIMENSIONS * count:,.0f} GB",
-        "LanceDB holds the vectors, as measured",
+        "  vectors in memory meanwhile",
+        "",
+        f"{4e-9 * DIMENSIONS * held:,.1f} GB",
+        f"of {held:,} rows at a time, and copies",
     )
     gpu = count / PUBLISHED_RATES["xcit_nano"] / GPU_SHARE / 3600 * DOLLARS_GPU_HOUR
     line("cost: cut-outs", "", f"${core_hours * DOLLARS_CORE_HOUR:,.0f}", f"${DOLLARS_CORE_HOUR} a core hour, assumed")

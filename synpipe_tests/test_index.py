@@ -71,6 +71,10 @@ def test_partitioned_tables_find_the_true_neighbours(partitioned: tuple[Path, np
     folder, vectors, report = partitioned
     assert report.kind == "IVF_FLAT" and report.partitions == partitions_for(len(vectors))
     assert report.nprobes <= report.partitions
+    # Rows are indexed in segments; nothing but the one that they were merged to is left, and the seven other indexes.
+    table = open_current(folder, "tiny").to_lance()
+    assert len(table.get_fragments()) > 1
+    assert len(list((folder / "tiny.lance" / "_indices").iterdir())) == 8
     exact = unit(vectors)
     # Other queries than those that chose the number of probes: between two rows, where none is.
     random = np.random.default_rng(7)
