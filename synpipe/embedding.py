@@ -108,7 +108,7 @@ def embed_missing(
     if any(cache.fingerprint != encoder.fingerprint for encoder in encoders):
         raise ValueError("the cache belongs to another encoder")
     done = Embedded()
-    parts = _Shared(_parts(cache, shards, ROWS_PER_PART[_kind(encoders[0])]))
+    parts = _Shared(_parts(cache, shards, ROWS_PER_PART[encoders[0].device_kind]))
     with ThreadPoolExecutor(1, "synpipe-write") as writer:
         work = partial(_embed_parts, cache=cache, parts=parts, writer=writer, size=batch_size, tell=progress, done=done)
         if len(encoders) == 1:
@@ -228,7 +228,7 @@ def _stream(
     encoder: Encoder, reads: Iterable[Callable[[], np.ndarray]], size: int, done: Embedded
 ) -> Iterator[np.ndarray]:
     """Vectors of batch after batch, each read by a function of `reads` in another thread while others are computed."""
-    readers, launched_ahead = READERS[_kind(encoder)], LAUNCHED_AHEAD[_kind(encoder)]
+    readers, launched_ahead = READERS[encoder.device_kind], LAUNCHED_AHEAD[encoder.device_kind]
     launched: deque[list[Finish]] = deque()
     launch = _Launch(encoder, size)
 
@@ -312,7 +312,3 @@ def _check(encoder: Encoder, vectors: np.ndarray, content_hashes: Sequence[str])
             f"{encoder.spec.model} gave NaN or infinite values for {len(bad)} of {len(vectors)} tiles, the first being "
             f"{examples}. None of them was kept. Try `precision: fp32`; if that does not help, its weights are damaged."
         )
-
-
-def _kind(encoder: Encoder) -> str:
-    return encoder.device.type if encoder.device.type in READERS else "cpu"
