@@ -19,6 +19,7 @@ from synpipe.graph import states, steps
 from synpipe.manifests import find_manifest, find_version, read_manifest
 from synpipe.shards import DAMAGED, TEMPORARY_PREFIX, read_table
 from synpipe.storage import BulkPath, ObjectPath, listed, move_tree, remove_tree
+from synpipe.tile_parts import damaged_parts, mark_of
 
 
 @dataclass(frozen=True)
@@ -135,11 +136,16 @@ def _tiles(dataset: Dataset) -> list[Leftover]:
     used: set[str] = set()
     for path in (dataset.stacks_path, dataset.tiles_path):
         used.update(read_table(path, ["file"])["file"].unique().to_pylist())
-    return [
+    marks = [
+        _leftover(mark_of(path), "mark of damaged tiles of no synapse")
+        for path in damaged_parts(dataset.cut_outs_folder)
+        if f"tiles/{path.parent.name}/{path.name}" not in used
+    ]
+    return marks + [
         _leftover(path, "tiles of no synapse")
-        for path in _files(dataset.cut_outs_folder, "*/*")
-        # `<part>.h5`, its index `<part>.parquet`, and the mark of a part that is damaged.
-        if f"tiles/{path.parent.name}/{path.name.partition('.')[0]}.h5" not in used
+        # `<part>.h5`, its index `<part>.parquet`, and the mark `<part>.h5.suspect` of a former version, which means nothing now.
+        for path in _files(dataset.cut_outs_folder, "*/*.*")
+        if path.suffix == ".suspect" or f"tiles/{path.parent.name}/{path.stem}.h5" not in used
     ]
 
 

@@ -33,7 +33,7 @@ from synpipe.embedding_cache import EmbeddingCache
 from synpipe.encoders import Encoder, open_on_all_devices
 from synpipe.engines import on_cluster
 from synpipe.errors import SynpipeError
-from synpipe.extraction import damaged_parts, extract_shards
+from synpipe.extraction import extract_shards
 from synpipe.fingerprints import file_sha256, status
 from synpipe.links import find_viewer, image_layer
 from synpipe.manifests import find_manifest, read_manifest
@@ -182,13 +182,13 @@ def make_synapses(dataset: Dataset, inputs: Inputs, log: Log) -> Made:
     return Made(version, counts, summary.notes)
 
 
-def lost_tiles(dataset: Dataset, index: Path) -> BulkPath | None:
-    """A file of tiles that this index of stacks or tiles names and that was found to be damaged, or None."""
-    damaged = damaged_parts(dataset.cut_outs_folder)
+def lost_tiles(dataset: Dataset, index: Path, damaged: Sequence[BulkPath]) -> BulkPath | None:
+    """The first of these damaged parts that an index of stacks or tiles names, or None."""
     if not damaged:
         return None
-    named = set(read_table(index, ["file"])["file"].unique().to_pylist())
-    return next((path for path in damaged if str(path).removeprefix(f"{dataset.bulk_folder}/") in named), None)
+    names = [str(path).removeprefix(f"{dataset.bulk_folder}/") for path in damaged]
+    named = {name for part in read_parts(index, ["file"]) for name in part["file"].unique().to_pylist()}
+    return next((path for path, name in zip(damaged, names, strict=True) if name in named), None)
 
 
 def make_synapse_stacks(dataset: Dataset, inputs: Inputs, log: Log) -> Made:

@@ -6,12 +6,14 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 import h5py
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from synpipe import extraction
 from synpipe.datasets import Dataset, Project
 from synpipe.errors import SynpipeError
 from synpipe.graph import states, steps
@@ -19,6 +21,7 @@ from synpipe.history import rollback, versions
 from synpipe.housekeeping import leftovers, remove
 from synpipe.index import open_current
 from synpipe.pipeline import open_tiles
+from synpipe.tile_parts import mark_damaged
 from synpipe_tests.inputs import Inputs, Store
 
 INPUTS = Inputs({1000 + number: ((number % 6, 40 * number, 500 - 30 * number), "gaba") for number in range(12)})
@@ -58,6 +61,10 @@ def is_whole_again(dataset: Dataset, expected: Store) -> None:
     assert leftovers(dataset) == []
     Store.read(Project(dataset.weights_base, dataset.folder.parent)).assert_same(expected)
     assert len(open_tiles(dataset).read(np.arange(12))) == 12
+
+
+def reasons_of(dataset: Dataset) -> dict[str, tuple[str, ...]]:
+    return {state.asset: state.reasons for state in states(dataset)}
 
 
 def flip(path: Path, place: int | None = None) -> None:
@@ -121,9 +128,43 @@ def test_a_flipped_byte_of_a_tile_is_named_when_it_is_read_and_cut_out_again_by_
     shutil.rmtree(dataset.embeddings_folder)  # so that every tile is read
     with pytest.raises(SynpipeError, match=rf"{path.name}, row \d+, differ from their checksum.* Materialise again"):
         materialise(dataset)
-    reasons = {state.asset: state.reasons for state in states(dataset)}
+    reasons = reasons_of(dataset)
     assert reasons["synapse_stacks"] == reasons["rgb_tiles"][:1] == (f"its tiles {path.name} were damaged",)
     materialise(dataset)
+    is_whole_again(dataset, whole[1])
+
+
+def test_tiles_that_cannot_be_made_anew_at_once_are_not_forgotten(
+    dataset: Dataset, whole: tuple[Project, Store], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The run that moves them aside fails, or is killed before, or just after they have been cut out again."""
+    path = the("tiles/*/*.h5")(dataset)
+    cut(path)
+
+    def server_is_down(*_: object) -> NoReturn:
+        raise SynpipeError("the server of the volume is down")
+
+    with monkeypatch.context() as patch, pytest.raises(SynpipeError, match="is down"):
+        patch.setattr(extraction, "cut_out_windows", server_is_down)
+        materialise(dataset)
+    assert not path.exists()
+    assert reasons_of(dataset)["synapse_stacks"] == (f"its tiles {path.name} were damaged",)
+    materialise(dataset)
+    assert {state.state for state in states(dataset)} == {"fresh"}
+    mark_damaged(path)
+    assert reasons_of(dataset)["rgb_tiles"][0] == f"its tiles {path.name} were damaged"
+    materialise(dataset)
+    is_whole_again(dataset, whole[1])
+
+
+def test_marks_of_a_former_version_mean_nothing_and_are_cleared_up(
+    dataset: Dataset, whole: tuple[Project, Store]
+) -> None:
+    path = the("tiles/*/*.h5")(dataset)
+    mark = path.with_name(f"{path.name}.suspect")
+    mark.touch()
+    assert [leftover.path for leftover in leftovers(dataset)] == [mark]
+    assert "0 cut-outs made" in materialise(dataset)
     is_whole_again(dataset, whole[1])
 
 
