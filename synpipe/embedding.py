@@ -40,11 +40,13 @@ ReadTiles = Callable[[np.ndarray], np.ndarray]
 
 @dataclass(frozen=True)
 class Shard:
-    """Tiles that lie together; row i of it has the i-th content hash."""
+    """Tiles that lie together; row i of it has the i-th content hash. rows: those to embed; None: those that the cache lacks,
+    which is then asked."""
 
     name: str
     content_hashes: Sequence[str]
     read_tiles: ReadTiles
+    rows: np.ndarray | None = None
 
 
 @dataclass
@@ -100,7 +102,7 @@ def embed_missing(
     batch_size: int | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Embedded:
-    """Embed the tiles of all shards that the cache lacks, each content of a shard once.
+    """Embed the tiles of all shards that the cache lacks, each content of a shard once; or those that a shard names.
 
     encoders: the same one on each device that is to work; each takes the next part when it is through with one. Where one
     fails, the others end the part that they are at, and all that is whole is kept.
@@ -139,9 +141,9 @@ class _Part:
 
 def _parts(cache: EmbeddingCache, shards: Iterable[Shard], most: int) -> Iterator[_Part]:
     for shard in shards:
-        known = cache.known(shard.name)
-        first_row = {content: row for row, content in reversed(list(enumerate(shard.content_hashes)))}
-        rows = np.array(sorted(row for content, row in first_row.items() if content not in known), dtype=np.int64)
+        rows = shard.rows
+        if rows is None:
+            rows = cache.lacking(shard.name, shard.content_hashes, verify=False)
         for start in range(0, len(rows), most):
             yield _Part(shard, rows[start : start + most])
 

@@ -14,6 +14,7 @@ from typing import Any, Literal
 from synpipe import classifier_steps, derived_steps, learning_steps, pipeline
 from synpipe.compression import CompressedSpec
 from synpipe.datasets import Dataset, record_bulk
+from synpipe.embedding_cache import LostVectors
 from synpipe.errors import SynpipeError
 from synpipe.manifests import Manifest, find_manifest, read_manifest, write_manifest
 from synpipe.pipeline import Log, Made
@@ -21,6 +22,9 @@ from synpipe.specs import Spec, digest
 from synpipe.storage import BulkPath
 from synpipe.tile_parts import damaged_parts
 from synpipe.tiles import CUT_OUT_VERSION
+
+# The check that embeddings fail of which a later step has found a vector damaged; made again, they have passed it.
+VECTORS_ARE_WHOLE = "vectors_are_whole"
 
 
 @dataclass(frozen=True)
@@ -63,15 +67,24 @@ class Step:
         try:
             made = self.make(self.dataset, *which, inputs, log)
             self._inputs()  # a source that is changed while it is read is of neither version
-        except SynpipeError:
+        except SynpipeError as error:
             if before is not None:
                 write_manifest(self.dataset, before)
+            if isinstance(error, LostVectors):
+                self._disown(error.fingerprint)
             raise
         manifest = Manifest(
             self.asset, made.data_version, self.code_version, inputs, made.counts, made.notes, run_id, [*checks]
         )
         write_manifest(self.dataset, manifest)
         return manifest
+
+    def _disown(self, fingerprint: str) -> None:
+        """Let the embeddings of that encoder be out of date: vectors that they had were found to be damaged."""
+        for asset in self.deps:
+            made = find_manifest(self.dataset, asset)
+            if made is not None and made.counts.get("encoder_fingerprint") == fingerprint:
+                write_manifest(self.dataset, replace(made, unpassed=[*made.unpassed, VECTORS_ARE_WHOLE]))
 
     def _inputs(self) -> dict[str, str]:
         """Data version by input."""

@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from synpipe import extraction
+from synpipe import embedding_cache, extraction
 from synpipe.datasets import Dataset, Project
 from synpipe.errors import SynpipeError
 from synpipe.graph import states, steps
@@ -27,11 +27,13 @@ from synpipe_tests.inputs import Inputs, Store
 INPUTS = Inputs({1000 + number: ((number % 6, 40 * number, 500 - 30 * number), "gaba") for number in range(12)})
 
 
-def materialise(dataset: Dataset) -> str:
-    """Every step, as `synpipe materialize` runs them; what they said."""
+def materialise(dataset: Dataset, only_stale: bool = False) -> str:
+    """Every step, as `synpipe materialize` runs them, or with --stale; what they said."""
     said: list[str] = []
+    stale = {state.asset for state in states(dataset) if state.state != "fresh"}
     for step in steps(dataset):
-        step.run(said.append)
+        if step.asset in stale or not only_stale:
+            step.run(said.append)
     return "\n".join(said)
 
 
@@ -77,10 +79,10 @@ def cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
-def flip_page(path: Path) -> None:
-    """In the values of the last column of a Parquet file, behind the header of the page."""
-    column = pq.ParquetFile(path).metadata.row_group(0).column(0)
-    flip(path, (column.dictionary_page_offset or column.data_page_offset) + column.total_compressed_size - 4)
+def flip_page(path: Path, column: int = 0) -> None:
+    """In the values of a column of a Parquet file, behind the header of the page."""
+    chunk = pq.ParquetFile(path).metadata.row_group(0).column(column)
+    flip(path, (chunk.dictionary_page_offset or chunk.data_page_offset) + chunk.total_compressed_size - 4)
 
 
 def the(pattern: str) -> Callable[[Dataset], Path]:
@@ -166,6 +168,29 @@ def test_marks_of_a_former_version_mean_nothing_and_are_cleared_up(
     assert [leftover.path for leftover in leftovers(dataset)] == [mark]
     assert "0 cut-outs made" in materialise(dataset)
     is_whole_again(dataset, whole[1])
+
+
+def test_vectors_found_damaged_by_who_reads_them_are_made_anew_by_the_next_run(
+    dataset: Dataset, whole: tuple[Project, Store], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where tiles were added it is asked which vectors there are, and that without reading those; nothing is materialised
+    but what is out of date."""
+    monkeypatch.setattr(embedding_cache, "SMALL_BYTES", 0)
+    shutil.copytree(whole[0].data, tmp_path / "data")
+    INPUTS.with_synapses({2000: ((1, 100, 100), "gaba")}).write(tmp_path / "data")
+    project = Project(tmp_path / "data", dataset.folder.parent)
+    path = the("embeddings/*/*.parquet")(dataset)
+    flip_page(path, column=1)
+    damaged = project.dataset("demo")
+    with pytest.raises(SynpipeError, match=r"lacks the vectors of \d+ tiles"):
+        materialise(damaged, only_stale=True)
+    assert not path.exists()
+    assert reasons_of(damaged)["embeddings_tiny"] == ("its check vectors_are_whole has not passed",)
+    materialise(damaged, only_stale=True)
+    assert {state.state for state in states(damaged)} == {"fresh"}
+    found = Store.read(project)
+    assert found.rows["tiny"].keys() == {*INPUTS.synapses, 2000}
+    np.testing.assert_allclose(found.vectors["tiny"][:-1], whole[1].vectors["tiny"], atol=2e-3)
 
 
 def test_a_damaged_version_is_not_gone_back_to(dataset: Dataset, whole: tuple[Project, Store], tmp_path: Path) -> None:
