@@ -22,7 +22,6 @@ logger = logging.getLogger(__name__)
 
 # Of a part on an object store, footer and hashes are two requests: up to this size all of it is fetched by one.
 SMALL_BYTES = 2**17
-COLUMNS = ["content_hash", "vector"]
 
 
 class LostVectors(SynpipeError):
@@ -31,6 +30,12 @@ class LostVectors(SynpipeError):
     def __init__(self, message: str, fingerprint: str) -> None:
         super().__init__(message)
         self.fingerprint = fingerprint
+
+
+def open_part(path: BulkPath) -> pq.ParquetFile:
+    """A part of which columns are wanted: of an object no more than those is fetched."""
+    source = path.open_random() if isinstance(path, ObjectPath) else path
+    return pq.ParquetFile(source, page_checksum_verification=True)
 
 
 class EmbeddingCache:
@@ -47,10 +52,11 @@ class EmbeddingCache:
 
     def _parts(self, shard: str) -> list[BulkPath]:
         if self._found is None:
-            self._found = {}
+            found: dict[str, list[BulkPath]] = {}
             for path in listed(self.folder, "*.parquet"):
                 if named := re.fullmatch(r"(.+)-[0-9a-f]{8}", path.stem):
-                    self._found.setdefault(named[1], []).append(path)
+                    found.setdefault(named[1], []).append(path)
+            self._found = found
         return self._found.get(shard, [])
 
     def known(self, shard: str, verify: bool = True) -> set[str]:
@@ -117,18 +123,17 @@ class EmbeddingCache:
         if not verify:
             try:
                 if path.stat().st_size > SMALL_BYTES:
-                    source = path.open_random() if isinstance(path, ObjectPath) else path
-                    file = pq.ParquetFile(source, page_checksum_verification=True)
+                    file = open_part(path)
                     if self._is_ours(file.schema_arrow):
-                        return file.read(COLUMNS[:1])[COLUMNS[0]].to_pylist()
+                        return file.read(["content_hash"])["content_hash"].to_pylist()
             except (pa.ArrowException, OSError):
                 pass  # damaged, gone or out of reach: which of them is told by reading all of it
         table = self._read_part(path)
-        return [] if table is None else table[COLUMNS[0]].to_pylist()
+        return [] if table is None else table["content_hash"].to_pylist()
 
     def _is_ours(self, schema: pa.Schema) -> bool:
         made_by = (schema.metadata or {}).get(b"encoder_fingerprint")
-        return schema.names == COLUMNS and made_by == self.fingerprint.encode()
+        return schema.names == ["content_hash", "vector"] and made_by == self.fingerprint.encode()
 
     def _read_part(self, path: BulkPath) -> pa.Table | None:
         """The table, or None for a damaged file, which is then moved aside so that its rows are computed anew."""

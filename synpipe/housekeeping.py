@@ -12,13 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from synpipe.datasets import Dataset
+from synpipe.embedding_cache import open_part
 from synpipe.graph import states, steps
 from synpipe.manifests import find_manifest, find_version, read_manifest
 from synpipe.shards import DAMAGED, TEMPORARY_PREFIX, read_table
-from synpipe.storage import BulkPath, ObjectPath, listed, move_tree, remove_tree
+from synpipe.storage import BulkPath, listed, move_tree, remove_tree
 from synpipe.tile_parts import damaged_parts, mark_of
 
 
@@ -164,8 +164,7 @@ def _embeddings(dataset: Dataset) -> list[Leftover]:
             found.append(_leftover(path, "vectors of an encoder no longer used"))
             continue
         try:
-            source = pa.BufferReader(path.read_bytes()) if isinstance(path, ObjectPath) else path
-            content = pq.ParquetFile(source, page_checksum_verification=True).read(["content_hash"])["content_hash"]
+            content = open_part(path).read(["content_hash"])["content_hash"]
         except (pa.ArrowException, OSError):
             continue  # damaged: whoever embeds next moves it aside
         if hashes.isdisjoint(content.to_pylist()):
