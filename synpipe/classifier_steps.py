@@ -42,6 +42,7 @@ from synpipe.pipeline import (
     metadata_of,
     open_tiles,
     shard_name,
+    tiles_to_embed,
 )
 from synpipe.shards import atomic_path, table_writer, write_table
 from synpipe.specs import digest
@@ -159,7 +160,7 @@ class _Learning:
             return None, counts, [refusal]
         folder, report = self.train(spec, entry)
         encoder = open_encoder(trained_entry(entry, str(folder / WEIGHTS)), self._dataset.weights_base)
-        embed_tiles(self._dataset, [encoder], self._log)
+        embed_tiles(self._dataset, [encoder], tiles_to_embed(self._dataset, encoder.fingerprint), self._log)
         self._fingerprint, self._dimensions = encoder.fingerprint, encoder.dim
         probe = read_head(folder / HEAD)
         # The layer has an output for every class, also where there was none to learn.

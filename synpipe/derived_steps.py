@@ -42,7 +42,8 @@ def make_compressed_embeddings(dataset: Dataset, name: str, inputs: Inputs, log:
     made = find_manifest(dataset, f"embeddings_{name}")
     if made and made.counts["encoder_identity"] == who and made.inputs == inputs:
         fingerprint = made.counts["encoder_fingerprint"]
-        if next(_missing(dataset, EmbeddingCache(dataset.embeddings_folder, fingerprint)), None) is None:
+        cache = EmbeddingCache(dataset.embeddings_folder, fingerprint)
+        if next(_missing(dataset, cache, verify=True), None) is None:
             log(f"0 vectors compressed, {count:,} were there")
             return Made(version_of("embeddings", inputs, [fingerprint]), made.counts | {"vectors_compressed": 0})
 
@@ -62,7 +63,7 @@ def make_compressed_embeddings(dataset: Dataset, name: str, inputs: Inputs, log:
     cache = EmbeddingCache(dataset.embeddings_folder, fingerprint)
     metadata = {"encoder": json.dumps(spec.model_dump(mode="json")), "base_fingerprint": base["encoder_fingerprint"]}
     compressed = 0
-    for shard, hashes in _missing(dataset, cache):
+    for shard, hashes in _missing(dataset, cache, verify=False):
         cache.add(shard, hashes, fitted.compress(source.read(shard, hashes)), metadata)
         compressed += len(hashes)
     log(f"{compressed:,} vectors compressed, {count - compressed:,} were there")
@@ -174,12 +175,15 @@ def _others(dataset: Dataset, columns: list[str], fitted: pa.ChunkedArray) -> It
         yield others.sort_by([("content_hash", "ascending"), ("synapse_id", "ascending")])
 
 
-def _missing(dataset: Dataset, cache: EmbeddingCache) -> Iterator[tuple[str, list[str]]]:
-    """Name of each shard of whose tiles the cache lacks some, and their content hashes, each once."""
-    for shard, rows in by_shard(read_parts(dataset.tiles_path, ["shard", "content_hash"])):
-        known = cache.known(shard_name(shard))
-        if lacking := [content for content in pc.unique(rows["content_hash"]).to_pylist() if content not in known]:
-            yield shard_name(shard), lacking
+def _missing(dataset: Dataset, cache: EmbeddingCache, verify: bool) -> Iterator[tuple[str, list[str]]]:
+    """Name of each shard of whose tiles the cache lacks some, and their content hashes, each once.
+
+    verify: see `EmbeddingCache.known`.
+    """
+    for shard, index in by_shard(read_parts(dataset.tiles_path, ["shard", "content_hash"])):
+        hashes = index["content_hash"].to_pylist()
+        if len(rows := cache.lacking(shard_name(shard), hashes, verify)):
+            yield shard_name(shard), [hashes[row] for row in rows]
 
 
 def _read(cache: EmbeddingCache, tiles: pa.Table) -> np.ndarray:

@@ -40,11 +40,13 @@ ReadTiles = Callable[[np.ndarray], np.ndarray]
 
 @dataclass(frozen=True)
 class Shard:
-    """Tiles that lie together; row i of it has the i-th content hash."""
+    """Tiles that lie together; row i of it has the i-th content hash. rows: those to embed; None: those that the cache lacks,
+    which is then asked."""
 
     name: str
     content_hashes: Sequence[str]
     read_tiles: ReadTiles
+    rows: np.ndarray | None = None
 
 
 @dataclass
@@ -100,7 +102,7 @@ def embed_missing(
     batch_size: int | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Embedded:
-    """Embed the tiles of all shards that the cache lacks, each content of a shard once.
+    """Embed the tiles of all shards that the cache lacks, each content of a shard once; or those that a shard names.
 
     encoders: the same one on each device that is to work; each takes the next part when it is through with one. Where one
     fails, the others end the part that they are at, and all that is whole is kept.
@@ -108,7 +110,7 @@ def embed_missing(
     if any(cache.fingerprint != encoder.fingerprint for encoder in encoders):
         raise ValueError("the cache belongs to another encoder")
     done = Embedded()
-    parts = _Shared(_parts(cache, shards, ROWS_PER_PART[_kind(encoders[0])]))
+    parts = _Shared(_parts(cache, shards, ROWS_PER_PART[encoders[0].device_kind]))
     with ThreadPoolExecutor(1, "synpipe-write") as writer:
         work = partial(_embed_parts, cache=cache, parts=parts, writer=writer, size=batch_size, tell=progress, done=done)
         if len(encoders) == 1:
@@ -139,9 +141,9 @@ class _Part:
 
 def _parts(cache: EmbeddingCache, shards: Iterable[Shard], most: int) -> Iterator[_Part]:
     for shard in shards:
-        known = cache.known(shard.name)
-        first_row = {content: row for row, content in reversed(list(enumerate(shard.content_hashes)))}
-        rows = np.array(sorted(row for content, row in first_row.items() if content not in known), dtype=np.int64)
+        rows = shard.rows
+        if rows is None:
+            rows = cache.lacking(shard.name, shard.content_hashes, verify=False)
         for start in range(0, len(rows), most):
             yield _Part(shard, rows[start : start + most])
 
@@ -228,7 +230,7 @@ def _stream(
     encoder: Encoder, reads: Iterable[Callable[[], np.ndarray]], size: int, done: Embedded
 ) -> Iterator[np.ndarray]:
     """Vectors of batch after batch, each read by a function of `reads` in another thread while others are computed."""
-    readers, launched_ahead = READERS[_kind(encoder)], LAUNCHED_AHEAD[_kind(encoder)]
+    readers, launched_ahead = READERS[encoder.device_kind], LAUNCHED_AHEAD[encoder.device_kind]
     launched: deque[list[Finish]] = deque()
     launch = _Launch(encoder, size)
 
@@ -312,7 +314,3 @@ def _check(encoder: Encoder, vectors: np.ndarray, content_hashes: Sequence[str])
             f"{encoder.spec.model} gave NaN or infinite values for {len(bad)} of {len(vectors)} tiles, the first being "
             f"{examples}. None of them was kept. Try `precision: fp32`; if that does not help, its weights are damaged."
         )
-
-
-def _kind(encoder: Encoder) -> str:
-    return encoder.device.type if encoder.device.type in READERS else "cpu"

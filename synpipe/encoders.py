@@ -181,9 +181,14 @@ class Encoder:
         return self.forward.stage(tiles)
 
     @property
+    def device_kind(self) -> str:
+        """Of the kinds that sizes are known for the device's own, else `cpu`."""
+        return self.device.type if self.device.type in BATCH_SIZE else "cpu"
+
+    @property
     def batch_size(self) -> int:
         """Tiles that go to the device at once."""
-        return BATCH_SIZE.get(self.device.type, BATCH_SIZE["cpu"])
+        return BATCH_SIZE[self.device_kind]
 
 
 def open_encoder(spec: EncoderSpec | DescriptorSpec, base: Path, device: str = "auto") -> Encoder:

@@ -22,20 +22,11 @@ import pyarrow as pa
 from synpipe import tiles
 from synpipe.chunk_plan import Chunk, plan
 from synpipe.errors import SynpipeError
-from synpipe.shards import DAMAGED, atomic_path, read_table, set_aside, write_table
+from synpipe.shards import atomic_path, read_table, set_aside, write_table
 from synpipe.specs import digest
 from synpipe.storage import BulkPath, listed
-from synpipe.tiles import (
-    PART_SCHEMA,
-    SECTIONS,
-    SUSPECT,
-    TILE_PX,
-    CutOut,
-    TileSpec,
-    rows_by_shard,
-    shard_of,
-    suspect_mark,
-)
+from synpipe.tile_parts import mark_damaged, mark_of
+from synpipe.tiles import PART_SCHEMA, SECTIONS, TILE_PX, CutOut, TileSpec, rows_by_shard, shard_of
 from synpipe.volumes import AccessDenied, Volume
 
 PART_TILES = 512  # 100 MB at 256 px: the memory that tiles need until they are written, and what a kill can cost
@@ -94,6 +85,11 @@ def extract_shards(
     if made:
         cut_out_all = cut_out_all or (lambda starts: cut_out_windows(volume, spec, folder, starts, progress))
         cut_out_all(np.concatenate(missing)).check(of=sum(len(absent) > 0 for absent in missing))
+    # Killed before, the same command finds the marks again.
+    damaged = [part for shard, _ in windows for part in parts.get(shard, []) if part.marked]
+    for part in damaged:
+        mark_of(part.tiles).unlink(missing_ok=True)
+    if made or damaged:
         parts = _list_parts(folder)
 
     def found() -> Iterator[tuple[np.ndarray, pa.Table]]:
@@ -237,21 +233,14 @@ def missing_windows(folder: BulkPath, shard: int, starts_zyx: np.ndarray) -> np.
     return _missing(_read_parts(_list_parts(folder), shard), starts_zyx)
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Files:
-    """A part as the listing has it. marked: whether its tiles were found to be damaged."""
+    """A part as the listing has it, or only its mark. there: whether both files of it are. marked: whether its tiles were
+    found to be damaged, here or before, and are to be made anew."""
 
-    index: BulkPath
     tiles: BulkPath
+    there: bool
     marked: bool
-
-
-def damaged_parts(folder: BulkPath) -> list[BulkPath]:
-    """Files of tiles, below the folders of all recipes, that were found to be damaged and are not there again."""
-    found = {str(path): path for path in listed(folder, "*/*.h5*")}
-    suspect = {path.with_suffix("") for name, path in found.items() if name.endswith(SUSPECT)}
-    moved = {path.with_suffix("") for name, path in found.items() if name.endswith(DAMAGED)}
-    return sorted(suspect | {path for path in moved if str(path) not in found}, key=str)
 
 
 def _list_parts(folder: BulkPath) -> dict[int, list[_Files]]:
@@ -260,19 +249,21 @@ def _list_parts(folder: BulkPath) -> dict[int, list[_Files]]:
     Tiles are gone where somebody deleted them, or where they were damaged and moved aside: the cut-outs are then made again.
     """
     found = {path.name: path for path in listed(folder, "*")}
+    marked = {path.name for path in listed(mark_of(folder / "any").parent, "*")}
     parts: dict[int, list[_Files]] = {}
-    for name, path in found.items():
-        tiles_path = found.get(f"{path.stem}.h5")
-        if path.suffix == ".parquet" and tiles_path is not None and PART_NAME.fullmatch(path.stem):
-            marked = suspect_mark(tiles_path).name in found
-            parts.setdefault(int(name[:5]), []).append(_Files(path, tiles_path, marked))
+    for name in sorted(marked.union(path.stem for path in found.values() if path.suffix == ".parquet")):
+        if PART_NAME.fullmatch(name):
+            tiles_path = found.get(f"{name}.h5")
+            there = tiles_path is not None and f"{name}.parquet" in found
+            files = _Files(tiles_path or folder / f"{name}.h5", there, name in marked)
+            parts.setdefault(int(name[:5]), []).append(files)
     return parts
 
 
 def _read_parts(parts: Mapping[int, list[_Files]], shard: int) -> pa.Table:
     tables = []
     for part in parts.get(shard, []):
-        if (table := _read_part(part)) is not None:
+        if part.there and (table := _read_part(part)) is not None:
             for name, value in (("part", pa.scalar(part.tiles.name)), ("shard", pa.scalar(shard, pa.int32()))):
                 table = table.append_column(name, pa.repeat(value, len(table)))
             tables.append(table.cast(FOUND_SCHEMA))
@@ -280,9 +271,12 @@ def _read_parts(parts: Mapping[int, list[_Files]], shard: int) -> pa.Table:
 
 
 def _read_part(part: _Files) -> pa.Table | None:
-    """The index of a part, or None where it or the file of the tiles is damaged, which is then moved aside."""
+    """The index of a part, or None where it or the file of the tiles is damaged, which is then moved aside.
+
+    Whether tiles were moved aside is known by the mark alone, so that comes first and stays until they are there again.
+    """
     try:
-        table = read_table(part.index)
+        table = read_table(part.tiles.with_suffix(".parquet"))
     except SynpipeError as error:
         logger.warning("%s", error)
         return None
@@ -290,8 +284,10 @@ def _read_part(part: _Files) -> pa.Table | None:
     size = int((table.schema.metadata or {}).get(BYTES_KEY, there))  # older parts do not say it
     if there == size and not part.marked:
         return table
+    if not part.marked:
+        mark_damaged(part.tiles)
+    part.marked, part.there = True, False
     logger.warning("%s is damaged: moved to %s, its tiles are cut out again", part.tiles, set_aside(part.tiles).name)
-    suspect_mark(part.tiles).unlink(missing_ok=True)
     return None
 
 
@@ -302,11 +298,13 @@ def _write_part(folder: BulkPath, shard: int, stack: np.ndarray, made: list[tupl
     rows = [row | {"row": number.get(place, -1)} for place, row in made]
     windows = [[row["start_z"], row["start_y"], row["start_x"]] for row in rows]
     path = folder / f"{shard:05d}-{digest(windows)[:12]}.h5"
-    with atomic_path(path) as temporary, h5py.File(temporary, "w") as file:
-        dataset = file.create_dataset("tiles", (len(tiles_at), *stack.shape[1:]), np.uint8)
-        for first in range(0, len(tiles_at), WRITTEN_AT_ONCE):
-            dataset[first : first + WRITTEN_AT_ONCE] = stack[tiles_at[first : first + WRITTEN_AT_ONCE]]
-        dataset.attrs["axes"] = "tile, section (z-1, z, z+1), y, x"
+    with atomic_path(path) as temporary:
+        with h5py.File(temporary, "w") as file:
+            dataset = file.create_dataset("tiles", (len(tiles_at), *stack.shape[1:]), np.uint8)
+            for first in range(0, len(tiles_at), WRITTEN_AT_ONCE):
+                dataset[first : first + WRITTEN_AT_ONCE] = stack[tiles_at[first : first + WRITTEN_AT_ONCE]]
+            dataset.attrs["axes"] = "tile, section (z-1, z, z+1), y, x"
+        size = temporary.stat().st_size  # to ask an object store for it would be a request
     # Written last: it is what makes the part count.
-    size = {BYTES_KEY.decode(): str(path.stat().st_size)}
-    write_table(path.with_suffix(".parquet"), pa.Table.from_pylist(rows, schema=PART_SCHEMA), size)
+    table = pa.Table.from_pylist(rows, schema=PART_SCHEMA)
+    write_table(path.with_suffix(".parquet"), table, {BYTES_KEY.decode(): str(size)})

@@ -7,17 +7,24 @@ command line, schedule and tests agree on it, with or without Dagster's history.
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
 from synpipe import classifier_steps, derived_steps, learning_steps, pipeline
 from synpipe.compression import CompressedSpec
 from synpipe.datasets import Dataset, record_bulk
+from synpipe.embedding_cache import LostVectors
 from synpipe.errors import SynpipeError
 from synpipe.manifests import Manifest, find_manifest, read_manifest, write_manifest
 from synpipe.pipeline import Log, Made
 from synpipe.specs import Spec, digest
+from synpipe.storage import BulkPath
+from synpipe.tile_parts import damaged_parts
 from synpipe.tiles import CUT_OUT_VERSION
+
+# The check that embeddings fail of which a later step has found a vector damaged; made again, they have passed it.
+VECTORS_ARE_WHOLE = "vectors_are_whole"
 
 
 @dataclass(frozen=True)
@@ -60,15 +67,24 @@ class Step:
         try:
             made = self.make(self.dataset, *which, inputs, log)
             self._inputs()  # a source that is changed while it is read is of neither version
-        except SynpipeError:
+        except SynpipeError as error:
             if before is not None:
                 write_manifest(self.dataset, before)
+            if isinstance(error, LostVectors):
+                self._disown(error.fingerprint)
             raise
         manifest = Manifest(
             self.asset, made.data_version, self.code_version, inputs, made.counts, made.notes, run_id, [*checks]
         )
         write_manifest(self.dataset, manifest)
         return manifest
+
+    def _disown(self, fingerprint: str) -> None:
+        """Let the embeddings of that encoder be out of date: vectors that they had were found to be damaged."""
+        for asset in self.deps:
+            made = find_manifest(self.dataset, asset)
+            if made is not None and made.counts.get("encoder_fingerprint") == fingerprint:
+                write_manifest(self.dataset, replace(made, unpassed=[*made.unpassed, VECTORS_ARE_WHOLE]))
 
     def _inputs(self) -> dict[str, str]:
         """Data version by input."""
@@ -211,9 +227,17 @@ def states(dataset: Dataset) -> list[State]:
     """The state of every asset, in the order of the steps.
 
     An asset is stale when its spec or code changed, when an input has another version than the one it was made of, when
-    its source changed, when a run of it was interrupted, when a check of it has not passed, when its file is gone, or
-    when something upstream is stale or missing.
+    its source changed, when a run of it was interrupted, when a check of it has not passed, when its file is gone, when
+    tiles that it names were found to be damaged, or when something upstream is stale or missing.
     """
+
+    @cache  # both assets that name tiles ask, and an object store that is out of reach lets one wait
+    def damaged() -> list[BulkPath] | SynpipeError:
+        try:
+            return damaged_parts(dataset.cut_outs_folder)
+        except SynpipeError as error:
+            return error
+
     found: list[State] = []
     outdated: set[str] = set()
     versions: dict[str, str] = {}
@@ -224,7 +248,8 @@ def states(dataset: Dataset) -> list[State]:
             outdated.add(step.asset)
             continue
         versions[step.asset] = manifest.data_version
-        reasons = [*_own_reasons(step, manifest), *_input_reasons(step, manifest, versions, outdated)]
+        own = _own_reasons(step, manifest) or _lost_tiles(step, damaged)
+        reasons = [*own, *_input_reasons(step, manifest, versions, outdated)]
         if reasons:
             outdated.add(step.asset)
         found.append(State(step.asset, "stale" if reasons else "fresh", tuple(reasons)))
@@ -239,13 +264,6 @@ def _own_reasons(step: Step, manifest: Manifest) -> list[str]:
         return not_whole
     if step.path is not None and not step.path.exists():
         return [f"its file {step.path.name} is not there"]
-    if step.kind in ("synapse_stacks", "rgb_tiles") and step.path:
-        try:
-            lost = pipeline.lost_tiles(step.dataset, step.path)
-        except SynpipeError as error:  # the object store is out of reach
-            return [f"its tiles cannot be looked at: {error}"]
-        if lost:
-            return [f"its tiles {lost.name} were damaged"]
     if step.kind in SOURCES:
         try:
             now = SOURCES[step.kind](step.dataset, manifest.counts)
@@ -254,6 +272,18 @@ def _own_reasons(step: Step, manifest: Manifest) -> list[str]:
         if now not in (None, manifest.data_version):
             return [f"its source changed ({manifest.data_version[:12]} → {now[:12]})"]
     return []
+
+
+def _lost_tiles(step: Step, damaged: Callable[[], list[BulkPath] | SynpipeError]) -> list[str]:
+    if step.kind not in ("synapse_stacks", "rgb_tiles") or step.path is None:
+        return []
+    try:
+        if isinstance(found := damaged(), SynpipeError):
+            raise found
+        lost = pipeline.lost_tiles(step.dataset, step.path, found)
+    except SynpipeError as error:
+        return [f"its tiles cannot be looked at: {error}"]
+    return [f"its tiles {lost.name} were damaged"] if lost else []
 
 
 def _not_whole(manifest: Manifest) -> list[str]:

@@ -12,13 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from synpipe.datasets import Dataset
+from synpipe.embedding_cache import open_part
 from synpipe.graph import states, steps
 from synpipe.manifests import find_manifest, find_version, read_manifest
 from synpipe.shards import DAMAGED, TEMPORARY_PREFIX, read_table
-from synpipe.storage import BulkPath, ObjectPath, listed, move_tree, remove_tree
+from synpipe.storage import BulkPath, listed, move_tree, remove_tree
+from synpipe.tile_parts import damaged_parts, mark_of
 
 
 @dataclass(frozen=True)
@@ -135,11 +136,16 @@ def _tiles(dataset: Dataset) -> list[Leftover]:
     used: set[str] = set()
     for path in (dataset.stacks_path, dataset.tiles_path):
         used.update(read_table(path, ["file"])["file"].unique().to_pylist())
-    return [
+    marks = [
+        _leftover(mark_of(path), "mark of damaged tiles of no synapse")
+        for path in damaged_parts(dataset.cut_outs_folder)
+        if f"tiles/{path.parent.name}/{path.name}" not in used
+    ]
+    return marks + [
         _leftover(path, "tiles of no synapse")
-        for path in _files(dataset.cut_outs_folder, "*/*")
-        # `<part>.h5`, its index `<part>.parquet`, and the mark of a part that is damaged.
-        if f"tiles/{path.parent.name}/{path.name.partition('.')[0]}.h5" not in used
+        # `<part>.h5`, its index `<part>.parquet`, and the mark `<part>.h5.suspect` of a former version, which means nothing now.
+        for path in _files(dataset.cut_outs_folder, "*/*.*")
+        if path.suffix == ".suspect" or f"tiles/{path.parent.name}/{path.stem}.h5" not in used
     ]
 
 
@@ -158,8 +164,7 @@ def _embeddings(dataset: Dataset) -> list[Leftover]:
             found.append(_leftover(path, "vectors of an encoder no longer used"))
             continue
         try:
-            source = pa.BufferReader(path.read_bytes()) if isinstance(path, ObjectPath) else path
-            content = pq.ParquetFile(source, page_checksum_verification=True).read(["content_hash"])["content_hash"]
+            content = open_part(path).read(["content_hash"])["content_hash"]
         except (pa.ArrowException, OSError):
             continue  # damaged: whoever embeds next moves it aside
         if hashes.isdisjoint(content.to_pylist()):

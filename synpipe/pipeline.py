@@ -33,7 +33,7 @@ from synpipe.embedding_cache import EmbeddingCache
 from synpipe.encoders import Encoder, open_on_all_devices
 from synpipe.engines import on_cluster
 from synpipe.errors import SynpipeError
-from synpipe.extraction import damaged_parts, extract_shards
+from synpipe.extraction import extract_shards
 from synpipe.fingerprints import file_sha256, status
 from synpipe.links import find_viewer, image_layer
 from synpipe.manifests import find_manifest, read_manifest
@@ -182,13 +182,13 @@ def make_synapses(dataset: Dataset, inputs: Inputs, log: Log) -> Made:
     return Made(version, counts, summary.notes)
 
 
-def lost_tiles(dataset: Dataset, index: Path) -> BulkPath | None:
-    """A file of tiles that this index of stacks or tiles names and that was found to be damaged, or None."""
-    damaged = damaged_parts(dataset.cut_outs_folder)
+def lost_tiles(dataset: Dataset, index: Path, damaged: Sequence[BulkPath]) -> BulkPath | None:
+    """The first of these damaged parts that an index of stacks or tiles names, or None."""
     if not damaged:
         return None
-    named = set(read_table(index, ["file"])["file"].unique().to_pylist())
-    return next((path for path in damaged if str(path).removeprefix(f"{dataset.bulk_folder}/") in named), None)
+    names = [str(path).removeprefix(f"{dataset.bulk_folder}/") for path in damaged]
+    named = {name for part in read_parts(index, ["file"]) for name in part["file"].unique().to_pylist()}
+    return next((path for path, name in zip(damaged, names, strict=True) if name in named), None)
 
 
 def make_synapse_stacks(dataset: Dataset, inputs: Inputs, log: Log) -> Made:
@@ -309,12 +309,13 @@ def make_embeddings(dataset: Dataset, name: str, inputs: Inputs, log: Log) -> Ma
     asset = f"embeddings_{name}"
     spec, who = dataset.encoders[name], dataset.identity(name)
     assert not isinstance(spec, CompressedSpec)  # `derived_steps` makes those
-    made = find_manifest(dataset, asset)
+    made, wanted = find_manifest(dataset, asset), None
     if made and made.counts["encoder_identity"] == who and made.inputs == inputs:
-        count, missing = _tiles_to_embed(dataset, made.counts["encoder_fingerprint"])
-        if not missing:
+        # Nothing has changed, and nobody may read the vectors after this: what is damaged is to be found here.
+        wanted = tiles_to_embed(dataset, made.counts["encoder_fingerprint"], verify=True)
+        if not wanted.rows:
             # Opening the network takes ten seconds, most of it to import torch, and would change nothing.
-            log(f"0 tiles embedded, {count:,} were there")
+            log(f"0 tiles embedded, {wanted.tiles:,} were there")
             version = version_of("embeddings", inputs, [made.counts["encoder_fingerprint"]])
             kept = {name: value for name, value in made.counts.items() if name not in OF_THE_WORK}
             return Made(version, kept | {"tiles_embedded": 0})
@@ -322,7 +323,9 @@ def make_embeddings(dataset: Dataset, name: str, inputs: Inputs, log: Log) -> Ma
     encoders = open_on_all_devices(spec, dataset.weights_base)
     encoder, devices = encoders[0], ", ".join(str(one.device) for one in encoders)
     log(f"{encoder.spec.model} on {devices}, {encoder.dim} dimensions, fingerprint {encoder.fingerprint[:12]}")
-    counts = embed_tiles(dataset, encoders, log) | {
+    if wanted is None or wanted.cache.fingerprint != encoder.fingerprint:
+        wanted = tiles_to_embed(dataset, encoder.fingerprint)
+    counts = embed_tiles(dataset, encoders, wanted, log) | {
         "device": devices,
         "encoder_identity": who,
         "encoder_fingerprint": encoder.fingerprint,
@@ -340,28 +343,48 @@ def make_embeddings(dataset: Dataset, name: str, inputs: Inputs, log: Log) -> Ma
 OF_THE_WORK = ("tiles_per_second", "bytes_read", "device_waited", "gpu_memory_bytes")
 
 
-def embed_tiles(dataset: Dataset, encoders: Sequence[Encoder], log: Log) -> dict[str, Any]:
+@dataclass(frozen=True)
+class ToEmbed:
+    """What an encoder's cache lacks. tiles: number of all. rows: of the shards that lack some, those of their index, int32 (n,)."""
+
+    cache: EmbeddingCache
+    tiles: int
+    rows: dict[int, np.ndarray]
+
+
+def tiles_to_embed(dataset: Dataset, fingerprint: str, verify: bool = False) -> ToEmbed:
+    """The tiles that are not in the cache of an encoder. verify: see `EmbeddingCache.known`."""
+    cache = EmbeddingCache(dataset.embeddings_folder, fingerprint)
+    count, missing = 0, {}
+    for shard, index in by_shard(read_parts(dataset.tiles_path, ["shard", "content_hash"])):
+        count += len(index)
+        rows = cache.lacking(shard_name(shard), index["content_hash"].to_pylist(), verify)
+        if len(rows):
+            missing[shard] = rows
+    return ToEmbed(cache, count, missing)
+
+
+def embed_tiles(dataset: Dataset, encoders: Sequence[Encoder], wanted: ToEmbed, log: Log) -> dict[str, Any]:
     """Embed the tiles that are not in the encoder's cache, and say how that went, in figures.
 
     encoders: the same one on each device that is to work; on a cluster its workers open their own.
     """
-    started, fingerprint = time.monotonic(), encoders[0].fingerprint
-    rows, missing = _tiles_to_embed(dataset, fingerprint)
+    started, missing = time.monotonic(), wanted.rows
     stacking = read_manifest(dataset, "rgb_tiles").counts["stacking"]
-    progress = Progress(log, sum(missing.values()), "tiles")
-    shards = ((shard, index) for shard, index in by_shard(read_parts(dataset.tiles_path)) if shard in missing)
+    progress = Progress(log, sum(map(len, missing.values())), "tiles")
+    indexes = by_shard(read_parts(dataset.tiles_path))
+    shards = ((shard, index, missing[shard]) for shard, index in indexes if shard in missing)
     if not missing:
         done = embedding.Embedded()
     elif on_cluster():
         base, bulk = dataset.weights_base, dataset.bulk_folder
         done = workers.embed(encoders[0], base, shards, len(missing), bulk, stacking, progress, log)
     else:
-        cache = EmbeddingCache(dataset.embeddings_folder, fingerprint)
-        work = (_work(shard, index, dataset, stacking) for shard, index in shards)
-        done = embedding.embed_missing(encoders, cache, work, progress=progress)
+        work = (_work(shard, index, rows, dataset, stacking) for shard, index, rows in shards)
+        done = embedding.embed_missing(encoders, wanted.cache, work, progress=progress)
     elapsed = time.monotonic() - started
-    log(f"{done.tiles:,} tiles embedded, {rows - done.tiles:,} were there")
-    counts: dict[str, Any] = {"rows": rows, "dimensions": encoders[0].dim, "tiles_embedded": done.tiles}
+    log(f"{done.tiles:,} tiles embedded, {wanted.tiles - done.tiles:,} were there")
+    counts: dict[str, Any] = {"rows": wanted.tiles, "dimensions": encoders[0].dim, "tiles_embedded": done.tiles}
     if done.tiles:
         waited = sum(done.waited_s.values())
         counts |= {"tiles_per_second": round(done.tiles / elapsed, 1), "bytes_read": done.bytes_read}
@@ -371,21 +394,9 @@ def embed_tiles(dataset: Dataset, encoders: Sequence[Encoder], log: Log) -> dict
     return counts
 
 
-def _work(shard: int, index: pa.Table, dataset: Dataset, stacking: str) -> embedding.Shard:
+def _work(shard: int, index: pa.Table, rows: np.ndarray, dataset: Dataset, stacking: str) -> embedding.Shard:
     reader = tiles.TileReader(index, dataset.bulk_folder, stacking)
-    return embedding.Shard(shard_name(shard), index["content_hash"].to_pylist(), reader.read)
-
-
-def _tiles_to_embed(dataset: Dataset, fingerprint: str) -> tuple[int, dict[int, int]]:
-    """Number of tiles, and by shard of those whose vectors are not in the cache of an encoder, where there are any."""
-    cache = EmbeddingCache(dataset.embeddings_folder, fingerprint)
-    count, missing = 0, {}
-    for shard, index in by_shard(read_parts(dataset.tiles_path, ["shard", "content_hash"])):
-        count += len(index)
-        lacking = set(index["content_hash"].to_pylist()) - cache.known(shard_name(shard))
-        if lacking:
-            missing[shard] = len(lacking)
-    return count, missing
+    return embedding.Shard(shard_name(shard), index["content_hash"].to_pylist(), reader.read, rows)
 
 
 def make_embedding_table(dataset: Dataset, name: str, inputs: Inputs, log: Log) -> Made:

@@ -2,6 +2,9 @@
 
 In: the path of a part, local or on an object store. Out: rows of it. A local file is mapped into memory, which is fast from
 several threads, unlike h5py; of an object only the bytes that are wanted are fetched, in few and parallel requests.
+
+A part that is found to be damaged is marked by an empty file in a folder of their own, beside those of the recipes: what
+is to be made anew is known by listing that, and not the hundred thousands of parts. The mark goes when it has been made.
 """
 
 import io
@@ -12,7 +15,10 @@ from typing import Protocol
 import h5py
 import numpy as np
 
-from synpipe.storage import BulkPath, ObjectPath
+from synpipe.shards import atomic_path
+from synpipe.storage import BulkPath, ObjectPath, listed
+
+MARKS = "suspect"  # the folder of the marks: `suspect/<recipe>/<part>` is that of `<recipe>/<part>.h5`
 
 # HDF5 keeps all that it says of a part within its first two kilobytes.
 HEAD_BYTES = 16_384
@@ -23,6 +29,22 @@ GAP_TILES = 2
 REQUESTS_AT_ONCE = 8
 
 _requests = ThreadPoolExecutor(REQUESTS_AT_ONCE, thread_name_prefix="tiles")
+
+
+def mark_of(path: BulkPath) -> BulkPath:
+    """The file that says by being there that tiles of this part are damaged, or were and have not been made again."""
+    return path.parent.parent / MARKS / path.parent.name / path.stem
+
+
+def mark_damaged(path: BulkPath) -> None:
+    """Raises `SynpipeError` where the mark cannot be written."""
+    with atomic_path(mark_of(path)) as temporary:
+        temporary.touch()
+
+
+def damaged_parts(folder: BulkPath) -> list[BulkPath]:
+    """The parts that are marked, below the folders of all recipes; they need not be there any more."""
+    return [folder / mark.parent.name / f"{mark.name}.h5" for mark in listed(folder / MARKS, "*/[!.]*")]
 
 
 class Part(Protocol):

@@ -21,13 +21,12 @@ from pydantic import Field, FiniteFloat, PositiveInt
 from synpipe.errors import SynpipeError
 from synpipe.specs import Spec, digest
 from synpipe.storage import BulkPath
-from synpipe.tile_parts import Part, open_part
+from synpipe.tile_parts import Part, mark_damaged, open_part
 from synpipe.volume_sources import HDF5_ERRORS
 from synpipe.volumes import MissingChunk, Volume
 
 SECTIONS = 3
 TILE_PX = 256  # height and width of a tile, in voxels of the volume
-SUSPECT = ".suspect"  # suffix of an empty file that says of the part beside it that tiles in it are damaged
 STEP_TOLERANCE = 1e-4  # of a section: a step is written with the digits that a person writes
 CUT_OUT_VERSION = 1  # raise it whenever `cut_out` would make other bytes or another row of the same recipe
 
@@ -292,14 +291,9 @@ class TileReader:
                 raise _damaged(path, f"row {row}, differ from their checksum")
 
 
-def suspect_mark(path: BulkPath) -> BulkPath:
-    """File that says by being there that tiles of this part are damaged."""
-    return path.with_suffix(f"{path.suffix}{SUSPECT}")
-
-
 def _damaged(path: BulkPath, problem: str) -> SynpipeError:
     with contextlib.suppress(OSError, SynpipeError):  # a reader's, of a store that it may not write
-        suspect_mark(path).write_bytes(b"")
+        mark_damaged(path)
     return SynpipeError(
         f"Tiles {path}, {problem}: the file is damaged. Materialise again: synapse_stacks cuts its tiles out anew."
     )

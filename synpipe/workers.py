@@ -102,17 +102,17 @@ class Embedding:
 def embed(
     encoder: Encoder,
     weights_base: Path,
-    shards: Iterable[tuple[int, pa.Table]],
+    shards: Iterable[tuple[int, pa.Table, np.ndarray]],
     count: int,
     bulk: BulkPath,
     stacking: str,
     progress: Callable[[int], None],
     log: Log,
 ) -> embedding.Embedded:
-    """Embed the tiles of `shards` that are in no part yet.
+    """Embed tiles that are in no part yet.
 
-    weights_base: where the encoder's relative paths start. shards: `count` of them, each with the index of its tiles; that and
-    stacking: see `TileReader`.
+    weights_base: where the encoder's relative paths start. shards: `count` of them, each with the index of its tiles and those
+    rows of it that are to be embedded; index and stacking: see `TileReader`.
     Raises `SynpipeError` where a shard failed, after all others have been embedded.
     """
     cluster = connect()
@@ -128,7 +128,9 @@ def embed(
         stacking=stacking,
         device="auto" if on_gpus else "cpu",
     )
-    needs = ((shard_name(shard), (shard_name(shard), index.select(NEEDED_COLUMNS))) for shard, index in shards)
+    needs = (
+        (shard_name(shard), (shard_name(shard), index.select(NEEDED_COLUMNS), rows)) for shard, index, rows in shards
+    )
     embedded, failed = embedding.Embedded(), {}
     for name, result in cluster.run(prepare_embedding, plan, needs, count, log, on_gpus):
         if isinstance(result, SynpipeError):
@@ -160,16 +162,12 @@ def prepare_embedding(plan: Embedding) -> Work:
             "versions of torch and timm on both, best as one image."
         )
     encoder = replace(opened, spec=plan.spec)  # parts say what made them, and not where its weights lay for a moment
-    cache = EmbeddingCache(plan.embeddings, plan.fingerprint)
 
-    def work(needs: tuple[str, pa.Table], again: bool) -> embedding.Embedded:
-        nonlocal cache
-        shard, index = needs
-        if again:  # whoever was at it before may have finished some parts
-            cache = EmbeddingCache(plan.embeddings, plan.fingerprint)
-        reader = TileReader(index, plan.bulk, plan.stacking)
-        return embedding.embed_missing(
-            [encoder], cache, [embedding.Shard(shard, index["content_hash"].to_pylist(), reader.read)]
-        )
+    def work(needs: tuple[str, pa.Table, np.ndarray], again: bool) -> embedding.Embedded:
+        shard, index, rows = needs
+        hashes, reader = index["content_hash"].to_pylist(), TileReader(index, plan.bulk, plan.stacking)
+        # Whoever was at it before may have finished some parts.
+        wanted = embedding.Shard(shard, hashes, reader.read, None if again else rows)
+        return embedding.embed_missing([encoder], EmbeddingCache(plan.embeddings, plan.fingerprint), [wanted])
 
     return work

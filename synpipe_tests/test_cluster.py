@@ -210,7 +210,7 @@ def test_commands_work_on_the_object_store(both, monkeypatch: pytest.MonkeyPatch
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
-        assert "its tiles cannot be looked at: Cannot list s3://bucket/bulk/demo/tiles" in synpipe("status")
+        assert "its tiles cannot be looked at: Cannot list s3://bucket/bulk/demo/tiles/suspect:" in synpipe("status")
 
     used = {str(path) for path in BULK.rglob("*.parquet")}
     old = EmbeddingCache(there.embeddings_folder, "0" * 32)

@@ -6,12 +6,14 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 import h5py
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from synpipe import embedding_cache, extraction
 from synpipe.datasets import Dataset, Project
 from synpipe.errors import SynpipeError
 from synpipe.graph import states, steps
@@ -19,16 +21,19 @@ from synpipe.history import rollback, versions
 from synpipe.housekeeping import leftovers, remove
 from synpipe.index import open_current
 from synpipe.pipeline import open_tiles
+from synpipe.tile_parts import mark_damaged
 from synpipe_tests.inputs import Inputs, Store
 
 INPUTS = Inputs({1000 + number: ((number % 6, 40 * number, 500 - 30 * number), "gaba") for number in range(12)})
 
 
-def materialise(dataset: Dataset) -> str:
-    """Every step, as `synpipe materialize` runs them; what they said."""
+def materialise(dataset: Dataset, only_stale: bool = False) -> str:
+    """Every step, as `synpipe materialize` runs them, or with --stale; what they said."""
     said: list[str] = []
+    stale = {state.asset for state in states(dataset) if state.state != "fresh"}
     for step in steps(dataset):
-        step.run(said.append)
+        if step.asset in stale or not only_stale:
+            step.run(said.append)
     return "\n".join(said)
 
 
@@ -60,6 +65,10 @@ def is_whole_again(dataset: Dataset, expected: Store) -> None:
     assert len(open_tiles(dataset).read(np.arange(12))) == 12
 
 
+def reasons_of(dataset: Dataset) -> dict[str, tuple[str, ...]]:
+    return {state.asset: state.reasons for state in states(dataset)}
+
+
 def flip(path: Path, place: int | None = None) -> None:
     content = bytearray(path.read_bytes())
     content[len(content) // 2 if place is None else place] ^= 1
@@ -70,10 +79,10 @@ def cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
-def flip_page(path: Path) -> None:
-    """In the values of the last column of a Parquet file, behind the header of the page."""
-    column = pq.ParquetFile(path).metadata.row_group(0).column(0)
-    flip(path, (column.dictionary_page_offset or column.data_page_offset) + column.total_compressed_size - 4)
+def flip_page(path: Path, column: int = 0) -> None:
+    """In the values of a column of a Parquet file, behind the header of the page."""
+    chunk = pq.ParquetFile(path).metadata.row_group(0).column(column)
+    flip(path, (chunk.dictionary_page_offset or chunk.data_page_offset) + chunk.total_compressed_size - 4)
 
 
 def the(pattern: str) -> Callable[[Dataset], Path]:
@@ -121,10 +130,67 @@ def test_a_flipped_byte_of_a_tile_is_named_when_it_is_read_and_cut_out_again_by_
     shutil.rmtree(dataset.embeddings_folder)  # so that every tile is read
     with pytest.raises(SynpipeError, match=rf"{path.name}, row \d+, differ from their checksum.* Materialise again"):
         materialise(dataset)
-    reasons = {state.asset: state.reasons for state in states(dataset)}
+    reasons = reasons_of(dataset)
     assert reasons["synapse_stacks"] == reasons["rgb_tiles"][:1] == (f"its tiles {path.name} were damaged",)
     materialise(dataset)
     is_whole_again(dataset, whole[1])
+
+
+def test_tiles_that_cannot_be_made_anew_at_once_are_not_forgotten(
+    dataset: Dataset, whole: tuple[Project, Store], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The run that moves them aside fails, or is killed before, or just after they have been cut out again."""
+    path = the("tiles/*/*.h5")(dataset)
+    cut(path)
+
+    def server_is_down(*_: object) -> NoReturn:
+        raise SynpipeError("the server of the volume is down")
+
+    with monkeypatch.context() as patch, pytest.raises(SynpipeError, match="is down"):
+        patch.setattr(extraction, "cut_out_windows", server_is_down)
+        materialise(dataset)
+    assert not path.exists()
+    assert reasons_of(dataset)["synapse_stacks"] == (f"its tiles {path.name} were damaged",)
+    materialise(dataset)
+    assert {state.state for state in states(dataset)} == {"fresh"}
+    mark_damaged(path)
+    assert reasons_of(dataset)["rgb_tiles"][0] == f"its tiles {path.name} were damaged"
+    materialise(dataset)
+    is_whole_again(dataset, whole[1])
+
+
+def test_marks_of_a_former_version_mean_nothing_and_are_cleared_up(
+    dataset: Dataset, whole: tuple[Project, Store]
+) -> None:
+    path = the("tiles/*/*.h5")(dataset)
+    mark = path.with_name(f"{path.name}.suspect")
+    mark.touch()
+    assert [leftover.path for leftover in leftovers(dataset)] == [mark]
+    assert "0 cut-outs made" in materialise(dataset)
+    is_whole_again(dataset, whole[1])
+
+
+def test_vectors_found_damaged_by_who_reads_them_are_made_anew_by_the_next_run(
+    dataset: Dataset, whole: tuple[Project, Store], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where tiles were added it is asked which vectors there are, and that without reading those; nothing is materialised
+    but what is out of date."""
+    monkeypatch.setattr(embedding_cache, "SMALL_BYTES", 0)
+    shutil.copytree(whole[0].data, tmp_path / "data")
+    INPUTS.with_synapses({2000: ((1, 100, 100), "gaba")}).write(tmp_path / "data")
+    project = Project(tmp_path / "data", dataset.folder.parent)
+    path = the("embeddings/*/*.parquet")(dataset)
+    flip_page(path, column=1)
+    damaged = project.dataset("demo")
+    with pytest.raises(SynpipeError, match=r"lacks the vectors of \d+ tiles"):
+        materialise(damaged, only_stale=True)
+    assert not path.exists()
+    assert reasons_of(damaged)["embeddings_tiny"] == ("its check vectors_are_whole has not passed",)
+    materialise(damaged, only_stale=True)
+    assert {state.state for state in states(damaged)} == {"fresh"}
+    found = Store.read(project)
+    assert found.rows["tiny"].keys() == {*INPUTS.synapses, 2000}
+    np.testing.assert_allclose(found.vectors["tiny"][:-1], whole[1].vectors["tiny"], atol=2e-3)
 
 
 def test_a_damaged_version_is_not_gone_back_to(dataset: Dataset, whole: tuple[Project, Store], tmp_path: Path) -> None:

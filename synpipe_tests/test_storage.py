@@ -9,6 +9,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Event, Thread
@@ -18,6 +19,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from synpipe import embedding_cache
 from synpipe.datasets import record_bulk
 from synpipe.embedding_cache import EmbeddingCache
 from synpipe.errors import SynpipeError
@@ -181,7 +183,7 @@ def test_what_the_store_refuses_is_said_within_seconds(server: str, monkeypatch:
     with pytest.raises(SynpipeError, match="Cannot write s3://nowhere/prefix/file"):
         (nowhere / "file").write_bytes(b"something")
     with pytest.raises(SynpipeError, match="Cannot list s3://nowhere/prefix/embeddings/f"):
-        EmbeddingCache(nowhere / "embeddings", "f")
+        EmbeddingCache(nowhere / "embeddings", "f").known("00000")
     ROOT.check()
     (ObjectPath(f"s3://{BUCKET}/empty")).check()
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
@@ -251,7 +253,10 @@ def test_tiles_are_read_by_ranges(server: str) -> None:
         TileReader(index, ROOT, "colour").read(np.arange(40, 47))
 
 
-def test_vectors_on_an_object_store(server: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_vectors_on_an_object_store(
+    server: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A vector that is damaged is found when it is read; hashes, or the end of a file, when it is asked what is there."""
     vectors = RANDOM.normal(size=(5, 8)).astype(np.float32)
     hashes = [f"{number:032x}" for number in range(5)]
     cache = EmbeddingCache(ROOT / "embeddings", "f" * 32)
@@ -260,7 +265,14 @@ def test_vectors_on_an_object_store(server: str, caplog: pytest.LogCaptureFixtur
     for reader in (cache, EmbeddingCache(ROOT / "embeddings", "f" * 32)):
         np.testing.assert_array_equal(reader.read("00003", hashes[::-1]), vectors[::-1])
         assert reader.known("00002") == set()
+    flipped = bytearray(first.read_bytes())
+    flipped[len(flipped) // 2] ^= 1
+    first.write_bytes(flipped)
+    monkeypatch.setattr(embedding_cache, "SMALL_BYTES", 0)  # so that the hashes are read apart
+    lacking = partial(EmbeddingCache(ROOT / "embeddings", "f" * 32).lacking, "00003", ["?", *hashes, "?"])
+    assert lacking(verify=False).tolist() == [0] and not first.with_suffix(".damaged").exists()
     first.write_bytes(first.read_bytes()[:-20])
+    assert lacking(verify=False).tolist() == [0, 1, 2]
     assert EmbeddingCache(ROOT / "embeddings", "f" * 32).known("00003") == set(hashes[2:])
     assert str(first) in caplog.text and first.with_suffix(".damaged").exists() and not first.exists()
 
