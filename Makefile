@@ -32,7 +32,7 @@ check: $(INSTALLED) ## Lint, formatting and types
 	@$(BIN)/ruff format --check
 	@$(BIN)/mypy
 
-bench: $(INSTALLED) ## Measure size, speed and memory, beside other ways (installs CloudVolume, FAISS and hnswlib for it)
+bench: $(INSTALLED) ## Measure size, speed and memory, beside other ways (installs CloudVolume, FAISS and hnswlib for it, which needs a C++ compiler)
 	@$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint requirements.lock --no-build-isolation --editable '.[bench]'
 	@$(BIN)/python -m synpipe_tests.bench $(BENCH)
 
