@@ -33,7 +33,7 @@ check: $(INSTALLED) ## Lint, formatting and types
 	@$(BIN)/mypy
 
 bench: $(INSTALLED) ## Measure size, speed and memory, beside other ways (installs CloudVolume, FAISS and hnswlib for it, which needs a C++ compiler)
-	@$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint requirements.lock --no-build-isolation --editable '.[bench]'
+	@$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint requirements.lock --editable '.[bench]'
 	@$(BIN)/python -m synpipe_tests.bench $(BENCH)
 
 pictures: $(INSTALLED) ## Make the pictures of the README anew from the demo (needs Chromium)
