@@ -32,7 +32,7 @@ from synpipe.vector_column import read_unit_vectors, read_vectors
 CURRENT = "current"
 METADATA_KEY = b"synpipe"
 LISTED_AGAIN = 10  # LanceDB lists the names of the tags and then reads each: one may have been taken off in between
-PUBLISH_CACHE_BYTES = 32 * 2**20  # while an index is built and tried, it is read from the disk and not kept
+PUBLISH_CACHE_BYTES = 8 * 2**20  # while an index is built and tried, it is read from the disk and not kept
 
 
 @dataclass(frozen=True)
