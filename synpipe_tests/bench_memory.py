@@ -40,7 +40,9 @@ from synpipe_tests.conftest import environment
 SHAPE_ZYX, VOXEL_NM_ZYX = (40, 2304, 2304), (40, 4, 4)
 TILES_PER_SHARD = 2048
 SYNAPSES_PER_NEURON = 50
-SAMPLE = 5_000  # of more than 4,096 vectors UMAP finds the nearest as it does of the 200,000 that it is given as shipped
+SAMPLE = (
+    5_000  # of more than 4,096 vectors UMAP finds the nearest as it does of the 200,000 that it is given as shipped
+)
 COMPRESSED = "grey_pca32"
 ALLOCATORS = {"MIMALLOC_PURGE_DELAY": "0", "MALLOC_ARENA_MAX": "1", "MALLOC_TRIM_THRESHOLD_": "131072"}
 # Ten times the tiles. A quarter is left for the few numbers of each that are held, and for the more parts that a file has.
