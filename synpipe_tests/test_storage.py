@@ -19,15 +19,17 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from synpipe import embedding_cache
+from synpipe import embedding_cache, index_recall
 from synpipe.datasets import record_bulk
 from synpipe.embedding_cache import EmbeddingCache
 from synpipe.errors import SynpipeError
+from synpipe.index import open_current, publish, republish
 from synpipe.shards import atomic_path, read_table, write_table
 from synpipe.storage import ObjectPath, lance_options, listed, locate
 from synpipe.tiles import TileReader
 from synpipe_tests.conftest import write_project
 from synpipe_tests.object_store import BUCKET, serve
+from synpipe_tests.tables import clustered, embedding_table
 
 ROOT = ObjectPath(f"s3://{BUCKET}/some/prefix")
 RANDOM = np.random.default_rng(0)
@@ -275,6 +277,22 @@ def test_vectors_on_an_object_store(
     assert lacking(verify=False).tolist() == [0, 1, 2]
     assert EmbeddingCache(ROOT / "embeddings", "f" * 32).known("00003") == set(hashes[2:])
     assert str(first) in caplog.text and first.with_suffix(".damaged").exists() and not first.exists()
+
+
+def test_an_index_of_partitions_is_built_in_segments_there_too(
+    server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(index_recall, "RECALL_QUERIES", 20)  # each asks the server some times
+    vectors = clustered(6000, 16)
+    table, database = embedding_table(tmp_path / "table.parquet", vectors), ROOT / "lancedb"
+    report = publish(table, database, "tiny", "a" * 32, print)
+    assert (report.kind, report.rows) == ("IVF_FLAT", 6000) and report.recall >= 0.99
+    assert len(open_current(database, "tiny").to_lance().get_fragments()) == 2
+    folders = {path.parent.name for path in listed(database / "tiny.lance" / "_indices", "*/*")}
+    assert len(folders) == 8  # of the vectors and seven columns; the segments are gone
+    # A second version beside the first, and the first once more.
+    assert publish(table, database, "tiny", "b" * 32, print).tag != report.tag
+    assert republish(database, "tiny", "a" * 32, report.tag[-12:], print) == report
 
 
 def test_the_store_knows_where_its_bulk_lies(tmp_path: Path, server: str) -> None:
