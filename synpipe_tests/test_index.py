@@ -99,6 +99,7 @@ def rare_and_scattered(rows: int = 6_000, rare: int = 60) -> tuple[np.ndarray, l
 
 def test_the_probes_are_enough_for_the_rarest_class_too(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(index_recall, "FIRST_NPROBES", 1)
+    monkeypatch.setattr(index_recall, "RECALL_QUERIES", 60)  # as many as there are of the rarest class
     vectors, classes = rare_and_scattered()
     path = embedding_table(tmp_path / "t.parquet", vectors, neurotransmitter=classes)
     report = publish_table(path, tmp_path / "db", "a" * 32)
@@ -126,6 +127,7 @@ def test_too_low_a_recall_of_the_rarest_class_leaves_the_former_version_current(
     vectors, classes = rare_and_scattered()
     path = embedding_table(tmp_path / "t.parquet", vectors, neurotransmitter=classes)
     measured = index_recall._recall
+    monkeypatch.setattr(index_recall, "FIRST_NPROBES", 64)  # which are all: no more are tried
     monkeypatch.setattr(
         index_recall, "_recall", lambda table, queries, *of: measured(table, queries, *of) * (len(queries) > 60)
     )
@@ -311,8 +313,9 @@ def test_readers_of_current_see_a_whole_table_whenever_a_build_is_killed(tmp_pat
         """
         import sys
         from pathlib import Path
-        from synpipe import index
+        from synpipe import index, index_recall
 
+        index_recall.RECALL_QUERIES = 20
         for number in range(1, 10**6):
             which = number % 2
             path = Path(sys.argv[1 + which])
