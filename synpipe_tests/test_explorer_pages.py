@@ -97,6 +97,10 @@ def test_a_click_asks_again_and_every_setting_is_in_the_address(browser: Browser
         row = truth.rows[truth.place[second]]
         page.get_by_label("Metric").select_option("l1")
         page.get_by_label("Per class").fill("2")
+        # An answer comes while somebody types.
+        page.evaluate("document.querySelector('.answer').dataset.of = ''; dispatchEvent(new PopStateEvent('popstate'))")
+        shown(page)
+        expect(page.get_by_label("Per class")).to_have_value("2")
         page.get_by_label("Per class").press("Enter")
         page.get_by_label("Exclude own neuron").check()
         page.get_by_label("Region").select_option(row["region"])

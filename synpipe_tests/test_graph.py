@@ -403,7 +403,7 @@ MODULES = {
 }
 
 
-WITH_LANCEDB = {"synpipe.index", "synpipe.search", "synpipe.history"}
+WITH_LANCEDB = {"synpipe.index", "synpipe.index_build", "synpipe.search", "synpipe.history"}
 
 
 def roots(modules: set[str]) -> set[str]:

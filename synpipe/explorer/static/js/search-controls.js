@@ -1,4 +1,5 @@
-// The controls of the search page. They show the state and ask for another one; they keep none themselves.
+// The controls of the search page. They show the state and ask for another one; they keep none themselves, but for a number
+// that is being typed.
 
 import { el, field, select, setOptions } from "./dom.js";
 import { MAX_PER_CLASS, METRICS, TILES } from "./state.js";
@@ -13,13 +14,19 @@ export function searchControls(ask) {
   const compare = select([], "", change("compare"));
   const region = select([], "", change("region"));
   const hemilineage = select([], "", change("hemilineage"));
+  let typing = false;
   const perClass = el("input", {
     type: "number",
     min: 1,
     max: MAX_PER_CLASS,
     step: 1,
     required: true,
-    onchange: ({ target }) => target.reportValidity() && ask.change({ per_class: String(target.valueAsNumber) }),
+    oninput: () => (typing = true),
+    onblur: () => (typing = false),
+    onchange: ({ target }) => {
+      typing = false;
+      if (target.reportValidity()) ask.change({ per_class: String(target.valueAsNumber) });
+    },
   });
   const exclude = el("input", {
     type: "checkbox",
@@ -81,7 +88,7 @@ export function searchControls(ask) {
       compare.disabled = !others.length;
       filter(region, about.regions, state.region);
       filter(hemilineage, about.hemilineages, state.hemilineage);
-      perClass.value = state.per_class;
+      if (!typing) perClass.value = state.per_class;
       exclude.checked = state.exclude_neuron === "1";
       for (const { way, radio } of ways) radio.checked = way === state.tiles;
       if (document.activeElement !== id) id.value = state.id;
