@@ -95,12 +95,11 @@ def _build_ivf(path: BulkPath, partitions: int, log: Callable[[str], None]) -> N
             )
         )
         log(f"{number:,} of {len(fragments):,} parts of the vectors indexed")
-    merged = []
+    merged = set()  # one that is left over from its round is merged in the next
     while len(segments) > 1:
-        merged += segments
+        merged |= {segment.uuid for segment in segments}
         groups = [segments[first : first + MERGED_AT_ONCE] for first in range(0, len(segments), MERGED_AT_ONCE)]
         segments = [dataset.merge_existing_index_segments(group) if len(group) > 1 else group[0] for group in groups]
     dataset.commit_existing_index_segments(VECTOR_INDEX, "vector", segments)
-    for segment in merged:
-        if segment.uuid != segments[0].uuid:
-            remove_tree(path / "_indices" / segment.uuid)
+    for uuid in merged:
+        remove_tree(path / "_indices" / uuid)

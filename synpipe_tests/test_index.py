@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from synpipe import index, index_recall
+from synpipe import index, index_build, index_recall
 from synpipe.errors import SynpipeError
 from synpipe.index import IndexReport, open_current, publish, published, republish, tag_for
 from synpipe.index_build import partitions_for
@@ -88,6 +88,17 @@ def test_partitioned_tables_find_the_true_neighbours(partitioned: tuple[Path, np
         expected = np.argpartition(-(exact @ exact[row]), 10)[:10].tolist()
         hits.append(len(set(expected) & set(ids_near(folder, exact[row], report.nprobes))) / 10)
     assert np.mean(hits[100:]) >= 0.99
+
+
+def test_segments_are_merged_in_groups_and_none_is_left(tmp_path: Path, monkeypatch) -> None:
+    for name, value in (("FLAT_ROWS", 8), ("SAMPLE_RATE", 2), ("MERGED_AT_ONCE", 2)):
+        monkeypatch.setattr(index_build, name, value)
+    report = publish_table(embedding_table(tmp_path / "t.parquet", clustered(24, 16)), tmp_path / "db", "a" * 32)
+    assert (
+        len(open_current(tmp_path / "db", "tiny").to_lance().get_fragments()) == 3
+    )  # a pair, and one that waits for it
+    assert (report.partitions, report.recall) == (4, 1.0)
+    assert len(list((tmp_path / "db" / "tiny.lance" / "_indices").iterdir())) == 8
 
 
 def rare_and_scattered(rows: int = 6_000, rare: int = 60) -> tuple[np.ndarray, list[str]]:
