@@ -24,8 +24,8 @@ test: $(INSTALLED) check ## Run every check and every test
 
 torture: $(INSTALLED) ## Kill it at every file operation, fill the disk, damage files, race (half an hour)
 	@SYNPIPE_TEST_KILLS=1400 SYNPIPE_TEST_SEQUENCES=20 SYNPIPE_TEST_VERSIONS=300 $(BIN)/python -m pytest \
-		synpipe_tests/test_interrupted.py synpipe_tests/test_damage.py synpipe_tests/test_locks.py synpipe_tests/test_stateful.py \
-		synpipe_tests/test_history.py::test_readers_that_never_stop_while_tables_are_rebuilt_optimised_and_cleaned
+		synpipe_tests/end_to_end/test_interrupted.py synpipe_tests/end_to_end/test_damage.py synpipe_tests/defs/test_locks.py synpipe_tests/end_to_end/test_stateful.py \
+		synpipe_tests/reports/test_versions.py::test_readers_that_never_stop_while_tables_are_rebuilt_optimised_and_cleaned
 
 check: $(INSTALLED) ## Lint, formatting and types
 	@$(BIN)/ruff check
@@ -37,7 +37,7 @@ bench: $(INSTALLED) ## Measure size, speed and memory, beside other ways (instal
 	@$(BIN)/python -m synpipe_tests.bench $(BENCH)
 
 pictures: $(INSTALLED) ## Make the pictures of the README anew from the demo (needs Chromium)
-	@$(BIN)/python -m synpipe_tests.screenshots
+	@$(BIN)/python -m synpipe_tests.support.screenshots
 
 format: $(INSTALLED) ## Put the code into its standard form
 	@$(BIN)/ruff check --fix

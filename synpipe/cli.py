@@ -19,7 +19,7 @@ from synpipe.errors import SynpipeError
 # The rest is imported by the commands that need it, so that help appears at once.
 if TYPE_CHECKING:
     from synpipe.datasets import Project
-    from synpipe.storage import BulkPath
+    from synpipe.store.objects import BulkPath
 
 
 class _Commands(click.Group):
@@ -92,7 +92,7 @@ def materialize(project: "Project", dataset: str, select: tuple[str, ...], stale
     if stale and select:
         raise SynpipeError("Use either --stale or --select: --stale chooses the assets itself.")
     if stale:
-        from synpipe.graph import states
+        from synpipe.assets.graph import states
 
         select = tuple(state.asset for state in states(project.dataset(dataset)) if state.state != "fresh")
         if not select:
@@ -138,13 +138,13 @@ def search(project: "Project", synapse_id: int, dataset: str, encoder: str | Non
       synpipe search 4005871 --metric l2 --per-class 8 --picture similar.png
       synpipe search 4005871 --where region=AL --json
     """
-    from synpipe.search import SynapseIndex, parse_where
+    from synpipe.index.search import SynapseIndex, parse_where
 
     chosen = project.dataset(dataset)
     index = SynapseIndex(chosen, chosen.encoder(encoder))
     answer = index.search(synapse_id, options["metric"], options["per_class"], parse_where(options["where"]))
     if options["picture"]:
-        from synpipe.pictures import neighbours_picture
+        from synpipe.reports.pictures import neighbours_picture
 
         _save(options["picture"], neighbours_picture(chosen, {synapse_id: answer}, tile_px=128))
     if options["as_json"]:
@@ -185,7 +185,7 @@ def link(project: "Project", synapse_id: int, dataset: str) -> None:
     Example:
       synpipe link 4005871 -d fafb_v14
     """
-    from synpipe.links import link_to
+    from synpipe.reports.links import link_to
 
     click.echo(link_to(project.dataset(dataset), synapse_id))
 
@@ -202,8 +202,8 @@ def status(project: "Project", dataset: str, as_json: bool) -> None:
       synpipe status
       synpipe status -d mydata --json
     """
-    from synpipe.graph import states
-    from synpipe.manifests import find_manifest
+    from synpipe.assets.graph import states
+    from synpipe.assets.manifest import find_manifest
 
     chosen = project.dataset(dataset)
     found = {state.asset: (state, find_manifest(chosen, state.asset)) for state in states(chosen)}
@@ -246,7 +246,7 @@ def check(project: "Project", which: str, picture: Path | None) -> None:
       synpipe dataset check data/datasets/mydata.yaml
       synpipe dataset check mydata --picture tiles.png
     """
-    from synpipe import dataset_check
+    from synpipe.reports import dataset_check
 
     is_file = which.endswith((".yaml", ".yml")) or os.sep in which
     chosen = project.dataset_at(Path(which)) if is_file else project.dataset(which)
@@ -284,10 +284,10 @@ def finetune(project: "Project", dataset: str, encoder: str | None, name: str, e
       synpipe finetune -d mydata -e resnet18 -n resnet18_mydata --register
       tensorboard --logdir data/store/mydata/training
     """
-    from synpipe.classifier import FinetuneSpec
-    from synpipe.classifier_steps import finetuned_encoder
+    from synpipe.analysis.classifier import FinetuneSpec
+    from synpipe.assets.classifier_steps import finetuned_encoder
     from synpipe.defs.run import materialize as run
-    from synpipe.registration import as_yaml, check_new_name, register
+    from synpipe.training.registration import as_yaml, check_new_name, register
 
     chosen, registry = project.dataset(dataset), project.data / "encoders.yaml"
     base = chosen.encoder(encoder)
@@ -325,8 +325,8 @@ def confusion(
       synpipe confusion
       synpipe confusion -d mydata -e resnet18 --neurons --picture confusion.png
     """
-    from synpipe.classifier_report import aligned, confusion_picture, confusion_rows, recall_rows
-    from synpipe.manifests import read_manifest
+    from synpipe.analysis.classifier_report import aligned, confusion_picture, confusion_rows, recall_rows
+    from synpipe.assets.manifest import read_manifest
 
     chosen = project.dataset(dataset)
     name = chosen.encoder(encoder)
@@ -357,8 +357,8 @@ def versions(project: "Project", dataset: str, encoder: str | None, as_json: boo
 
     Readers see the one marked `current`; `synpipe rollback TAG` goes back to another.
     """
-    from synpipe.history import index_name
-    from synpipe.history import versions as list_versions
+    from synpipe.reports.versions import index_name
+    from synpipe.reports.versions import versions as list_versions
 
     chosen = project.dataset(dataset)
     found = list_versions(chosen, index_name(chosen, encoder))
@@ -381,11 +381,11 @@ def profile(project: "Project", dataset: str, encoder: str | None, tiles: int | 
 
     Beside the rate stands that of the network alone, on a batch that lies ready: what the device could do.
     """
-    from synpipe.compression import CompressedSpec
-    from synpipe.encoders import open_on_all_devices
-    from synpipe.pipeline import open_tiles
-    from synpipe.profiling import profile as measure
-    from synpipe.profiling import report
+    from synpipe.assets.pipeline import open_tiles
+    from synpipe.embeddings.compression import CompressedSpec
+    from synpipe.embeddings.encoders import open_on_all_devices
+    from synpipe.embeddings.profiling import profile as measure
+    from synpipe.embeddings.profiling import report
 
     found = project.dataset(dataset)
     name = found.encoder(encoder)
@@ -421,7 +421,7 @@ def diff(project: "Project", a: str, b: str, dataset: str, encoder: str | None, 
     Example:
       synpipe diff 7 14
     """
-    from synpipe.history import diff as compare
+    from synpipe.reports.versions import diff as compare
 
     chosen = project.dataset(dataset)
     found = compare(chosen, chosen.encoder(encoder), a, b)
@@ -455,8 +455,8 @@ def compare(project: "Project", a: str | None, b: str | None, dataset: str, as_j
       synpipe compare
       synpipe compare em_d4 filter_bank -d vnc_stack1
     """
-    from synpipe import compare as comparing
-    from synpipe.evaluation import FIGURES, Estimate
+    from synpipe.analysis import compare as comparing
+    from synpipe.analysis.evaluation import FIGURES, Estimate
 
     chosen = project.dataset(dataset)
     if a is None:
@@ -526,7 +526,7 @@ def rollback(project: "Project", version: str, dataset: str, encoder: str | None
 
     Nothing is removed: the same command goes forward again. Materialising the index publishes the newest version anew.
     """
-    from synpipe.history import rollback as go_back
+    from synpipe.reports.versions import rollback as go_back
 
     chosen = project.dataset(dataset)
     now = go_back(chosen, chosen.encoder(encoder), version)
@@ -544,8 +544,8 @@ def forget(project: "Project", tags: tuple[str, ...], dataset: str, encoder: str
     Not of the version that readers see, unless the data set no longer has that encoder.
     """
     from synpipe.defs.locks import one_step_at_a_time
-    from synpipe.history import forget as let_go
-    from synpipe.history import index_name
+    from synpipe.reports.versions import forget as let_go
+    from synpipe.reports.versions import index_name
 
     chosen = project.dataset(dataset)
     name = index_name(chosen, encoder)
@@ -565,7 +565,7 @@ def provenance(project: "Project", synapse_id: int, dataset: str, encoder: str |
     """Where the row of synapse ID comes from: tile, volume, annotation file, weights, code, Dagster runs."""
     import yaml
 
-    from synpipe.history import provenance as trace
+    from synpipe.reports.versions import provenance as trace
 
     chosen = project.dataset(dataset)
     found = trace(chosen, chosen.encoder(encoder), synapse_id)
@@ -588,10 +588,10 @@ def gc(project: "Project", dataset: str, delete: bool, as_json: bool) -> None:
     """
     from contextlib import nullcontext
 
+    from synpipe.assets.graph import states
     from synpipe.defs.locks import one_step_at_a_time
-    from synpipe.graph import states
-    from synpipe.history import former_encoders
-    from synpipe.housekeeping import leftovers, remove
+    from synpipe.reports.housekeeping import leftovers, remove
+    from synpipe.reports.versions import former_encoders
 
     chosen = project.dataset(dataset)
     # A run at work would take up what it has just made and nothing refers to yet.
@@ -631,7 +631,7 @@ def export_annotations(project: "Project", folder: Path, dataset: str, url: str 
     Example:
       synpipe export-annotations synapses -d fafb_v14 --url http://127.0.0.1:9000
     """
-    from synpipe.annotation_layer import export
+    from synpipe.reports.annotation_layer import export
 
     rows, link = export(project.dataset(dataset), folder, url)
     click.echo(f"{rows:,} synapses in {_short(folder)}.")
@@ -710,8 +710,8 @@ def pretrain(
     """
     from contextlib import ExitStack
 
-    from synpipe.pretraining_blocks import open_source
-    from synpipe.pretraining_recipe import read_recipe
+    from synpipe.training.blocks import open_source
+    from synpipe.training.recipe import read_recipe
 
     if out.suffix != ".safetensors":
         raise SynpipeError(f"--out {out} must end with .safetensors.")
@@ -724,8 +724,8 @@ def pretrain(
         sources = [open_source(source, project, base, tell) for source in spec.sources]
         for source in sources:
             stack.callback(source.volume.close)
-        from synpipe.pretraining import Progress, registry_entry  # torch takes seconds to import
-        from synpipe.pretraining import pretrain as learn
+        from synpipe.training.pretraining import Progress, registry_entry  # torch takes seconds to import
+        from synpipe.training.pretraining import pretrain as learn
 
         def show(at: Progress) -> None:
             if at.step % 20 == 0 or at.step in (1, at.steps):
@@ -753,9 +753,9 @@ def demo(project: "Project") -> None:
       synpipe demo
       synpipe --store /data/synpipe demo
     """
+    from synpipe.assets.manifest import read_manifest
     from synpipe.defs.run import materialize as run
-    from synpipe.manifests import read_manifest
-    from synpipe.pictures import example_queries, nearest_neighbours
+    from synpipe.reports.pictures import example_queries, nearest_neighbours
 
     dataset, again = project.dataset("demo"), _command(project)
     run(project, "demo")
@@ -826,7 +826,7 @@ def explore(project: "Project", host: str, port: int) -> None:
 
 
 def _save(path: Path, image: Any) -> None:
-    from synpipe.shards import atomic_path
+    from synpipe.store.files import atomic_path
 
     with atomic_path(path) as temporary:
         image.save(temporary, "PNG")

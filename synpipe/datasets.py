@@ -15,21 +15,21 @@ from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator
 
-from synpipe.annotations import AnnotationSpec
-from synpipe.classifier import ClassifierSpec, LinearSpec
-from synpipe.compression import CompressedSpec, branch_name, chosen_encoders
-from synpipe.descriptors import DescriptorSpec
-from synpipe.encoders import EncoderSpec, identity, load_registry
+from synpipe.analysis.classifier import ClassifierSpec, LinearSpec
+from synpipe.analysis.evaluation import EvaluationSpec
+from synpipe.analysis.projection import ProjectionSpec
+from synpipe.analysis.splits import SplitSpec
+from synpipe.annotations.convert import AnnotationSpec
+from synpipe.embeddings.compression import CompressedSpec, branch_name, chosen_encoders
+from synpipe.embeddings.descriptors import DescriptorSpec
+from synpipe.embeddings.encoders import EncoderSpec, identity, load_registry
 from synpipe.errors import SynpipeError
-from synpipe.evaluation import EvaluationSpec
-from synpipe.projection import ProjectionSpec
-from synpipe.shards import read_json, write_json
 from synpipe.specs import Spec, digest, read_yaml
-from synpipe.splits import SplitSpec
-from synpipe.storage import BulkPath, ObjectPath, locate
-from synpipe.synthetic import SyntheticSpec
-from synpipe.tiles import TileSpec
-from synpipe.volumes import VolumeSpec
+from synpipe.store.files import read_json, write_json
+from synpipe.store.objects import BulkPath, ObjectPath, locate
+from synpipe.synthetic.demo import SyntheticSpec
+from synpipe.tiles.tile import TileSpec
+from synpipe.volumes.volume import VolumeSpec
 
 # The six transmitters of Eckstein et al. (Cell 2024), in their order.
 NEUROTRANSMITTERS = ("acetylcholine", "gaba", "glutamate", "dopamine", "serotonin", "octopamine")

@@ -13,7 +13,7 @@ import yaml
 from synpipe.datasets import Dataset, Project
 
 if TYPE_CHECKING:
-    from synpipe_tests.changes import Own
+    from synpipe_tests.support.changes import Own
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -41,7 +41,7 @@ SMALL_ENCODERS = {
 # Files that take longest, in that order: begun last, one of them would keep one process waiting for the other.
 SLOWEST = (
     "interrupted",
-    "versions",
+    "changes",
     "schedule",
     "pretraining",
     "bad_input",
@@ -104,7 +104,9 @@ def explored(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
 @pytest.fixture(scope="session")
 def template(tmp_path_factory: pytest.TempPathFactory) -> "Own":
     """Files that can be edited, with everything materialised. Shared: copy it, do not change it."""
-    from synpipe_tests import changes  # Dagster and LanceDB, four seconds that most files of tests can do without
+    from synpipe_tests.support import (
+        changes,  # Dagster and LanceDB, four seconds that most files of tests can do without
+    )
 
     return changes.make(tmp_path_factory.mktemp("template"))
 
@@ -112,7 +114,7 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> "Own":
 @pytest.fixture
 def own(template: "Own", tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> "Own":
     """A copy of that, for a test to change."""
-    from synpipe_tests import changes
+    from synpipe_tests.support import changes
 
     return changes.copy(template, tmp_path / "own", monkeypatch)
 

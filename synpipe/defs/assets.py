@@ -1,15 +1,15 @@
-"""The asset graph in Dagster: each step of `synpipe.graph` is an asset that runs it, shows what it made, and checks it."""
+"""The asset graph in Dagster: each step of `synpipe.assets.graph` is an asset that runs it, shows what it made, and checks it."""
 
 from collections.abc import Callable
 
 import dagster as dg
 
-from synpipe import checks
+from synpipe.assets import checks
+from synpipe.assets.graph import Step, steps
 from synpipe.datasets import Dataset
 from synpipe.defs.locks import one_step_at_a_time, register_run
 from synpipe.defs.show import KINDS, SHOW, describe
 from synpipe.errors import SynpipeError
-from synpipe.graph import Step, steps
 
 Check = Callable[..., checks.Finding]
 

@@ -14,12 +14,12 @@ from pathlib import Path
 import dagster as dg
 import sqlalchemy.exc
 
-from synpipe.compression import branch_name
 from synpipe.datasets import Project
 from synpipe.defs.definitions import build_definitions
 from synpipe.defs.locks import fail_dead_runs, open_history, register_run
+from synpipe.embeddings.compression import branch_name
 from synpipe.errors import SynpipeError
-from synpipe.shards import write_text
+from synpipe.store.files import write_text
 
 # The environment variable alone does not switch all of the telemetry off: the page would still fetch a script.
 INSTANCE_YAML = """\

@@ -12,12 +12,12 @@ from collections.abc import Collection, Mapping, Sequence
 
 import dagster as dg
 
+from synpipe.assets.graph import states, steps
+from synpipe.assets.pipeline import status_of
 from synpipe.datasets import Dataset, Project
 from synpipe.defs.assets import asset_key
 from synpipe.defs.locks import DIED, fail_dead_runs
 from synpipe.errors import SynpipeError
-from synpipe.graph import states, steps
-from synpipe.pipeline import status_of
 from synpipe.specs import digest
 
 NIGHTLY = "0 3 * * *"  # UTC; SYNPIPE_SCHEDULE replaces it

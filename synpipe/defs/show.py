@@ -12,17 +12,17 @@ import dagster as dg
 import pyarrow.parquet as pq
 from PIL import Image
 
-from synpipe import compare
-from synpipe.classifier_report import confusion_picture, confusion_rows, markdown, recall_rows
+from synpipe.analysis import compare
+from synpipe.analysis.classifier_report import confusion_picture, confusion_rows, markdown, recall_rows
+from synpipe.analysis.evaluation import Estimate
+from synpipe.analysis.splits import SCHEMES
+from synpipe.assets.graph import Step
+from synpipe.assets.manifest import Manifest
 from synpipe.datasets import Dataset
 from synpipe.errors import SynpipeError
-from synpipe.evaluation import Estimate
-from synpipe.graph import Step
-from synpipe.manifests import Manifest
-from synpipe.pictures import data_uri, nearest_neighbours, section_picture, tiles_by_class, vector_map
-from synpipe.shards import read_json
-from synpipe.splits import SCHEMES
-from synpipe.volumes import Volume
+from synpipe.reports.pictures import data_uri, nearest_neighbours, section_picture, tiles_by_class, vector_map
+from synpipe.store.files import read_json
+from synpipe.volumes.volume import Volume
 
 SAMPLE_ROWS = 10
 

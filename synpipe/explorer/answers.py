@@ -19,17 +19,17 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from synpipe.assets.derived_steps import open_branch
+from synpipe.assets.manifest import find_manifest
+from synpipe.assets.pipeline import open_tiles
 from synpipe.datasets import Dataset, Project
-from synpipe.derived_steps import open_branch
-from synpipe.encoders import Encoder
+from synpipe.embeddings.encoders import Encoder
 from synpipe.errors import NotFound, SynpipeError
-from synpipe.index import open_current
-from synpipe.links import find_viewer
-from synpipe.manifests import find_manifest
-from synpipe.pipeline import open_tiles
-from synpipe.search import UNLABELLED, Neighbour, Synapse, SynapseIndex
-from synpipe.shards import read_table
-from synpipe.tiles import TileReader
+from synpipe.index.publish import open_current
+from synpipe.index.search import UNLABELLED, Neighbour, Synapse, SynapseIndex
+from synpipe.reports.links import find_viewer
+from synpipe.store.files import read_table
+from synpipe.tiles.tile import TileReader
 
 FRESH_S = 1.0  # so often a request looks for a newer version
 MOST_PER_CLASS = 100

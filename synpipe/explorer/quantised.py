@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from synpipe.search import METRICS, UNLABELLED
+from synpipe.index.search import METRICS, UNLABELLED
 
 LEVELS = 127
 BLOCK_ROWS = 8192

@@ -25,20 +25,20 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from synpipe import __version__
+from synpipe.assets.pipeline import Log
 from synpipe.datasets import Dataset
+from synpipe.embeddings.vectors import read_vectors
 from synpipe.errors import SynpipeError
 from synpipe.explorer.answers import MAP_CATEGORIES, MAP_NUMBERS
 from synpipe.explorer.app import HEADERS, STATIC
 from synpipe.explorer.column_files import Files, as_column, metadata_columns, narrow
 from synpipe.explorer.quantised import measure_recall, quantise
 from synpipe.explorer.tile_packs import write_tiles
-from synpipe.index import open_current, read_provenance
-from synpipe.links import find_viewer
-from synpipe.pipeline import Log
-from synpipe.search import METRICS, UNLABELLED
-from synpipe.shards import atomic_folder
+from synpipe.index.publish import open_current, read_provenance
+from synpipe.index.search import METRICS, UNLABELLED
+from synpipe.reports.links import find_viewer
 from synpipe.specs import digest
-from synpipe.vector_column import read_vectors
+from synpipe.store.files import atomic_folder
 
 FORMAT = 1
 # What a page says of itself has no frame-ancestors.

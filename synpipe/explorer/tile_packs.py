@@ -5,7 +5,7 @@ file of columns that says where each begins.
 
 JPEG without subsampling of colours, which here are sections: 40 kB a tile of ssTEM, where PNG takes 157. WebP halves the
 resolution of two of the sections; AVIF of the same fidelity saves a quarter and takes thirty times as long
-(`python -m synpipe_tests.bench_site`).
+(`python -m synpipe_tests.bench.site`).
 """
 
 import io
@@ -19,13 +19,13 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image
 
+from synpipe.assets.pipeline import Log, Progress, open_tiles
 from synpipe.datasets import Dataset
 from synpipe.errors import SynpipeError
 from synpipe.explorer.column_files import Files, as_column
-from synpipe.pipeline import Log, Progress, open_tiles
-from synpipe.shards import read_table
 from synpipe.specs import digest
-from synpipe.tiles import TileReader
+from synpipe.store.files import read_table
+from synpipe.tiles.tile import TileReader
 
 TILE_QUALITY = 80
 PACK_BYTES = 4 << 20  # what a host that knows no Range requests sends for a tile

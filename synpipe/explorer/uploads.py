@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from synpipe.errors import SynpipeError
-from synpipe.tiles import SECTIONS, TILE_PX
+from synpipe.tiles.tile import SECTIONS, TILE_PX
 
 MOST_BYTES = 4 * 2**20
 MOST_PIXELS = 2048 * 2048

@@ -1,0 +1,252 @@
+"""An embedding table becomes a LanceDB table with indexes: built aside, verified, then published.
+
+In: the Parquet file of `embedding_table_<encoder>`. Out: a version of the LanceDB table of that name. Guarantee: the tag
+`current` moves only after rows, indexes and recall have been verified, so that readers who check out the tag never see a
+table without its index, also when a build is killed. One writer at a time. Only this module, `index_build`, `search` and
+`history` talk to LanceDB.
+"""
+
+import contextlib
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import lancedb
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from synpipe.embeddings.vectors import read_unit_vectors, read_vectors
+from synpipe.errors import SynpipeError
+from synpipe.index import files as index_files
+from synpipe.index.build import build_indexes, partitions_for, write_rows
+from synpipe.index.recall import MIN_RECALL, RECALL_K, tune
+from synpipe.store.files import set_aside
+from synpipe.store.objects import BulkPath, lance_options
+from synpipe.store.streams import BATCH_ROWS
+
+CURRENT = "current"
+METADATA_KEY = b"synpipe"
+LISTED_AGAIN = 10  # LanceDB lists the names of the tags and then reads each: one may have been taken off in between
+PUBLISH_CACHE_BYTES = 8 * 2**20  # while an index is built and tried, it is read from the disk and not kept
+
+
+@dataclass(frozen=True)
+class IndexReport:
+    """What was published. kind: "flat" or "IVF_FLAT". recall: recall@10 against an exact search, mean over queries.
+
+    rarest_class, rarest_class_recall: the same of queries of the class that has the fewest rows; None where no class is
+    known, or where the version was published before synpipe measured it.
+    """
+
+    version: int
+    tag: str
+    rows: int
+    kind: str
+    partitions: int
+    nprobes: int
+    recall: float
+    rarest_class: str | None = None
+    rarest_class_recall: float | None = None
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What the published table costs. bytes: of its rows, without the indexes. query_ms: of the ten nearest, median."""
+
+    bytes: int
+    query_ms: float
+
+
+def tag_for(data_version: str, fingerprint: str) -> str:
+    """Tag of a version: names the data version and the encoder's fingerprint, 12 hex digits of each."""
+    return f"data-{data_version[:12]}-encoder-{fingerprint[:12]}"
+
+
+def publish(
+    table_path: Path, folder: BulkPath, name: str, data_version: str, log: Callable[[str], None]
+) -> IndexReport:
+    """Build table `name` of the LanceDB database `folder` from a Parquet file, verify it, and move the tag `current`.
+
+    data_version: version of the index, kept with the provenance of the Parquet file in the schema's metadata.
+
+    Raises `SynpipeError`, and leaves `current` where it was, when the file is damaged, the disk is full, or rows, indexes
+    or recall are not as they should be.
+    """
+    try:
+        _set_aside_unreadable(folder, name, log)
+        return _publish(table_path, folder, name, data_version, log)
+    except (OSError, RuntimeError, pa.ArrowException) as error:  # what pyarrow and LanceDB raise of files and disks
+        reason = " ".join(str(error).partition("Detail: Python exception")[0].split()).rstrip(".")
+        raise SynpipeError(
+            f"The index {folder}/{name} cannot be built from {table_path}: {reason}. If that file is damaged, materialise "
+            "again, which makes it anew; else check the space and the permissions of the store."
+        ) from error
+
+
+def _publish(
+    table_path: Path, folder: BulkPath, name: str, data_version: str, log: Callable[[str], None]
+) -> IndexReport:
+    source = pq.ParquetFile(table_path, memory_map=True, page_checksum_verification=True)
+    # Nothing to embed is stopped long before; LanceDB itself would accept an empty table and fail at the index.
+    if source.metadata.num_rows == 0:
+        raise SynpipeError(f"{table_path} has no rows: there is nothing to index. Look at the rejects.")
+    provenance = read_provenance(source.schema_arrow)
+    provenance |= {"table_data_version": provenance["data_version"], "data_version": data_version}
+    schema = pa.schema([*source.schema_arrow], metadata={METADATA_KEY: json.dumps(provenance)})
+    batches = (_unit(batch).cast(schema) for batch in source.iter_batches(BATCH_ROWS))
+    path, rows = folder / f"{name}.lance", source.metadata.num_rows
+    before = index_files.written(path)
+    write_rows(path, schema, batches, rows)
+    log(f"{rows:,} rows written, building indexes")
+    table = connect(folder, session=lancedb.Session(index_cache_size_bytes=PUBLISH_CACHE_BYTES)).open_table(name)
+    if table.count_rows() != rows:
+        raise SynpipeError(f"{folder}/{name} has {table.count_rows()} rows, {table_path} {rows}.")
+    build_indexes(table, path, log)
+    nprobes, recalls = tune(table, table_path, partitions_for(rows))
+    for queries, recall in recalls.items():
+        if recall < MIN_RECALL:
+            raise SynpipeError(
+                f"The index {folder}/{name} finds {recall:.1%} of the true neighbours{f' of {queries}' if queries else ''}, less "
+                f"than {MIN_RECALL:.0%}; the former version stays current. Are many vectors alike? Look at the check of the "
+                "embeddings."
+            )
+    digests = index_files.digests(path, index_files.written(path) - before)
+    told = {"synpipe.nprobes": str(nprobes), index_files.KEY.decode(): digests}
+    for queries, recall in recalls.items():
+        told["synpipe.rarest_class_recall_at_10" if queries else "synpipe.recall_at_10"] = f"{recall:.4f}"
+        told |= {"synpipe.rarest_class": queries} if queries else {}
+    table.update_field_metadata({"path": "vector", "metadata": told})
+    tag = tag_for(data_version, provenance["encoder_fingerprint"])
+    for label in (tag, CURRENT):
+        _move_tag(table, label)
+    return published(folder, name)
+
+
+def connect(folder: BulkPath, **options: Any) -> lancedb.DBConnection:
+    """The LanceDB database in a folder, local or on an object store."""
+    return lancedb.connect(str(folder), storage_options=lance_options(folder), **options)
+
+
+def open_current(folder: BulkPath, name: str) -> Any:
+    """The published version of a LanceDB table, read-only. Raises `SynpipeError` where there is none."""
+    if not (folder / f"{name}.lance").is_dir():
+        raise SynpipeError(f"There is no index {name} in {folder}: materialise index_{name} first.")
+    try:
+        table = connect(folder, read_consistency_interval=timedelta(0)).open_table(name)
+        table.checkout(CURRENT)
+    except ValueError:  # LanceDB finds no table in the folder, or no such tag: its first build was killed
+        raise SynpipeError(
+            f"The index {name} in {folder} was never published: materialise index_{name} again."
+        ) from None
+    except RuntimeError as error:
+        raise SynpipeError(
+            f"The index {name} in {folder} cannot be read ({' '.join(str(error).split())}): materialise index_{name} again, "
+            "which builds it anew."
+        ) from error
+    return table
+
+
+def list_tags(table: Any) -> dict[str, int]:
+    """Number of the version that each tag names, `current` among them."""
+    for _ in range(LISTED_AGAIN):
+        with contextlib.suppress(RuntimeError):
+            return {tag: content["version"] for tag, content in table.tags.list().items()}
+        time.sleep(0.01)
+    return {tag: content["version"] for tag, content in table.tags.list().items()}
+
+
+async def open_version(folder: BulkPath, name: str, version: int) -> lancedb.AsyncTable:
+    """A version of a LanceDB table, to be asked asynchronously."""
+    database = await lancedb.connect_async(str(folder), storage_options=lance_options(folder))
+    table = await database.open_table(name)
+    await table.checkout(version)
+    return table
+
+
+def republish(
+    folder: BulkPath, name: str, data_version: str, fingerprint: str, log: Callable[[str], None]
+) -> IndexReport | None:
+    """Let `current` name the version that was published of this data before; None where there is none, or a damaged one."""
+    tag = tag_for(data_version, fingerprint)
+    try:
+        table = open_current(folder, name)
+    except SynpipeError:
+        return None
+    number = list_tags(table).get(tag)
+    if number is None:
+        return None
+    table.checkout(number)
+    if wrong := index_files.damaged(folder / f"{name}.lance", table.schema):
+        log(f"the index {folder}/{name} is damaged ({', '.join(wrong)}): it is built anew")
+        return None
+    table.tags.update(CURRENT, number)
+    return published(folder, name)
+
+
+def published(folder: BulkPath, name: str) -> IndexReport:
+    """What `current` names. Raises `SynpipeError` where nothing has been published."""
+    table = open_current(folder, name)
+    provenance = read_provenance(table.schema)
+    settings = {key.decode(): value.decode() for key, value in table.schema.field("vector").metadata.items()}
+    partitions = partitions_for(table.count_rows())
+    rarest_recall = settings.get("synpipe.rarest_class_recall_at_10")
+    return IndexReport(
+        version=table.version,
+        tag=tag_for(provenance["data_version"], provenance["encoder_fingerprint"]),
+        rows=table.count_rows(),
+        kind="IVF_FLAT" if partitions else "flat",
+        partitions=partitions,
+        nprobes=int(settings["synpipe.nprobes"]),
+        recall=float(settings["synpipe.recall_at_10"]),
+        rarest_class=settings.get("synpipe.rarest_class"),
+        rarest_class_recall=None if rarest_recall is None else float(rarest_recall),
+    )
+
+
+def cost(folder: BulkPath, name: str, queries: int = 20) -> Cost:
+    """Size of what `current` names, and the time that it takes to answer."""
+    table = open_current(folder, name)
+    nprobes = published(folder, name).nprobes
+    matrix = read_vectors(table.search().select(["vector"]).limit(queries).to_arrow())
+    times = []
+    for query in matrix:
+        started = time.perf_counter()
+        table.search(query).distance_type("cosine").nprobes(nprobes).limit(RECALL_K).select(["synapse_id"]).to_arrow()
+        times.append(time.perf_counter() - started)
+    return Cost(table.stats()["total_bytes"], round(1000 * float(np.median(times)), 2))
+
+
+def read_provenance(schema: pa.Schema) -> dict[str, Any]:
+    """Where the rows come from, as the embedding table and every version of an index keep it with their schema."""
+    return json.loads(schema.metadata[METADATA_KEY])
+
+
+def _set_aside_unreadable(folder: BulkPath, name: str, log: Callable[[str], None]) -> None:
+    """Move a table aside that LanceDB cannot even open: it would build no other version in it."""
+    path = folder / f"{name}.lance"
+    try:
+        list_tags(connect(folder).open_table(name))
+    except ValueError:
+        return  # there is none
+    except RuntimeError as error:
+        log(f"{path} cannot be read ({' '.join(str(error).split())}): moved to {set_aside(path).name}, built anew")
+
+
+def _move_tag(table: Any, tag: str) -> None:
+    if tag in list_tags(table):
+        table.tags.update(tag, table.version)
+    else:
+        table.tags.create(tag, table.version)
+
+
+def _unit(batch: pa.RecordBatch) -> pa.RecordBatch:
+    """The same rows with vectors of unit length."""
+    vectors = read_unit_vectors(batch)
+    place = batch.schema.get_field_index("vector")
+    unit = pa.FixedSizeListArray.from_arrays(pa.array(vectors.ravel()), vectors.shape[1])
+    return batch.set_column(place, batch.schema.field(place), unit)

@@ -1,0 +1,280 @@
+"""The synapse table as a Neuroglancer layer: points that are coloured by transmitter and found by neuron.
+
+In: the synapses of a data set. Out: a folder in neuroglancer's precomputed annotation format, to be put behind any web
+server. Guarantees: every synapse is in it once per index, with its id exact; the folder is whole or absent; the same
+synapses give the same bytes.
+
+The format: https://github.com/google/neuroglancer/blob/master/src/datasource/precomputed/annotations.md. Records are laid out
+here with NumPy; tensorstore writes the sharded files, and neuroglancer's own reader and client are what the tests read them
+with. The writers there are were no choice: that of `neuroglancer` makes a file per synapse and one cell for all of space,
+`ngsidekick` 0.0.20 fails with DuckDB 2 and for synapses without a neuron.
+"""
+
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from synpipe import __version__
+from synpipe.analysis.projection import PALETTE
+from synpipe.assets.manifest import read_manifest
+from synpipe.datasets import Dataset
+from synpipe.errors import SynpipeError
+from synpipe.reports.links import Viewer, find_viewer
+from synpipe.store.files import atomic_folder, read_table
+from synpipe.volumes.volume import REMOTE
+
+TYPE = "neuroglancer_annotations_v1"
+# What Neuroglancer fetches at a time: 150 kB. A level of the spatial index holds at most this many synapses per cell.
+CELL_SYNAPSES = 5_000
+# The last level takes what is left: 2²⁰ cells along an axis are a micrometre in a metre.
+LEVELS = 20
+KEYS_PER_MINISHARD = 512  # an index of 12 kB, fetched on a click
+MINISHARDS_PER_SHARD_BITS = 12
+SEED = 0  # the format wants the order within a cell to be random; ours is the same each time
+
+UNLABELLED, UNKNOWN = "unlabelled", "unknown"
+# Okabe and Ito's colours for all kinds of sight (https://jfly.uni-koeln.de/color/), without black; grey is for unlabelled.
+COLOURS = (*PALETTE[:-1], "#f0e442")  # as on the map; black, the last there, is not seen on EM
+GREY = "#999999"
+
+
+def export(dataset: Dataset, folder: Path, address: str | None = None) -> tuple[int, str | None]:
+    """Write the synapses of a data set as a layer. Returns their number, and a link where the address of the folder is given.
+
+    Raises `SynpipeError` also where the synapses have not been made, or the address is none that a browser reads.
+    """
+    if address is not None and not address.startswith(tuple(f"{scheme}://" for scheme in REMOTE)):
+        raise SynpipeError(f"{address} is no address of a layer: it should begin with {'://, '.join(REMOTE)}://.")
+    made = read_manifest(dataset, "synapses")
+    synapses = read_table(dataset.synapses_path)
+    provenance = {"dataset": dataset.name, "data_version": made.data_version, "synpipe_version": __version__}
+    write_layer(folder, synapses, dataset.spec.classes, provenance, dataset.spec.title)
+    if address is None:
+        return len(synapses), None
+    viewer = find_viewer(dataset)
+    if viewer is None:  # without the volume, which is in local files
+        viewer = Viewer(dataset.spec.neuroglancer, None, read_manifest(dataset, "volume").counts["voxel_size_nm_zyx"])
+    first = synapses.slice(0, 1).to_pylist()[0]
+    layer = annotation_layer(address.rstrip("/"), dataset.spec.classes)
+    return len(synapses), viewer.link([first[f"{axis}_nm"] for axis in "zyx"], str(first["synapse_id"]), [layer])
+
+
+def write_layer(
+    folder: Path, synapses: pa.Table, classes: Sequence[str], provenance: Mapping[str, Any], title: str
+) -> None:
+    """Write synapses (`SYNAPSE_SCHEMA`) as a layer, in place of an earlier one.
+
+    Positions are in nm, in float32: exact to 0.06 nm within a millimetre. `neurotransmitter` is an enum of the classes and
+    `unlabelled`; `region`, `hemilineage`, `source` are enums, `confidence` a float, each where a synapse has one;
+    `neuron_id` is a relationship.
+    Raises `SynpipeError` where there is no synapse, or the folder holds something else.
+    """
+    if not len(synapses):
+        raise SynpipeError("There is no synapse to export: look at the rejects.")
+    if folder.exists() and (not folder.is_dir() or (any(folder.iterdir()) and not _is_layer(folder))):
+        raise SynpipeError(f"{folder} holds something that is no earlier export: name another folder.")
+    # At random, once: each cell and each level is then a random sample in a random order.
+    synapses = synapses.take(np.random.default_rng(SEED).permutation(len(synapses)))
+    properties = _properties(synapses, classes)
+    records = _Records.of(synapses, properties)
+    low = np.floor(records.positions.min(axis=0))
+    high = np.floor(records.positions.max(axis=0)) + 1  # outside, and never flat
+    with atomic_folder(folder) as temporary:
+        info = {
+            "@type": TYPE,
+            "description": title,
+            "dimensions": {axis: [1e-9, "m"] for axis in "xyz"},
+            "lower_bound": low.tolist(),
+            "upper_bound": high.tolist(),
+            "annotation_type": "POINT",
+            "properties": [each.described for each in properties],
+            "by_id": _write(temporary, "by_id", len(synapses), records.singles(), "raw"),
+            "relationships": [{"id": "neuron_id", **_write_neurons(temporary, records)}],
+            "spatial": list(_write_levels(temporary, records, low, high)),
+            "synpipe": dict(provenance),
+        }
+        (temporary / "info").write_text(json.dumps(info))
+
+
+def annotation_layer(address: str, classes: Sequence[str]) -> dict[str, Any]:
+    """The layer in the state of Neuroglancer, JSON-able, for the address at which the folder is served."""
+    rgb = [
+        ", ".join(f"{int(colour[i : i + 2], 16) / 255:.3f}" for i in (1, 3, 5))
+        for colour in (*(COLOURS[number % len(COLOURS)] for number in range(len(classes))), GREY)
+    ]
+    palette = ", ".join(f"vec3({one})" for one in rgb)
+    shader = f"""#uicontrol float size slider(min=1, max=20, default=7)
+void main() {{
+  vec3 colours[{len(rgb)}] = vec3[{len(rgb)}]({palette});  // {", ".join((*classes, UNLABELLED))}
+  setColor(colours[prop_neurotransmitter()]);
+  setPointMarkerSize(size);
+}}
+"""
+    return {"type": "annotation", "name": "synapses", "source": f"precomputed://{address}", "shader": shader}
+
+
+def _is_layer(folder: Path) -> bool:
+    """Whether a folder is an export of synpipe's."""
+    try:
+        info = json.loads((folder / "info").read_text())
+    except (OSError, ValueError):
+        return False
+    return isinstance(info, dict) and info.get("@type") == TYPE and "synpipe" in info
+
+
+@dataclass(frozen=True)
+class _Property:
+    """A property in the words of the format, and its values."""
+
+    described: dict[str, Any]
+    values: np.ndarray
+
+
+def _properties(synapses: pa.Table, classes: Sequence[str]) -> list[_Property]:
+    """Those that a synapse has, the widest first, as the format wants them."""
+    found = [_enum("neurotransmitter", synapses, [*classes, UNLABELLED])]
+    for name in ("region", "hemilineage", "source"):
+        labels = sorted(label for label in pc.unique(synapses[name]).to_pylist() if label is not None)
+        if labels:
+            found.append(_enum(name, synapses, [*labels, UNKNOWN]))
+    confidence = synapses["confidence"]
+    if confidence.null_count < len(confidence):
+        values = confidence.to_numpy(zero_copy_only=False).astype("<f4")  # NaN where there is none
+        found.append(_Property({"id": "confidence", "type": "float32"}, values))
+    return sorted(found, key=lambda each: -each.values.dtype.itemsize)
+
+
+def _enum(name: str, synapses: pa.Table, labels: list[str]) -> _Property:
+    """labels: all values, and at the end what a null is shown as."""
+    dtype = np.min_scalar_type(len(labels) - 1)
+    known = pc.index_in(synapses[name], pa.array(labels[:-1], pa.string()))
+    values = pc.fill_null(known, len(labels) - 1).to_numpy().astype(dtype.newbyteorder("<"))
+    enum = {"enum_values": list(range(len(labels))), "enum_labels": labels}
+    return _Property({"id": name, "type": dtype.name, **enum}, values)
+
+
+@dataclass(frozen=True)
+class _Records:
+    """ids: uint64 (n,). positions: float64 (n, 3), x y z, as a reader of the records sees them. records: structured (n,).
+    neurons: uint64 (n,), of those that have one; has_neuron: bool (n,)."""
+
+    ids: np.ndarray
+    positions: np.ndarray
+    records: np.ndarray
+    neurons: np.ndarray
+    has_neuron: np.ndarray
+
+    @classmethod
+    def of(cls, synapses: pa.Table, properties: Sequence[_Property]) -> "_Records":
+        fields = [("position", "<f4", 3), *((each.described["id"], each.values.dtype) for each in properties)]
+        padding = -np.dtype(fields).itemsize % 4
+        records = np.zeros(len(synapses), [*fields, ("padding", "u1", padding)])
+        records["position"] = np.stack([synapses[f"{axis}_nm"].to_numpy() for axis in "xyz"], axis=1)
+        for each in properties:
+            records[each.described["id"]] = each.values
+        neurons = synapses["neuron_id"]
+        return cls(
+            synapses["synapse_id"].to_numpy().astype("<u8"),
+            records["position"].astype(np.float64),
+            records,
+            pc.fill_null(neurons, 0).to_numpy().astype("<u8"),
+            pc.is_valid(neurons).to_numpy(zero_copy_only=False),
+        )
+
+    def singles(self) -> Iterator[tuple[int, bytes]]:
+        """Each synapse by its id, with its neurons."""
+        for number, synapse_id in enumerate(self.ids.tolist()):
+            related = self.neurons[number : number + self.has_neuron[number]]
+            yield synapse_id, self.records[number].tobytes() + np.uint32(len(related)).tobytes() + related.tobytes()
+
+    def lists(self, rows: np.ndarray, keys: np.ndarray) -> Iterator[tuple[int, bytes]]:
+        """The synapses in these rows, in lists by key (uint64, one per row), in the order of the rows."""
+        order = np.argsort(keys, kind="stable")
+        rows, keys = rows[order], keys[order]
+        starts = np.flatnonzero(np.diff(keys, prepend=~keys[:1]))
+        for key, start, stop in zip(keys[starts].tolist(), starts, [*starts[1:], len(rows)], strict=True):
+            group = rows[start:stop]
+            count = np.uint64(len(group))
+            yield key, count.tobytes() + self.records[group].tobytes() + self.ids[group].tobytes()
+
+
+def _write_neurons(folder: Path, records: _Records) -> dict[str, Any]:
+    rows = np.flatnonzero(records.has_neuron)
+    neurons = records.neurons[rows]
+    return _write(folder, "neuron_id", len(np.unique(neurons)), records.lists(rows, neurons), "gzip")
+
+
+def _write_levels(folder: Path, records: _Records, low: np.ndarray, high: np.ndarray) -> Iterator[dict[str, Any]]:
+    """Levels of the spatial index, from one cell for all to ever finer ones, until no synapse is left.
+
+    Each takes from all of its cells the same share of what is left, as large as the fullest allows.
+    """
+    left = np.arange(len(records.ids))
+    size, grid = high - low, np.ones(3, dtype=np.int64)
+    for level in range(LEVELS):
+        cells = np.minimum((records.positions[left] - low) // size, grid - 1).astype(np.uint64)
+        codes = _morton_codes(cells, grid)
+        _, cell, counts = np.unique(codes, return_inverse=True, return_counts=True)
+        order = np.argsort(cell, kind="stable")
+        rank = np.empty(len(left), dtype=np.int64)
+        rank[order] = np.arange(len(left)) - np.repeat(np.cumsum(counts) - counts, counts)
+        fullest = int(counts.max())
+        limit = fullest if level == LEVELS - 1 else min(CELL_SYNAPSES, fullest)
+        taken = rank < -(-counts[cell] * limit // fullest)
+        name = f"spatial{level}"
+        lists = records.lists(left[taken], codes[taken])
+        shape = {"grid_shape": grid.tolist(), "chunk_size": size.tolist(), "limit": limit}
+        yield _write(folder, name, len(counts), lists, "gzip") | shape
+        left = left[~taken]
+        if not len(left):
+            return
+        # Halve what brings a cell nearer to a cube.
+        halved = size > size.max() / math.sqrt(2)
+        size, grid = np.where(halved, size / 2, size), np.where(halved, grid * 2, grid)
+
+
+def _morton_codes(cells: np.ndarray, grid: np.ndarray) -> np.ndarray:
+    """Compressed Morton codes of cells, uint64 (n, 3) → (n,): bits of x, y, z in turn, of each axis as many as it needs.
+
+    https://github.com/google/neuroglancer/blob/master/src/datasource/precomputed/volume.md#compressed-morton-code
+    """
+    codes, place = np.zeros(len(cells), dtype=np.uint64), 0
+    for bit in range(LEVELS):
+        for axis in range(3):
+            if (int(grid[axis]) - 1) >> bit:
+                codes |= ((cells[:, axis] >> np.uint64(bit)) & np.uint64(1)) << np.uint64(place)
+                place += 1
+    return codes
+
+
+def _write(folder: Path, name: str, keys: int, values: Iterator[tuple[int, bytes]], encoding: str) -> dict[str, Any]:
+    """Write values by key into a sharded index, and describe it. keys: how many there are. encoding: raw or gzip."""
+    import tensorstore as ts
+
+    bits = max(0, math.ceil(math.log2(max(1, keys) / KEYS_PER_MINISHARD)))
+    sharding = {
+        "@type": "neuroglancer_uint64_sharded_v1",
+        "preshift_bits": 0,
+        "hash": "murmurhash3_x86_128",  # ids come in runs
+        "minishard_bits": min(bits, MINISHARDS_PER_SHARD_BITS),
+        "shard_bits": max(0, bits - MINISHARDS_PER_SHARD_BITS),
+        "minishard_index_encoding": "gzip",
+        "data_encoding": encoding,
+    }
+    base = {"driver": "file", "path": f"{folder / name}/"}
+    store = ts.KvStore.open({"driver": "neuroglancer_uint64_sharded", "metadata": sharding, "base": base}).result()
+    try:
+        with ts.Transaction() as transaction:  # a shard is written once, when all of its keys are known
+            view = store.with_transaction(transaction)
+            for key, value in values:
+                view[key.to_bytes(8, "big")] = value
+    except ValueError as error:  # tensorstore's, of whatever goes wrong
+        raise SynpipeError(f"Cannot write {folder / name} ({' '.join(str(error).split())}): check the space.") from None
+    return {"key": name, "sharding": sharding}

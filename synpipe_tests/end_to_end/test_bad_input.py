@@ -1,0 +1,331 @@
+"""Files, descriptions and places that are wrong: one paragraph says which and what to do, nothing is half made, and after
+the mend the same command works."""
+
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+import yaml
+
+from synpipe.assets.graph import steps
+from synpipe.datasets import Project
+from synpipe.errors import SynpipeError
+from synpipe_tests.conftest import SMALL_ENCODERS, environment
+from synpipe_tests.support.command import answer, files, invoke, refusal, versions
+
+DATASET = {
+    "title": "A data set of a user's own",
+    "volume": {"path": "../../em/volume.h5"},
+    "annotations": [
+        {"format": "table", "path": "../../em/synapses.csv", "columns": {"x": "x_nm", "y": "y_nm", "z": "z_nm"}}
+    ],
+    "tiles": {"shards": 2},
+    "encoders": ["tiny"],
+    # No input is read by these alone, and they take longer than all else.
+    "classifier": None,
+    "projection": None,
+    "evaluation": None,
+}
+MATERIALIZE = ("materialize", "--dataset", "mine")
+PROGRAM = str(Path(sys.executable).parent / "synpipe")
+
+
+@dataclass(frozen=True)
+class Own:
+    """A user's folder: volume and annotations in `em`, descriptions in `data`, everything made in `store`."""
+
+    folder: Path
+
+    @property
+    def project(self) -> Project:
+        return Project(self.folder / "data", self.folder / "store")
+
+    @property
+    def volume(self) -> Path:
+        return self.folder / "em" / "volume.h5"
+
+    @property
+    def synapses(self) -> Path:
+        return self.folder / "em" / "synapses.csv"
+
+    @property
+    def dataset(self) -> Path:
+        return self.folder / "data" / "datasets" / "mine.yaml"
+
+    @property
+    def encoders(self) -> Path:
+        return self.folder / "data" / "encoders.yaml"
+
+    def describe(self, **changes: object) -> None:
+        self.dataset.parent.mkdir(parents=True, exist_ok=True)
+        self.dataset.write_text(yaml.safe_dump({**DATASET, **changes}))
+
+    def register(self, **changes: object) -> None:
+        """Change keys of the encoder `tiny`."""
+        tiny = {**SMALL_ENCODERS["encoders"]["tiny"], **changes}
+        self.encoders.write_text(
+            yaml.safe_dump({"encoders": {"tiny": {k: v for k, v in tiny.items() if v is not None}}})
+        )
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Own:
+    """Everything right, and made. Shared: read it, do not change it."""
+    own = Own(tmp_path_factory.mktemp("own"))
+    own.describe()
+    own.register()
+    own.volume.parent.mkdir()
+    random = np.random.default_rng(0)
+    with h5py.File(own.volume, "w") as file:
+        file["volumes/raw"] = random.integers(40, 215, (8, 640, 640), np.uint8)
+        file["volumes/raw"].attrs["resolution"] = (40.0, 4.0, 4.0)
+    places = random.uniform(0, (2560, 2560, 320), (30, 3)).round(1).tolist()
+    rows = (f"{number},{x},{y},{z},gaba\n" for number, (x, y, z) in enumerate(places, start=1))
+    own.synapses.write_text("synapse_id,x_nm,y_nm,z_nm,neurotransmitter\n" + "".join(rows))
+    answer(own.project, *MATERIALIZE)
+    return own
+
+
+@pytest.fixture
+def own(whole: Own, tmp_path: Path) -> Own:
+    shutil.copytree(whole.folder, tmp_path, dirs_exist_ok=True)
+    return Own(tmp_path)
+
+
+def truncate(own: Own) -> None:
+    own.volume.write_bytes(own.volume.read_bytes()[: own.volume.stat().st_size // 2])
+
+
+def widen(own: Own) -> None:
+    with h5py.File(own.volume, "r+") as file:
+        raw, attributes = file["volumes/raw"][:], dict(file["volumes/raw"].attrs)
+        del file["volumes/raw"]
+        file["volumes/raw"] = raw.astype("uint16") * 256
+        file["volumes/raw"].attrs.update(attributes)
+
+
+def rename_columns(own: Own) -> None:
+    header, rest = own.synapses.read_text().split("\n", 1)
+    own.synapses.write_text(header.replace("x_nm", "pos_x") + "\n" + rest)
+
+
+@dataclass(frozen=True)
+class Wrong:
+    """What is spoilt, what the message must name, and the assets that can be made all the same."""
+
+    spoil: Callable[[Own], object]
+    named: tuple[str, ...]
+    made: frozenset[str] = frozenset()
+
+
+BEFORE_SYNAPSES = frozenset({"volume", "annotations"})
+BEFORE_EMBEDDINGS = BEFORE_SYNAPSES | {"synapses", "synapse_stacks", "rgb_tiles", "rejects", "split"}
+# A volume and an annotation file do not depend on each other.
+WRONG_FILES = {
+    "a truncated volume": Wrong(truncate, ("volume.h5", "truncated", "copy it again"), frozenset({"annotations"})),
+    "a volume of 16 bits": Wrong(widen, ("volume.h5", "uint16", "uint8"), frozenset({"annotations"})),
+    "no volume": Wrong(lambda own: own.volume.unlink(), ("volume.h5", "does not exist"), frozenset({"annotations"})),
+    "other columns": Wrong(rename_columns, ("synapses.csv", "`x_nm`", "`pos_x`", "columns"), BEFORE_SYNAPSES),
+    "no annotations": Wrong(
+        lambda own: own.synapses.unlink(), ("synapses.csv", "does not exist"), frozenset({"volume"})
+    ),
+    "annotations without a row": Wrong(
+        lambda own: own.synapses.write_text(own.synapses.read_text().split("\n")[0] + "\n"),
+        ("synapses.csv", "no synapse"),
+        BEFORE_SYNAPSES,
+    ),
+    "an encoder without weights": Wrong(
+        lambda own: own.register(weights="gone.safetensors", seed=None),
+        ("gone.safetensors", "does not exist", "`weights`"),
+        BEFORE_EMBEDDINGS,
+    ),
+    "an encoder that timm does not know": Wrong(
+        lambda own: own.register(model="resnet10tt"), ("resnet10tt", "Did you mean", "resnet10t"), BEFORE_EMBEDDINGS
+    ),
+}
+# Nothing at all is made of these.
+WRONG_DESCRIPTIONS = {
+    "a data set that is not YAML": Wrong(
+        lambda own: own.dataset.write_bytes(b"title: [a\nvolume: }"), ("mine.yaml", "line 2")
+    ),
+    "a data set that is not text": Wrong(
+        lambda own: own.dataset.write_bytes(b"\xff\xfe\x00title"), ("mine.yaml", "YAML")
+    ),
+    "a data set that is a list": Wrong(lambda own: own.dataset.write_bytes(b"- title\n"), ("mine.yaml", "mapping")),
+    "a data set with an unknown key": Wrong(
+        lambda own: own.describe(tile={"shards": 2}), ("mine.yaml", "tile: ", "Known keys", "tiles")
+    ),
+    "a data set with a wrong value": Wrong(
+        lambda own: own.describe(tiles={"border": "mirror"}), ("mine.yaml", "tiles.border", "'pad'")
+    ),
+    "a data set with an unknown encoder": Wrong(
+        lambda own: own.describe(encoders=["tiny", "huge"]), ("mine.yaml", "huge", "encoders.yaml", "tiny")
+    ),
+    "no registry": Wrong(lambda own: own.encoders.unlink(), ("encoders.yaml", "does not exist")),
+    "an encoder with an unknown key": Wrong(
+        lambda own: own.register(wheights="hub"), ("encoders.yaml", "`tiny`", "wheights", "Known keys", "weights")
+    ),
+    "an encoder without a model": Wrong(
+        lambda own: own.register(model=None), ("encoders.yaml", "`tiny`", "model", "required")
+    ),
+}
+
+
+def nothing_half_made(store: Path) -> None:
+    assert [path for path in store.rglob("*") if path.name.startswith(".tmp-")] == []
+
+
+def mend(own: Own, whole: Own) -> None:
+    for part in ("em", "data"):
+        shutil.copytree(whole.folder / part, own.folder / part, dirs_exist_ok=True)
+
+
+def make_what_can_be(project: Project) -> str | None:
+    """As the command does it, without Dagster's history, which takes most of its time; what the first asset that fails says."""
+    failures = []
+    for step in steps(project.dataset("mine")):
+        try:
+            step.run(lambda line: None)
+        except SynpipeError as error:
+            failures.append(str(error))
+    return failures[0] if failures else None
+
+
+@pytest.mark.parametrize("name", WRONG_FILES)
+def test_a_wrong_file_is_named_and_after_the_mend_all_is_well(own: Own, whole: Own, name: str):
+    wrong = WRONG_FILES[name]
+    folder, empty = own.project.store / "mine", Project(own.project.data, own.folder / "empty")
+    good, good_versions = files(folder), versions(own.project, "mine")
+    wrong.spoil(own)
+    message = refusal(invoke(own.project, *MATERIALIZE))
+    for said in (message, make_what_can_be(empty)):
+        assert [part for part in wrong.named if part not in said] == [], said
+    for project in (own.project, empty):
+        nothing_half_made(project.store)
+
+    # In an empty store there is what could be made, and of the rest no file at all.
+    left = files(empty.store / "mine")
+    assert {Path(path).stem for path in left if path.startswith("manifests/")} == wrong.made
+    assert {Path(path).parts[1] for path in left if path.startswith("lineage/")} == wrong.made
+    if "synapses" not in wrong.made:
+        assert {path for path in left if not path.startswith(("manifests/", "lineage/"))} == set()
+    # What was made before is untouched: every file but the manifests of steps that ran again.
+    now, again = files(folder), {f"manifests/{asset}.json" for asset in wrong.made}
+    added = {Path(path).parts[:2] for path in now.keys() - good.keys()}
+    assert added <= {("lineage", asset) for asset in wrong.made}
+    assert [path for path in good if path not in again and now.get(path) != good[path]] == []
+
+    mend(own, whole)
+    assert make_what_can_be(own.project) is None
+    assert versions(own.project, "mine") == good_versions
+
+
+@pytest.mark.parametrize("name", WRONG_DESCRIPTIONS)
+def test_a_wrong_description_is_named_before_anything_is_done(own: Own, whole: Own, name: str):
+    wrong = WRONG_DESCRIPTIONS[name]
+    good = files(own.project.store)
+    wrong.spoil(own)
+    for command in ("materialize", "status"):
+        message = refusal(invoke(own.project, command, "--dataset", "mine"))
+        assert [part for part in wrong.named if part not in message] == [], message
+    assert files(own.project.store) == good
+    mend(own, whole)
+    assert "mine" in answer(own.project, "status", "--dataset", "mine")
+
+
+def test_weights_from_a_hub_that_cannot_be_reached(own: Own, tmp_path: Path):
+    own.register(model="resnet10t.c3_in1k", weights="hub", seed=None)
+    nobody = "http://127.0.0.1:9"  # the port "discard", which nothing listens on
+    proxies = {name: nobody for kind in ("http", "https", "all") for name in (f"{kind}_proxy", f"{kind}_proxy".upper())}
+    before = files(own.project.store / "mine" / "embeddings")
+    started = time.monotonic()
+    result = subprocess.run(
+        [PROGRAM, *MATERIALIZE, "--select", "embeddings_tiny+"],
+        env=environment(own.project) | proxies | {"HF_HOME": str(tmp_path / "hub"), "HOME": str(tmp_path / "home")},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    # Most of it is the import of torch, which takes long on a busy machine; retries would take minutes.
+    assert time.monotonic() - started < 90
+    message = refusal(result)
+    for part in ("mine/embeddings_tiny", "timm/resnet10t.c3_in1k", "hf download", "weights: random"):
+        assert part in message
+    assert files(own.project.store / "mine" / "embeddings") == before
+    nothing_half_made(own.project.store)
+    own.register()
+    answer(own.project, *MATERIALIZE)
+
+
+def test_a_store_below_a_file(own: Own):
+    place = own.folder / "a_file"
+    place.write_text("not a folder")
+    for command in (MATERIALIZE, ("demo",)):
+        message = refusal(invoke(own.project, "--store", str(place / "store"), *command))
+        if command == MATERIALIZE:
+            assert str(place / "store") in message
+            assert "--store" in message
+    assert "materialise" in refusal(
+        invoke(own.project, "--store", str(place / "store"), "search", "5", "--dataset", "mine")
+    )
+    assert place.read_text() == "not a folder"
+    answer(own.project, "--store", str(own.folder / "elsewhere"), *MATERIALIZE, "--select", "+synapses")
+
+
+UNSHARE = ["unshare", "--map-root-user", "--mount"]
+
+
+def with_store_mounted(own: Own, mount: str, script: str) -> subprocess.CompletedProcess[str]:
+    """Run a shell script in a mount namespace of its own: nobody else sees the mount, and it ends with the script.
+
+    The script finds the program as $0 and the store as $SYNPIPE_STORE.
+    """
+    attempt = [*UNSHARE, "mount", "-t", "tmpfs", "none", str(own.project.store)]
+    if shutil.which("unshare") is None or subprocess.run(attempt, capture_output=True, check=False).returncode:
+        pytest.skip("mounting is not permitted here")
+    return subprocess.run(
+        [*UNSHARE, "sh", "-c", f"{mount} && {script}", PROGRAM],
+        env=environment(own.project),
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+def test_a_disk_that_is_read_only(own: Own):
+    mount = 'mount -t tmpfs -o ro none "$SYNPIPE_STORE"'
+    message = refusal(with_store_mounted(own, mount, '"$0" materialize --dataset mine'))
+    assert "Read-only file system" in message
+    assert str(own.project.store) in message
+    assert "--store" in message
+
+
+@pytest.mark.parametrize("size_kb", [100, 3000])
+def test_a_disk_that_is_full(own: Own, size_kb: int):
+    """At once, where not even Dagster's history fits, and among the tiles."""
+    mount = f'mount -t tmpfs -o size={size_kb}k none "$SYNPIPE_STORE"'
+    script = '"$0" materialize --dataset mine; code=$?; find "$SYNPIPE_STORE" -name ".tmp-*"; exit $code'
+    result = with_store_mounted(own, mount, script)
+    message = refusal(result)
+    assert "No space left" in message or "disk is full" in message
+    assert str(own.project.store) in message
+    assert result.stdout == ""  # no leftovers
+
+
+def test_a_made_store_that_is_read_only_answers_and_refuses(own: Own):
+    """A store that a group shares."""
+    mount = 'mount --bind "$SYNPIPE_STORE" "$SYNPIPE_STORE" && mount -o remount,bind,ro "$SYNPIPE_STORE"'
+    result = with_store_mounted(own, mount, '"$0" search 7 --dataset mine && "$0" materialize --dataset mine')
+    message = refusal(result)
+    assert "Most similar to 7" in result.stdout
+    assert str(own.project.store) in message
+    assert "--store" in message

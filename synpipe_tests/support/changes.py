@@ -1,0 +1,262 @@
+"""A data set whose files can be edited, materialised through Dagster in this process, and what came of it.
+
+For the tests of versions: what is out of date, what ran (from Dagster's event log), what work that was (from the
+manifests), and whether the store is the one that the same inputs give from scratch.
+"""
+
+import csv
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+import numpy as np
+import pyarrow as pa
+import pytest
+import yaml
+from dagster._core.definitions.data_version import CachingStaleStatusResolver
+from dagster._core.loader import LoadingContextForTest
+
+from synpipe.assets.graph import Step, states, steps
+from synpipe.assets.manifest import read_manifest
+from synpipe.assets.pipeline import shard_name
+from synpipe.datasets import Dataset, Project
+from synpipe.defs.definitions import build_definitions
+from synpipe.defs.run import materialize, prepare_home
+from synpipe.embeddings.cache import EmbeddingCache
+from synpipe.index.publish import open_current
+from synpipe.store.files import read_table
+from synpipe.synthetic.demo import SyntheticSpec, make_demo
+from synpipe_tests.conftest import QUICK_EVALUATION
+
+NAME = "mine"
+SPEC = {
+    "title": "Files that can be edited",
+    "volume": {"path": "volume.h5"},
+    "annotations": [{"format": "table", "path": "synapses.csv", "columns": {"x": "x_nm", "y": "y_nm", "z": "z_nm"}}],
+    "tiles": {"shards": 3, "block_voxels_zyx": [32, 128, 128]},
+    "encoders": ["tiny", "other"],
+    "projection": None,
+    "max_reject_share": 1,  # bad rows are meant
+    "classifier": None,  # `test_classifier` has those
+    "evaluation": QUICK_EVALUATION,
+}
+# Small networks of different architecture and dimensions. The last bits of what the first says of a tile do not depend on the
+# batch, on which those of a compressed encoder, and so the version of its fit, rest.
+ENCODERS = {
+    "tiny": {"model": "resnet10t", "weights": "random", "seed": 0, "crop_px": 64, "precision": "fp32"},
+    "other": {"model": "test_vit", "weights": "random", "seed": 0, "crop_px": 64, "precision": "fp32"},
+}
+VOLUME = SyntheticSpec(seed=1, shape_zyx=(10, 640, 640), n_synapses=40, n_neurons=12, n_missing_sections=1)
+
+TRUNK = {"volume", "annotations", "synapses", "synapse_stacks", "rgb_tiles", "rejects", "split"}
+
+
+def branch(*encoders: str) -> set[str]:
+    return {
+        f"{kind}_{encoder}" for encoder in encoders for kind in ("embeddings", "embedding_table", "index", "scores")
+    } | {"evaluation"}
+
+
+@dataclass(frozen=True)
+class Ran:
+    """assets: without those whose step failed. cut_outs, embedded: work of those that ran."""
+
+    assets: set[str]
+    cut_outs: int
+    embedded: dict[str, int]
+
+
+@dataclass(frozen=True)
+class Own:
+    """A project in a folder of the test's own."""
+
+    folder: Path
+
+    @property
+    def project(self) -> Project:
+        """Anew each time: a project reads the registry once."""
+        return Project(self.folder / "data", self.folder / "store")
+
+    @property
+    def dataset(self) -> Dataset:
+        return self.project.dataset(NAME)
+
+    @property
+    def csv(self) -> Path:
+        return self.folder / "data" / "datasets" / "synapses.csv"
+
+    @property
+    def volume(self) -> Path:
+        return self.folder / "data" / "datasets" / "volume.h5"
+
+    def edit_encoders(self, change: Callable[[dict[str, Any]], object]) -> None:
+        """Change the entries of the registry in place."""
+        _edit(self.folder / "data" / "encoders.yaml", lambda content: change(content["encoders"]))
+
+    def edit_dataset(self, change: Callable[[dict[str, Any]], object]) -> None:
+        _edit(self.folder / "data" / "datasets" / f"{NAME}.yaml", change)
+
+    def edit_synapses(self, change: Callable[[list[dict[str, str]]], object]) -> None:
+        """Change the rows of the CSV in place."""
+        with self.csv.open(newline="") as handle:
+            rows = list(csv.DictReader(handle))
+        names = list(rows[0])
+        change(rows)
+        with self.csv.open("w", newline="") as handle:
+            writer = csv.DictWriter(handle, names, lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
+
+    def outdated(self) -> dict[str, str]:
+        """State of every asset that is not fresh."""
+        return {state.asset: state.state for state in states(self.dataset) if state.state != "fresh"}
+
+    def materialise(self, *selection: str) -> Ran:
+        """Everything, or a selection, as a run of the project's Dagster instance."""
+        with self.instance() as instance:
+            before = {run.run_id for run in instance.get_runs()}
+        materialize(self.project, NAME, selection)
+        with self.instance() as instance:
+            runs = [run.run_id for run in instance.get_runs() if run.run_id not in before]
+            events = [
+                entry.asset_materialization
+                for run_id in runs
+                for entry in instance.all_logs(run_id, of_type=dg.DagsterEventType.ASSET_MATERIALIZATION)
+            ]
+        assets = {event.asset_key.path[-1] for event in events if event is not None}
+        counts = {asset: read_manifest(self.dataset, asset).counts for asset in assets}
+        return Ran(
+            assets,
+            counts["synapse_stacks"]["cut_outs_made"] if "synapse_stacks" in counts else 0,
+            {
+                asset.removeprefix("embeddings_"): count["tiles_embedded"]
+                for asset, count in counts.items()
+                if asset.startswith("embeddings_")
+            },
+        )
+
+    def materialise_stale(self) -> Ran:
+        """What the command does with `--stale`."""
+        return self.materialise(*self.outdated())
+
+    def unsynced(self) -> set[str]:
+        """Assets that Dagster's own UI calls unsynced or never made."""
+        graph = build_definitions(self.project, [NAME]).resolve_asset_graph()
+        with self.instance() as instance:
+            resolver = CachingStaleStatusResolver(instance, graph, LoadingContextForTest(instance))
+            found = {key.path[-1]: resolver.get_status(key) for key in graph.materializable_asset_keys}
+        return {asset for asset, status in found.items() if status.value != "FRESH"}
+
+    def instance(self) -> dg.DagsterInstance:
+        prepare_home(self.project)
+        return dg.DagsterInstance.get()
+
+    def versions(self) -> dict[str, str]:
+        return {step.asset: read_manifest(self.dataset, step.asset).data_version for step in steps(self.dataset)}
+
+    def branch_files(self, encoder: str) -> dict[str, bytes]:
+        """Manifests and table of an encoder."""
+        paths = [self.dataset.manifest_path(asset) for asset in branch(encoder)]
+        return {path.name: path.read_bytes() for path in [*paths, self.dataset.table_path(encoder)]}
+
+    def is_as_from_scratch(self) -> None:
+        """The store is one that is made of the same inputs at once, down to the data versions."""
+        scratch = Project(self.folder / "data", self.folder / "scratch").dataset(NAME)
+        shutil.rmtree(scratch.folder, ignore_errors=True)
+        make_outdated(scratch)
+        same_store(self.dataset, scratch)
+
+
+def make_outdated(dataset: Dataset) -> None:
+    """What is out of date, without Dagster."""
+    outdated = {state.asset for state in states(dataset) if state.state != "fresh"}
+    for step in steps(dataset):
+        if step.asset in outdated:
+            step.run(lambda line: None)
+
+
+class Killed(BaseException):
+    """Stands for the end of the process."""
+
+
+def killed_at_the_end(step: Step) -> Step:
+    """The step, whose process ends when all of its files are written and its manifest is not."""
+
+    def make(*arguments: Any) -> None:
+        step.make(*arguments)
+        raise Killed
+
+    return replace(step, make=make)
+
+
+def same_store(here: Dataset, there: Dataset) -> None:
+    """Data versions, rows, vectors and rejects are the same, whatever was made before and where tiles are kept."""
+    for step in steps(here):
+        versions = [read_manifest(dataset, step.asset).data_version for dataset in (here, there)]
+        assert versions[0] == versions[1], step.asset
+    for name in ("synapses_path", "rejects_path"):
+        assert _plain(read_table(getattr(here, name))) == _plain(read_table(getattr(there, name))), name
+    tiles = [read_table(dataset.tiles_path).drop_columns(["file", "row"]) for dataset in (here, there)]
+    assert _plain(tiles[0]) == _plain(tiles[1])
+    for encoder in here.encoders:
+        expected = _embedded(there, encoder)
+        np.testing.assert_allclose(_embedded(here, encoder), expected, atol=1e-6)
+        for found, wanted in (
+            (read_table(here.table_path(encoder)), read_table(there.table_path(encoder))),
+            tuple(open_current(dataset.lancedb_folder, encoder).to_arrow() for dataset in (here, there)),
+        ):
+            assert len(found) > 0
+            assert _plain(found.drop_columns(["vector", "norm"])) == _plain(wanted.drop_columns(["vector", "norm"]))
+            # They are held rounded: a last bit may turn one step, 1/500 of a component, into the next.
+            stored = np.array(found.sort_by("synapse_id")["vector"].to_pylist())
+            np.testing.assert_allclose(stored, expected, atol=expected.shape[1] ** -0.5 / 250)
+
+
+def make(folder: Path) -> Own:
+    """The project with everything materialised."""
+    own = Own(folder)
+    datasets = folder / "data" / "datasets"
+    make_demo(datasets, VOLUME)
+    (datasets / f"{NAME}.yaml").write_text(yaml.safe_dump(SPEC))
+    (folder / "data" / "encoders.yaml").write_text(yaml.safe_dump({"encoders": ENCODERS}))
+    with pytest.MonkeyPatch.context() as patch:
+        at_home(patch)
+        own.materialise()
+    return own
+
+
+def copy(made: Own, folder: Path, patch: pytest.MonkeyPatch | None = None) -> Own:
+    """A copy with its own Dagster history, for a test to change. patch: of a test that goes through Dagster."""
+    if patch is not None:
+        at_home(patch)
+    shutil.copytree(made.folder, folder, dirs_exist_ok=True)
+    return Own(folder)
+
+
+def at_home(patch: pytest.MonkeyPatch) -> None:
+    """`prepare_home` names the project in the environment: that ends with the test."""
+    for name in ("DAGSTER_HOME", "SYNPIPE_STORE", "SYNPIPE_DATA"):
+        patch.setenv(name, "")
+        patch.delenv(name)
+
+
+def _edit(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    content = yaml.safe_load(path.read_text())
+    change(content)
+    path.write_text(yaml.safe_dump(content, sort_keys=False))
+
+
+def _plain(table: pa.Table) -> list[dict[str, Any]]:
+    return table.sort_by("synapse_id").to_pylist()
+
+
+def _embedded(dataset: Dataset, encoder: str) -> np.ndarray:
+    """Unit vectors by synapse id, as the encoder gave them."""
+    fingerprint = read_manifest(dataset, f"embeddings_{encoder}").counts["encoder_fingerprint"]
+    cache = EmbeddingCache(dataset.embeddings_folder, fingerprint)
+    tiles = read_table(dataset.tiles_path, ["synapse_id", "shard", "content_hash"]).sort_by("synapse_id").to_pylist()
+    vectors = np.concatenate([cache.read(shard_name(tile["shard"]), [tile["content_hash"]]) for tile in tiles])
+    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)

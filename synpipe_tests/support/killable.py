@@ -1,0 +1,225 @@
+"""A process that materialises in forks of itself, each of which can be killed with SIGKILL at any of its file operations.
+
+Run as `python -m synpipe_tests.support.killable`, it imports what is slow to import once, ten seconds that each fork saves. In: one
+JSON line per materialisation, see `Killable.materialise`. Out: one line each, a `Materialised`. A fork makes, without
+Dagster, exactly what is out of date. Parts are of `PART` tiles, so that a small data set has several in each shard.
+"""
+
+import contextlib
+import ctypes
+import json
+import os
+import select
+import signal
+import struct
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from synpipe.assets.graph import states, steps
+from synpipe.datasets import Project
+from synpipe.embeddings import embed as embedding
+from synpipe.store.files import TEMPORARY_PREFIX
+from synpipe.tiles import extraction
+from synpipe.tiles import tile as tiles
+
+PART = 4
+HANGS_S = 120
+LEARN = {"classifier", "projection", "scores", "evaluation"}
+
+
+@dataclass(frozen=True)
+class Materialised:
+    """moments: file operations of ours at which the fork could have been killed, `l` while something was learnt or judged, `w`
+    else. changes: of LanceDB's files. cut_outs, embedded: tiles, counted as the work on them was begun."""
+
+    killed: bool
+    moments: str
+    changes: int
+    cut_outs: int
+    embedded: int
+
+
+class Killable:
+    """The process, seen from a test."""
+
+    def __init__(self, process: subprocess.Popen[str]):
+        self._process = process
+        self.kills = 0
+
+    def materialise(self, project: Project, at: int = 0, change: int = 0, after_s: float = 0) -> Materialised:
+        """Make what is out of date in the data set `demo`.
+
+        at: number of the moment, from 1, at which the process kills itself. change: or the number of the change of LanceDB's
+        files at which it is killed, as soon as the kernel tells of it. after_s: or the time.
+        """
+        assert self._process.stdin and self._process.stdout
+        order = {"data": str(project.data), "store": str(project.store), "at": at, "change": change, "after_s": after_s}
+        self._process.stdin.write(json.dumps(order) + "\n")
+        self._process.stdin.flush()
+        answer = json.loads(self._process.stdout.readline())
+        assert "error" not in answer, answer["error"]
+        self.kills += answer["killed"]
+        return Materialised(**answer)
+
+
+@contextlib.contextmanager
+def killable() -> Iterator[Killable]:
+    quiet = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    # LanceDB warns that it may hang when forked while at work; before the fork it does nothing here.
+    quiet["PYTHONWARNINGS"] = "ignore:lancedb fork support,ignore:lance is not fork-safe"
+    command = [sys.executable, "-m", "synpipe_tests.support.killable"]
+    repository = Path(__file__).resolve().parents[2]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=quiet, cwd=repository
+    ) as process:
+        try:
+            yield Killable(process)
+        finally:
+            process.kill()
+
+
+def main() -> None:
+    import lance.indices  # noqa: F401
+    import lancedb  # noqa: F401
+    import sklearn.linear_model
+    import sklearn.pipeline
+    import sklearn.preprocessing  # noqa: F401
+    import timm  # noqa: F401
+    import torch
+
+    from synpipe.index import build as index_build
+    from synpipe.index import recall as index_recall
+
+    torch.set_num_threads(1)  # a thread of the parent would be missing in its forks
+    extraction.PART_TILES = PART
+    embedding.ROWS_PER_PART["cpu"] = PART
+    index_recall.RECALL_QUERIES = 3  # a third of the time that a build takes, and no file is touched
+    index_build.FLAT_ROWS, index_build.SAMPLE_RATE = 8, 2  # partitions of a dozen rows, in two segments
+    for line in sys.stdin:
+        print(json.dumps(fork(json.loads(line))), flush=True)
+
+
+def fork(order: dict[str, Any]) -> dict[str, Any]:
+    indexes = Path(order["store"]) / "demo" / "lancedb"
+    indexes.mkdir(parents=True, exist_ok=True)
+    watch = Watch(indexes)
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            materialise(order, lambda mark: os.write(writer, mark))
+            status = 0
+        except BaseException:
+            os.write(writer, f"!{traceback.format_exc()}".encode())
+        finally:
+            os._exit(status)
+    os.close(writer)
+    marks, changes, deadline = b"", 0, time.monotonic() + (order["after_s"] or HANGS_S)
+    while True:
+        ready, _, _ = select.select([reader, watch.descriptor], [], [], max(0, deadline - time.monotonic()))
+        changes += watch.changes() if watch.descriptor in ready else 0
+        if not ready or (order["change"] and changes >= order["change"]):
+            os.kill(child, signal.SIGKILL)
+            deadline = time.monotonic() + HANGS_S
+        if reader in ready:
+            told = os.read(reader, 65536)
+            marks += told
+            if not told:
+                break
+    os.close(reader)
+    os.close(watch.descriptor)
+    _, status = os.waitpid(child, 0)
+    marks, _, error = marks.partition(b"!")
+    if error or (os.WIFSIGNALED(status) and os.WTERMSIG(status) != signal.SIGKILL):
+        return {"error": error.decode() or f"status {status}"}
+    counted = {"changes": changes, "cut_outs": marks.count(b"c"), "embedded": marks.count(b"e")}
+    return {"killed": os.WIFSIGNALED(status), "moments": marks.translate(None, b"ce").decode(), **counted}
+
+
+class Watch:
+    """Changes below a folder as the kernel tells of them (inotify(7)): LanceDB writes its files without Python."""
+
+    MADE, FOLDER = 0x100, 0x40000000
+    MASK = MADE | 0x2 | 0x8 | 0x40 | 0x80 | 0x200  # made, modified, closed, moved from and to, deleted
+
+    def __init__(self, folder: Path):
+        self._library = ctypes.CDLL(None)
+        self.descriptor = self._library.inotify_init1(os.O_NONBLOCK)
+        self._folders: dict[int, Path] = {}
+        self._add(folder)
+
+    def _add(self, folder: Path) -> None:
+        self._folders[self._library.inotify_add_watch(self.descriptor, os.fsencode(folder), self.MASK)] = folder
+        for inside in folder.iterdir():
+            if inside.is_dir():
+                self._add(inside)
+
+    def changes(self) -> int:
+        """How many there were since the last call."""
+        content, count = os.read(self.descriptor, 65536), 0
+        while content:
+            folder, mask, _, length = struct.unpack_from("iIII", content)
+            name, content = content[16 : 16 + length].rstrip(b"\0"), content[16 + length :]
+            count += 1
+            if mask & self.FOLDER and mask & self.MADE:
+                with contextlib.suppress(FileNotFoundError):
+                    self._add(self._folders[folder] / os.fsdecode(name))
+        return count
+
+
+def materialise(order: dict[str, Any], mark: Callable[[bytes], Any]) -> None:
+    """The work of a fork. mark: what is written here outlives a kill: a `c` per cut-out, an `e` per tile embedded."""
+    store, moments, kind = order["store"], 0, b"w"
+
+    def operations(event: str, arguments: tuple[Any, ...]) -> None:
+        """Before a folder is made, before and after a temporary file is flushed, before and after it is renamed."""
+        nonlocal moments
+        if event not in ("open", "os.rename", "os.mkdir") or not str(arguments[0]).startswith(store):
+            return
+        name = os.path.basename(str(arguments[0]))
+        if event != "open" or name.startswith(TEMPORARY_PREFIX) or os.path.isdir(arguments[0]):
+            moments += 1
+            mark(kind)
+            if moments == order["at"]:
+                os.kill(os.getpid(), signal.SIGKILL)
+                select.select([], [], [])
+
+    sys.addaudithook(operations)
+    count("make_tile", tiles, lambda *_: mark(b"c"))
+    count("__call__", embedding._Launch, lambda _launch, staged: mark(b"e" * len(staged)) if for_the_cache() else None)
+    dataset = Project(Path(order["data"]), Path(store)).dataset("demo")
+    stale = {state.asset for state in states(dataset) if state.state != "fresh"}
+    for step in steps(dataset):
+        if step.asset in stale:
+            kind = b"l" if step.kind in LEARN else b"w"
+            step.run(lambda message: None)
+
+
+def for_the_cache() -> bool:
+    """Whether what is embedded now are tiles, and not views of them that the evaluation makes."""
+    frame: Any = sys._getframe()
+    while frame and frame.f_code is not embedding._embed_parts.__code__:
+        frame = frame.f_back
+    return frame is not None
+
+
+def count(name: str, module: Any, note: Callable[..., Any]) -> None:
+    """Let every call of a function of `module` be noted first."""
+    function = getattr(module, name)
+
+    def noted(*arguments: Any, **named: Any) -> Any:
+        note(*arguments)
+        return function(*arguments, **named)
+
+    setattr(module, name, noted)
+
+
+if __name__ == "__main__":
+    main()

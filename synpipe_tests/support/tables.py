@@ -1,0 +1,78 @@
+"""Embedding tables of made-up vectors, written by the program itself, for the tests of table, index and search."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from synpipe.annotations.convert import SYNAPSE_SCHEMA
+from synpipe.embeddings.table import write_embedding_table
+
+PROVENANCE = {
+    "dataset": "demo",
+    "data_version": "0" * 32,
+    "encoder": "tiny",
+    "encoder_fingerprint": "f" * 64,
+    "dataset_version": "d" * 32,
+    "schema_version": 1,
+}
+
+
+def clustered(count: int, dimensions: int, seed: int = 0, clusters: int = 40, spread: float = 0.6) -> np.ndarray:
+    """Vectors as an encoder gives them, in clusters and of different lengths: float32 (count, dimensions)."""
+    random = np.random.default_rng(seed)
+    centres = random.normal(size=(clusters, dimensions))
+    vectors = centres[random.integers(0, clusters, count)] + spread * random.normal(size=(count, dimensions))
+    return (vectors * random.uniform(0.5, 8, (count, 1))).astype(np.float32)
+
+
+def synapses(count: int, **columns: Any) -> pa.Table:
+    """Synapses 0 … count-1, everything else null but for `columns`."""
+    given = {"synapse_id": np.arange(count), **columns}
+    arrays = [
+        pa.array(given[field.name], field.type) if field.name in given else pa.nulls(count, field.type)
+        for field in SYNAPSE_SCHEMA
+    ]
+    return pa.table(arrays, schema=SYNAPSE_SCHEMA)
+
+
+def tiles_of(table: pa.Table, shards: int = 1) -> pa.Table:
+    """One tile of each synapse, in `shards` runs of rows; tile i has the content hash f"{i:032x}"."""
+    count = len(table)
+    return pa.table(
+        {
+            "synapse_id": table["synapse_id"],
+            "shard": pa.array(np.arange(count) * shards // max(1, count), pa.int32()),
+            "content_hash": [f"{place:032x}" for place in range(count)],
+            "pad_fraction": pa.array(np.zeros(count), pa.float32()),
+            "missing_sections": pa.array(np.zeros(count), pa.uint8()),
+        }
+    )
+
+
+def embedding_table(
+    path: Path,
+    vectors: np.ndarray,
+    shards: int = 1,
+    version: str = "0" * 32,
+    derived: Sequence[pa.Table] = (),
+    **columns: Any,
+) -> Path:
+    """The Parquet file of an embedding table with these vectors."""
+    table = synapses(len(vectors), **columns)
+
+    def read_vectors(_: int, hashes: list[str]) -> np.ndarray:
+        return vectors[[int(content, 16) for content in hashes]]
+
+    provenance = {**PROVENANCE, "data_version": version}
+    parts = [[each] for each in derived]
+    write_embedding_table(path, [table], [tiles_of(table, shards)], read_vectors, provenance, parts)
+    return path
+
+
+def unit(vectors: np.ndarray) -> np.ndarray:
+    """Vectors of unit length in float64."""
+    exact = vectors.astype(np.float64)
+    return exact / np.linalg.norm(exact, axis=1, keepdims=True)
