@@ -12,3 +12,11 @@ class SynpipeError(Exception):
 
 class NotFound(SynpipeError):
     """What was asked for by its name or id is not there."""
+
+
+def one_line(error: BaseException) -> str:
+    """The message of an exception as one line, or its class name where it has no message.
+
+    Libraries such as HDF5 and Arrow write several lines, often with indentation.
+    """
+    return " ".join(str(error).split()) or type(error).__name__

@@ -31,7 +31,6 @@ from synpipe.assets.manifest import read_manifest
 from synpipe.assets.pipeline import (
     CODE_VERSIONS,
     Inputs,
-    Log,
     Made,
     embed_tiles,
     is_of_version,
@@ -44,6 +43,7 @@ from synpipe.datasets import Dataset
 from synpipe.embeddings.cache import EmbeddingCache
 from synpipe.embeddings.encoders import EncoderSpec, open_encoder
 from synpipe.errors import SynpipeError
+from synpipe.progress import Log
 from synpipe.specs import digest
 from synpipe.store.files import atomic_path, table_writer, write_table
 from synpipe.store.streams import RowsById, by_shard, column_of, read_parts

@@ -17,13 +17,14 @@ import pyarrow.parquet as pq
 
 from synpipe.analysis import projection
 from synpipe.assets.manifest import find_manifest, read_manifest
-from synpipe.assets.pipeline import Inputs, Log, Made, is_of_version, metadata_of, shard_name, version_of
+from synpipe.assets.pipeline import Inputs, Made, is_of_version, metadata_of, shard_name, version_of
 from synpipe.datasets import Dataset
 from synpipe.embeddings import compression
 from synpipe.embeddings.cache import EmbeddingCache
 from synpipe.embeddings.encoders import Encoder, open_encoder
 from synpipe.embeddings.forward import Computed
 from synpipe.errors import SynpipeError
+from synpipe.progress import Log
 from synpipe.specs import digest
 from synpipe.store.files import atomic_path, write_table
 from synpipe.store.streams import SmallestHashes, by_shard, in_blocks, read_parts

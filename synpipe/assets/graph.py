@@ -13,11 +13,12 @@ from typing import Any, Literal
 
 from synpipe.assets import classifier_steps, derived_steps, learning_steps, pipeline
 from synpipe.assets.manifest import Manifest, find_manifest, read_manifest, write_manifest
-from synpipe.assets.pipeline import Log, Made
+from synpipe.assets.pipeline import Made
 from synpipe.datasets import Dataset, record_bulk
 from synpipe.embeddings.cache import LostVectors
 from synpipe.embeddings.compression import CompressedSpec
 from synpipe.errors import SynpipeError
+from synpipe.progress import Log
 from synpipe.specs import Spec, digest
 from synpipe.store.objects import BulkPath
 from synpipe.tiles.parts import damaged_parts

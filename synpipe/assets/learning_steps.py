@@ -15,10 +15,11 @@ from synpipe.analysis import evaluation, splits
 from synpipe.analysis.instance_retrieval import instance_retrieval
 from synpipe.assets.derived_steps import open_branch
 from synpipe.assets.manifest import read_manifest
-from synpipe.assets.pipeline import CODE_VERSIONS, Inputs, Log, Made, metadata_of, version_of
+from synpipe.assets.pipeline import CODE_VERSIONS, Inputs, Made, metadata_of, version_of
 from synpipe.datasets import Dataset
 from synpipe.embeddings.embed import embed_shard
 from synpipe.errors import SynpipeError
+from synpipe.progress import Log
 from synpipe.specs import digest
 from synpipe.store.files import read_json, table_writer, write_json, write_table
 from synpipe.store.streams import BATCH_ROWS, ContentDigest, column_of, places_among, read_parts

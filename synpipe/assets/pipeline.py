@@ -13,7 +13,7 @@ A data version is a digest of the inputs' versions and of the step's own descrip
 
 import json
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -38,6 +38,7 @@ from synpipe.embeddings.cache import EmbeddingCache
 from synpipe.embeddings.compression import CompressedSpec
 from synpipe.embeddings.encoders import Encoder, open_on_all_devices
 from synpipe.errors import SynpipeError
+from synpipe.progress import Log, Progress
 from synpipe.reports.links import find_viewer, image_layer
 from synpipe.specs import digest
 from synpipe.store.files import is_whole, read_table, remove_leftovers, set_aside, table_writer, write_table
@@ -50,7 +51,6 @@ from synpipe.tiles import tile as tiles
 from synpipe.tiles.extraction import extract_shards
 from synpipe.volumes.volume import Volume
 
-Log = Callable[[str], None]
 Inputs = Mapping[str, str]  # data version by asset
 
 # Raise the number of a step whenever it would make something else of the same inputs.
@@ -89,26 +89,6 @@ class Made:
     data_version: str
     counts: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
-
-
-class Progress:
-    """Says every few seconds how far a step is, how fast, and how long is left."""
-
-    INTERVAL_S = 3.0
-
-    def __init__(self, log: Log, total: int, unit: str):
-        self._log, self._total, self._unit = log, total, unit
-        self._done = 0
-        self._started = self._spoken = time.monotonic()
-
-    def __call__(self, count: int) -> None:
-        self._done += count
-        now = time.monotonic()
-        if now - self._spoken >= self.INTERVAL_S:
-            self._spoken = now
-            rate = self._done / (now - self._started)
-            left = (self._total - self._done) / rate if rate else 0
-            self._log(f"{self._done:,} of {self._total:,} {self._unit}, {rate:,.0f}/s, {left:,.0f} s left")
 
 
 def make_volume(dataset: Dataset, inputs: Inputs, log: Log) -> Made:

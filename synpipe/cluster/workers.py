@@ -20,13 +20,13 @@ from synpipe.embeddings.cache import EmbeddingCache
 from synpipe.embeddings.descriptors import DescriptorSpec
 from synpipe.embeddings.encoders import Encoder, EncoderSpec, open_encoder, weights_file
 from synpipe.errors import SynpipeError
+from synpipe.progress import Log
 from synpipe.store.objects import BulkPath
 from synpipe.tiles import extraction
 from synpipe.tiles.extraction import Failures
 from synpipe.tiles.tile import TileReader, TileSpec, rows_by_shard, shard_of
 from synpipe.volumes.volume import AccessDenied, Volume, VolumeSpec
 
-Log = Callable[[str], None]
 # Of the index of the tiles.
 NEEDED_COLUMNS = ("synapse_id", "file", "row", "crc32", "content_hash")
 

@@ -19,10 +19,11 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image
 
-from synpipe.assets.pipeline import Log, Progress, open_tiles
+from synpipe.assets.pipeline import open_tiles
 from synpipe.datasets import Dataset
 from synpipe.errors import SynpipeError
 from synpipe.explorer.column_files import Files, as_column
+from synpipe.progress import Log, Progress
 from synpipe.specs import digest
 from synpipe.store.files import read_table
 from synpipe.tiles.tile import TileReader
