@@ -1,0 +1,175 @@
+"""The asset `rgb_tiles`: the index of the model-ready tiles, a view of the stacks in colour or in grey."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from PIL import Image
+
+from synpipe.analysis.pictures import MAX_CLASSES, sheet
+from synpipe.annotations.columns import UNLABELLED
+from synpipe.assets import synapse_stacks
+from synpipe.assets.asset import (
+    Asset, Finding, Leftover, Made, Task, View, always, file_leftover, list_complete, view_of_figures,
+)
+from synpipe.assets.manifest import Manifest, data_version_of, file_metadata
+from synpipe.assets.synapse_stacks import STACKS_SCHEMA, read_ids
+from synpipe.datasets import Dataset
+from synpipe.store.files import read_table, table_writer
+from synpipe.store.streams import by_shard, column_of, read_parts
+from synpipe.tiles.parts import damaged_parts, mark_of
+from synpipe.tiles.tile import SECTIONS, TILE_PX, TileReader, content_hashes
+
+CODE_VERSION = "1"
+
+
+@dataclass(frozen=True)
+class TilesFacts:
+    """stacking: `rgb`, or `grey` for the middle section alone; see `TileSpec`."""
+
+    stacking: str
+
+
+def make(task: Task) -> Made[TilesFacts]:
+    """List the stacks that have a tile."""
+    dataset, stacking = task.dataset, task.dataset.spec.tiles.stacking
+    version = data_version_of("rgb_tiles", CODE_VERSION, task.inputs, [stacking])
+    rows = padded = with_missing_sections = 0
+    schema = pa.schema([column for column in STACKS_SCHEMA if column.name not in ("reason", "detail")])
+    with table_writer(dataset.tiles_path, schema, file_metadata(dataset, version, task.inputs)) as writer:
+        for _, stacks in by_shard(read_parts(dataset.stacks_path)):
+            tiles = stacks.filter(pc.is_null(stacks["reason"])).select(schema.names)
+            if stacking == "grey":
+                hashes = content_hashes(TileReader(tiles, dataset.bulk_folder, stacking), len(tiles))
+                tiles = tiles.set_column(schema.get_field_index("content_hash"), "content_hash", hashes)
+            rows += len(tiles)
+            padded += int(pc.sum(pc.greater(tiles["pad_fraction"], 0)).as_py() or 0)
+            with_missing_sections += int(pc.sum(pc.greater(tiles["missing_sections"], 0)).as_py() or 0)
+            if len(tiles):
+                writer.write_table(tiles.cast(schema))
+    task.log(f"{rows:,} tiles, {padded:,} padded, {with_missing_sections:,} with missing sections")
+    figures = {"stacking": stacking, "padded": padded, "with_missing_sections": with_missing_sections}
+    return Made(version, TilesFacts(stacking), rows, figures)
+
+
+def are_there(dataset: Dataset, _encoder: str) -> Finding:
+    """There is at least one tile, and none is listed twice."""
+    ids = read_ids(dataset.tiles_path)
+    repeated = len(ids) - len(np.unique(ids))
+    if not len(ids):
+        return Finding(False, f"No tile is left: every synapse was rejected. Look at {dataset.rejects_path.name}.")
+    if repeated:
+        return Finding(False, f"{repeated:,} synapses are listed more than once.")
+    return Finding(True, f"{len(ids):,} tiles, each of another synapse.", {"tiles": len(ids)})
+
+
+def open_tiles(dataset: Dataset, synapse_ids: Sequence[int] | None = None) -> TileReader:
+    """The tiles as they were made and hashed, even if the spec has another stacking by now.
+
+    synapse_ids: read the index of these synapses only, so that the whole index need not fit in memory; in any order.
+    Raises `SynpipeError` if the tiles have not been made.
+    """
+    stacking = ASSET.read(dataset).stacking
+    if synapse_ids is None:
+        return TileReader(read_table(dataset.tiles_path), dataset.bulk_folder, stacking)
+    wanted = pa.array(synapse_ids, pa.int64())
+    parts = (part.filter(pc.is_in(part["synapse_id"], value_set=wanted)) for part in read_parts(dataset.tiles_path))
+    return TileReader(pa.concat_tables(parts), dataset.bulk_folder, stacking)
+
+
+@dataclass(frozen=True)
+class TilePlaces:
+    """Where tiles lie. synapse_ids: ascending, int64 (n,). starts_zyx: first voxels, int64 (n, 3). window_zyx: extent of a
+    tile in voxels, sections that are skipped included."""
+
+    synapse_ids: np.ndarray
+    starts_zyx: np.ndarray
+    window_zyx: tuple[int, int, int]
+
+
+def read_places(dataset: Dataset) -> TilePlaces:
+    """The places of all tiles."""
+    ids, starts, step = [], [], 1
+    for part in read_parts(dataset.tiles_path, ["synapse_id", "z_index", "start_z", "start_y", "start_x"]):
+        ids.append(part["synapse_id"].to_numpy())
+        starts.append(np.stack([part[f"start_{axis}"].to_numpy() for axis in "zyx"], axis=1))
+        # The middle section of a stack is as far from its first section as from its last.
+        step = (part["z_index"][0].as_py() - part["start_z"][0].as_py()) if len(part) else step
+    order = np.argsort(together := np.concatenate(ids))
+    return TilePlaces(
+        together[order], np.concatenate(starts)[order], ((SECTIONS - 1) * step + 1, TILE_PX, TILE_PX)
+    )
+
+
+def class_by_synapse(dataset: Dataset, synapse_ids: Iterable[int]) -> dict[int, str]:
+    """The class of each of these synapses, `UNLABELLED` if it has none."""
+    ids = np.unique(np.array([*synapse_ids], dtype=np.int64))
+    labels = column_of(dataset.synapses_path, ids, "neurotransmitter")
+    return {synapse_id: label or UNLABELLED for synapse_id, label in zip(ids.tolist(), labels, strict=True)}
+
+
+def draw_tiles_by_class(dataset: Dataset, per_class: int = 8, tile_px: int = 96) -> Image.Image | None:
+    """A row of tiles per class, taken at even distances from the index; None if there is no tile."""
+    ids = np.sort(read_ids(dataset.tiles_path))
+    labels = column_of(dataset.synapses_path, ids, "neurotransmitter")
+    chosen: dict[str, list[int]] = {}
+    for name in (*dataset.spec.classes, None):
+        members = np.flatnonzero(labels == np.array(name, dtype=object))
+        if len(members) and len(chosen) < MAX_CLASSES:
+            places = np.linspace(0, len(members) - 1, min(per_class, len(members))).astype(int)
+            chosen[name or UNLABELLED] = ids[members[places]].tolist()
+    reader = open_tiles(dataset, [synapse_id for row in chosen.values() for synapse_id in row])
+    rows = {name: [(reader.by_id(synapse_id), str(synapse_id)) for synapse_id in row] for name, row in chosen.items()}
+    return sheet(rows, tile_px) if rows else None
+
+
+def find_leftovers(dataset: Dataset, fresh: bool) -> Iterable[Leftover]:
+    """Parts of which no tile is in use. A part never changes, so one that is used in part stays whole."""
+    if not fresh:
+        return
+    used: set[str] = set()
+    for path in (dataset.stacks_path, dataset.tiles_path):
+        used.update(read_table(path, ["file"])["file"].unique().to_pylist())
+    for path in damaged_parts(dataset.cut_outs_folder):
+        if f"tiles/{path.parent.name}/{path.name}" not in used:
+            yield file_leftover(mark_of(path), "mark of damaged tiles of no synapse")
+    # `<part>.h5`, its index `<part>.parquet`, and the mark `<part>.h5.suspect` of a former version, which means nothing now.
+    for path in list_complete(dataset.cut_outs_folder, "*/*.*"):
+        if path.suffix == ".suspect" or f"tiles/{path.parent.name}/{path.stem}.h5" not in used:
+            yield file_leftover(path, "tiles of no synapse")
+
+
+SAMPLE_COLUMNS = ("synapse_id", "shard", "row", "z_index", "pad_fraction", "missing_sections", "mean", "std")
+
+
+def show(dataset: Dataset, _encoder: str, manifest: Manifest) -> View:
+    picture = draw_tiles_by_class(dataset)
+    entries = ({} if picture is None else {"contact_sheet": picture}) | view_of_figures(manifest)
+    return View(entries, dataset.tiles_path, SAMPLE_COLUMNS)
+
+
+ASSET = Asset(
+    name="rgb_tiles",
+    per_encoder=False,
+    exists=always,
+    description="The stacks as tiles for the encoders: three sections as red, green and blue, or the middle one in grey.",
+    storage=frozenset({"hdf5"}),
+    facts=TilesFacts,
+    reads=lambda dataset, encoder: ("synapse_stacks",),
+    optional_reads=False,
+    version_covers_reads=True,
+    code_version=CODE_VERSION,
+    still_valid=(),
+    specs=lambda dataset, encoder: dataset.spec.tiles.stacking,
+    make=make,
+    source_version=None,
+    checks={"are_there": are_there},
+    files=lambda dataset, encoder: (dataset.tiles_path,),
+    names_tiles=True,
+    leftovers=find_leftovers,
+    columns=synapse_stacks.COLUMNS,
+    table_columns=(),
+    show=show,
+)
