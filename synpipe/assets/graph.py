@@ -280,12 +280,13 @@ def _own_reasons(node: Node, manifest: Manifest) -> list[str]:
         return reasons
     if node.path is not None and not node.path.exists():
         return [f"its file {node.path.name} is not there"]
+    if node.asset.source_version is None:
+        return []
     try:
-        facts = node.asset.parse(manifest)
-        version = node.asset.source_version(node.dataset, facts) if node.asset.source_version else None
+        version = node.asset.source_version(node.dataset, node.asset.parse(manifest))
     except SynpipeError as error:
         return [f"its source cannot be read: {error}"]
-    if version not in (None, manifest.data_version):
+    if version is not None and version != manifest.data_version:
         return [f"its source changed ({manifest.data_version[:12]} → {version[:12]})"]
     return []
 

@@ -1,89 +1,86 @@
-"""The asset graph in Dagster: each step of `synpipe.assets.graph` is an asset that runs it, shows what it made, and checks it."""
-
-from collections.abc import Callable
+"""The asset graph in Dagster: every `Node` becomes a Dagster asset that does its work, checks it, and shows it."""
 
 import dagster as dg
 
-from synpipe.assets import checks
-from synpipe.assets.graph import Step, steps
+from synpipe.assets.asset import Finding
+from synpipe.assets.graph import Node, edges, nodes
 from synpipe.datasets import Dataset
 from synpipe.defs.locks import one_step_at_a_time, register_run
-from synpipe.defs.show import KINDS, SHOW, describe
+from synpipe.defs.show import as_metadata
 from synpipe.errors import SynpipeError
-
-Check = Callable[..., checks.Finding]
-
-# Checks by kind of step. What lies downstream does not run on tiles or vectors that are wrong; a finding that is a warning
-# stops nothing. Nothing lies downstream of the rejects: there a failed check only makes the run fail, so that nobody
-# overlooks what was lost.
-CHECKS: dict[str, dict[str, Check]] = {
-    "synapse_stacks": {"match_synapses": checks.stacks_match_synapses},
-    "rgb_tiles": {"are_there": checks.tiles_are_there},
-    "rejects": {"are_few": checks.rejects_are_few},
-    "split": {"sides_are_apart": checks.sides_are_apart},
-    "embeddings": {"vectors_vary": checks.vectors_vary},
-    "classifier": {"predictions_are_whole": checks.predictions_are_whole},
-    "embedding_table": {"match_tiles": checks.table_matches_tiles, "drift": checks.vectors_have_not_drifted},
-    "index": {"recall": checks.index_finds_neighbours},
-}
 
 
 def dataset_assets(dataset: Dataset) -> list[dg.AssetsDefinition]:
-    """All assets of a data set, in the order in which the data flows."""
-    return [step_asset(step) for step in steps(dataset)]
+    """All assets of a data set, in the order of the data flow."""
+    found = nodes(dataset)
+    key_by_name = {node.name: asset_key(node) for node in found}
+    direct = edges(dataset)
+    return [build_asset(node, [key_by_name[name] for name in direct[node.name]]) for node in found]
 
 
-def asset_key(dataset: Dataset, asset: str) -> dg.AssetKey:
-    return dg.AssetKey([dataset.name, asset])
+def asset_key(node: Node) -> dg.AssetKey:
+    return dg.AssetKey(list(node.key))
 
 
-def step_asset(step: Step) -> dg.AssetsDefinition:
-    key = asset_key(step.dataset, step.asset)
-    found = CHECKS.get(step.kind, {})
-    which = () if step.encoder is None else (step.encoder,)
+def build_asset(node: Node, deps: list[dg.AssetKey]) -> dg.AssetsDefinition:
+    """The Dagster asset that makes a node. deps: keys of the assets that it depends on directly."""
+    key = asset_key(node)
+    checks = node.asset.checks
 
     @dg.asset(
         key=key,
-        deps=[asset_key(step.dataset, dep) for dep in step.deps],
-        group_name=f"{step.dataset.name}_{step.encoder}" if step.encoder else step.dataset.name,
-        code_version=step.code_version,
-        description=describe(step),
-        kinds=KINDS[step.kind],
+        deps=deps,
+        group_name=_group(node),
+        code_version=node.code_version,
+        description=_describe(node),
+        kinds=set(node.asset.storage),
         check_specs=[
             dg.AssetCheckSpec(name, asset=key, blocking=True, description=check.__doc__)
-            for name, check in found.items()
+            for name, check in checks.items()
         ],
     )
-    def made(context: dg.AssetExecutionContext) -> dg.MaterializeResult:
-        store = step.dataset.folder.parent
+    def materialize(context: dg.AssetExecutionContext) -> dg.MaterializeResult:
+        store = node.dataset.folder.parent
         try:
             register_run(context.instance, store, context.run.run_id)
             with one_step_at_a_time(store, context.log.info):
-                manifest = step.run(context.log.info, context.run.run_id, found)
-                findings = {name: check(step.dataset, *which) for name, check in found.items()}
+                manifest = node.run(context.log.info, context.run.run_id, checks)
+                findings = {name: check(node.dataset, node.encoder) for name, check in checks.items()}
                 for name, finding in findings.items():
-                    if not finding.passed and finding.severity == "warning":
+                    if not finding.passed and not finding.stops:
                         context.log.warning(f"{name}: {finding.description}")
-                step.passed([name for name, one in findings.items() if one.passed or one.severity == "warning"])
-                metadata = SHOW[step.kind](step.dataset, manifest)
+                node.pass_checks([name for name, finding in findings.items() if not finding.stops])
+                view = node.asset.show(node.dataset, node.encoder, manifest)
         except SynpipeError as error:
-            # The message is for the user; the traceback would bury it.
+            # The message is for the user; a traceback would bury it.
             raise dg.Failure(description=str(error), allow_retries=False) from None
         return dg.MaterializeResult(
             data_version=dg.DataVersion(manifest.data_version),
-            metadata=metadata,
-            check_results=[
-                dg.AssetCheckResult(
-                    check_name=name,
-                    passed=finding.passed,
-                    severity=dg.AssetCheckSeverity.WARN
-                    if finding.severity == "warning"
-                    else dg.AssetCheckSeverity.ERROR,
-                    description=finding.description,
-                    metadata=finding.figures,
-                )
-                for name, finding in findings.items()
-            ],
+            metadata=as_metadata(view, manifest.rows, node.asset.columns),
+            check_results=[_check_result(name, finding) for name, finding in findings.items()],
         )
 
-    return made
+    return materialize
+
+
+def _group(node: Node) -> str:
+    """A group per encoder, one for what all encoders share, and one for what gathers them, which lies downstream of both."""
+    last = node.encoder or (node.asset.name if node.asset.optional_reads else "")
+    return f"{node.dataset.name}_{last}" if last else node.dataset.name
+
+
+def _describe(node: Node) -> str:
+    """What the asset is and, for an encoder's asset, what the registry says of the encoder."""
+    encoder = node.dataset.encoders[node.encoder].description if node.encoder else ""
+    return f"{node.asset.description} {encoder}".strip()
+
+
+def _check_result(name: str, finding: Finding) -> dg.AssetCheckResult:
+    severity = dg.AssetCheckSeverity.WARN if finding.severity == "warning" else dg.AssetCheckSeverity.ERROR
+    return dg.AssetCheckResult(
+        check_name=name,
+        passed=finding.passed,
+        severity=severity,
+        description=finding.description,
+        metadata=finding.figures,
+    )

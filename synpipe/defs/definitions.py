@@ -13,16 +13,15 @@ logger = logging.getLogger("synpipe")
 
 
 def build_definitions(project: Project | None = None, names: Sequence[str] | None = None) -> dg.Definitions:
-    """Assets of the named data sets, or of every data set whose sources are there.
+    """The assets of the named data sets, or of every data set whose source files exist.
 
-    Raises `SynpipeError` for a YAML file that is wrong: the UI then shows its message.
+    Raises `SynpipeError` for a wrong YAML file; the UI then shows the message.
     """
     project = project or Project.locate()
     datasets = available_datasets(project) if names is None else [project.dataset(name) for name in names]
     assets = [asset for dataset in datasets for asset in dataset_assets(dataset)]
     schedule, sensor = build_automation(project, datasets)
-    # In one process: a chain of short steps takes a fifth of the time that a process per step needs, and torch is
-    # imported once.
+    # One process suits a chain of short steps: it takes a fifth of the time of a process per step, and imports torch once.
     return dg.Definitions(
         assets=assets,
         schedules=[schedule],
@@ -33,18 +32,18 @@ def build_definitions(project: Project | None = None, names: Sequence[str] | Non
 
 
 def available_datasets(project: Project) -> list[Dataset]:
-    """Data sets whose files are there; the others are left out with a word, so that the graph can be made as a whole."""
-    found = [project.dataset(name) for name in project.dataset_names()]
-    missing = {dataset.name: dataset.missing_sources() for dataset in found}
-    left_out = [f"{name} ({files[0]})" for name, files in missing.items() if files]
-    if left_out:
-        logger.warning("Data sets are left out until their files are there: %s.", ", ".join(left_out))
-    return [dataset for dataset in found if not missing[dataset.name]]
+    """The data sets whose files exist. The others are skipped with a warning, so that the graph can be loaded."""
+    datasets = [project.dataset(name) for name in project.dataset_names()]
+    missing = {dataset.name: dataset.missing_sources() for dataset in datasets}
+    skipped = [f"{name} ({files[0]})" for name, files in missing.items() if files]
+    if skipped:
+        logger.warning("Skipping data sets whose files do not exist: %s.", ", ".join(skipped))
+    return [dataset for dataset in datasets if not missing[dataset.name]]
 
 
 @dg.logger
 def progress_logger(_context: dg.InitLoggerContext) -> logging.Logger:
-    """One line per message of a step, for a terminal; Dagster's own events, steps not run and so on, are for its UI."""
+    """One line per message of an asset, for a terminal. Dagster's own events are for its UI."""
     handler = logging.StreamHandler()
     handler.addFilter(lambda record: getattr(record, "dagster_meta", {}).get("dagster_event") is None)
     handler.setFormatter(_Line())
@@ -54,10 +53,10 @@ def progress_logger(_context: dg.InitLoggerContext) -> logging.Logger:
 
 
 class _Line(logging.Formatter):
-    """`demo/rgb_tiles  1,304 tiles`: Dagster's own prefix of run and step ids is for machines."""
+    """`12:00:00  demo/rgb_tiles  1,304 tiles`: Dagster's own prefix of run and step ids is for machines."""
 
     def format(self, record: logging.LogRecord) -> str:
         details = getattr(record, "dagster_meta", {})
         message = details.get("orig_message", record.getMessage())
-        step = (details.get("step_key") or "").replace("__", "/", 1)
+        step = (details.get("step_key") or "").replace("__", "/")
         return f"{self.formatTime(record, '%H:%M:%S')}  {step:<44} {message}"

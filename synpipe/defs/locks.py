@@ -1,8 +1,8 @@
-"""Locks that outlive nothing: the kernel frees them when their process ends, killed or not.
+"""Locks that the kernel releases when their process ends, killed or not.
 
-In: a store. Three guarantees: one step at a time is made in a store, whoever asked for it; a run whose process has died is
-marked as failed when the next one begins, instead of being shown as running for ever; and one process at a time opens
-Dagster's history. Dagster's own pools do neither of the first two: the slot of a killed run stays taken, and every later run
+They give three guarantees for a store. One asset at a time is made in it, whoever asked for it. A run whose process has died is
+marked as failed when the next run begins, instead of being shown as running for ever. One process at a time opens Dagster's
+history. Dagster's own pools give neither of the first two: the slot of a killed run stays taken, and every later run
 waits for it.
 """
 
@@ -18,24 +18,24 @@ import dagster as dg
 from synpipe.errors import SynpipeError
 
 DIED = (
-    "The process of this run ended without a word: it was killed, memory ran out, or the machine went down. Materialise "
-    "again: it carries on from the last whole shard."
+    "The process of this run died unexpectedly: it was killed, memory ran out, or the machine went down. Materialise again: "
+    "it carries on from the last complete shard."
 )
 
-# Locks of the runs of this process, held until it ends.
+# Locks of the runs of this process. They are held until it ends.
 _held: dict[str, int] = {}
 
 
 @contextmanager
 def one_step_at_a_time(store: Path, log: Callable[[str], None]) -> Iterator[None]:
-    """Wait until no other run makes anything in the store.
+    """Wait until no other run works in the store.
 
-    Two embeddings at once on one GPU gain nothing and may not fit; two runs of one data set would make its files twice.
+    Two embeddings at once on one GPU gain nothing and may not fit, and two runs of one data set would make its files twice.
     """
     handle = _open(store, "step")
     try:
         if not _try(handle):
-            log("waiting for another run, which is at work in this store")
+            log("waiting for another run, which is working in this store")
             fcntl.flock(handle, fcntl.LOCK_EX)
         yield
     finally:
@@ -44,10 +44,10 @@ def one_step_at_a_time(store: Path, log: Callable[[str], None]) -> Iterator[None
 
 @contextmanager
 def open_history(store: Path) -> Iterator[dg.DagsterInstance]:
-    """The Dagster instance of DAGSTER_HOME.
+    """Open the Dagster instance of DAGSTER_HOME.
 
-    Whoever opens it first makes its databases. Two that do so at once each write the revision of the tables that they found,
-    and Dagster (1.13) refuses a database of two revisions from then on. Raises `SynpipeError` for such a database.
+    The first process to open it creates its databases. If two do so at once, each writes the revision of the tables that it found,
+    and Dagster (1.13) then refuses the database for having two revisions. Raises `SynpipeError` for such a database.
     """
     handle = _open(store, "history")
     try:
@@ -65,10 +65,10 @@ def open_history(store: Path) -> Iterator[dg.DagsterInstance]:
 
 
 def register_run(instance: dg.DagsterInstance, store: Path, run_id: str) -> None:
-    """Show for as long as this process lives that the run is alive, and fail the runs that are not."""
+    """Mark the run as alive for as long as this process lives, and fail the runs that are not alive."""
     if run_id in _held:
         return
-    # Locked first and named then: nobody finds it unlocked and takes the run for dead.
+    # Locked before it gets its name, so that no other process finds it unlocked and takes the run for dead.
     _held[run_id] = _open(store, f"new-{run_id}")
     fcntl.flock(_held[run_id], fcntl.LOCK_EX)
     os.rename(_folder(store) / f"new-{run_id}", _folder(store) / f"run-{run_id}")
@@ -76,7 +76,7 @@ def register_run(instance: dg.DagsterInstance, store: Path, run_id: str) -> None
 
 
 def fail_dead_runs(instance: dg.DagsterInstance, store: Path) -> set[str]:
-    """Mark as failed every registered run that has not finished and whose process is gone; return ids of the others."""
+    """Mark as failed every registered run that has not finished and whose process is gone; return the ids of the others."""
     alive = set()
     for path in _folder(store).glob("run-*"):
         run_id = path.name.removeprefix("run-")
