@@ -26,7 +26,7 @@ from synpipe.store.objects import BulkPath, listed
 from synpipe.tiles import tile as tiles
 from synpipe.tiles.parts import mark_damaged, mark_of
 from synpipe.tiles.tile import PART_SCHEMA, SECTIONS, TILE_PX, CutOut, TileSpec, rows_by_shard, shard_of
-from synpipe.volumes.chunk_plan import Chunk, plan
+from synpipe.volumes.chunk_plan import Chunk, plan_batches
 from synpipe.volumes.volume import AccessDenied, Volume
 
 PART_TILES = 512  # 100 MB at 256 px: the memory that tiles need until they are written, and what a kill can cost
@@ -155,7 +155,7 @@ def cut_out_windows(
     shards = shard_of(starts, spec)
     low = np.clip(starts, 0, volume.shape_zyx)
     high = np.clip(starts + spec.window_zyx(volume.voxel_size_nm_zyx), 0, volume.shape_zyx)
-    batches = plan(low, high, shards, volume.chunking, PART_TILES)
+    batches = plan_batches(low, high, shards, volume.chunking, PART_TILES)
     failures = Failures()
 
     def wanted(window: int) -> bool:

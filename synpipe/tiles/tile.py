@@ -22,7 +22,7 @@ from synpipe.errors import SynpipeError
 from synpipe.specs import Spec, digest
 from synpipe.store.objects import BulkPath
 from synpipe.tiles.parts import Part, mark_damaged, open_part
-from synpipe.volumes.local import HDF5_ERRORS
+from synpipe.volumes.hdf5 import HDF5_ERRORS
 from synpipe.volumes.volume import MissingChunk, Volume
 
 SECTIONS = 3
