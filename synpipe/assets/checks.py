@@ -23,7 +23,7 @@ from synpipe.assets.pipeline import shard_name
 from synpipe.datasets import Dataset
 from synpipe.embeddings.cache import EmbeddingCache
 from synpipe.store.files import read_table
-from synpipe.store.streams import by_shard, column_of, read_parts
+from synpipe.store.streams import by_shard, column_of, read_batches
 
 # Vectors of one encoder that differ by less than this share of their length carry nothing; random weights give 10⁻².
 MIN_SPREAD = 1e-4
@@ -73,7 +73,7 @@ def stacks_match_synapses(dataset: Dataset) -> Finding:
 def rejects_are_few(dataset: Dataset) -> Finding:
     """No larger share of the synapses was rejected than `max_reject_share` of the data set allows."""
     counted: Counter[str] = Counter()
-    for part in read_parts(dataset.rejects_path, ["reason"]):
+    for part in read_batches(dataset.rejects_path, ["reason"]):
         counted.update(part["reason"].to_pylist())
     reasons, rejected = counted.most_common(), counted.total()
     total = _rows(dataset.synapses_path) + _rows(dataset.synapse_rejects_path)
@@ -96,7 +96,7 @@ def vectors_vary(dataset: Dataset, encoder: str) -> Finding:
     fingerprint = read_manifest(dataset, f"embeddings_{encoder}").counts["encoder_fingerprint"]
     # The hashes are in the order of space: a sample from everywhere, of a bounded size, one shard in memory at a time.
     cache, sample = EmbeddingCache(dataset.embeddings_folder, fingerprint), []
-    for shard, tiles in islice(by_shard(read_parts(dataset.tiles_path, ["shard", "content_hash"])), 16):
+    for shard, tiles in islice(by_shard(read_batches(dataset.tiles_path, ["shard", "content_hash"])), 16):
         hashes = tiles["content_hash"].to_pylist()
         sample.append(cache.read(shard_name(shard), list(dict.fromkeys(hashes))[:128]))
     vectors = np.concatenate(sample)
@@ -119,7 +119,7 @@ def predictions_are_whole(dataset: Dataset, encoder: str) -> Finding:
     if not np.array_equal(np.sort(tiles), np.sort(predicted)):
         return Finding(False, "The rows of the predictions are not those of the tiles.", figures)
     missing = bad = 0
-    for part in read_parts(path, ["class_probabilities"]):
+    for part in read_batches(path, ["class_probabilities"]):
         missing += part["class_probabilities"].null_count
         there = part.filter(pc.is_valid(part["class_probabilities"]))
         if len(there):
@@ -228,14 +228,14 @@ def sides_are_apart(dataset: Dataset) -> Finding:
 
 
 def _ids(path: Path) -> np.ndarray:
-    return np.concatenate([part["synapse_id"].to_numpy() for part in read_parts(path, ["synapse_id"])])
+    return np.concatenate([part["synapse_id"].to_numpy() for part in read_batches(path, ["synapse_id"])])
 
 
 def _content(path: Path) -> int:
     """Sum of the digests of all rows: the same in any order (M. Bellare, D. Micciancio, "A new paradigm for collision-free
     hashing", Eurocrypt 1997)."""
     total = 0
-    for part in read_parts(path, ["synapse_id", "content_hash"]):
+    for part in read_batches(path, ["synapse_id", "content_hash"]):
         for row in zip(part["synapse_id"].to_pylist(), part["content_hash"].to_pylist(), strict=True):
             total += int.from_bytes(hashlib.sha256(repr(row).encode()).digest())
     return total % 2**256

@@ -46,7 +46,7 @@ from synpipe.errors import SynpipeError
 from synpipe.progress import Log
 from synpipe.specs import digest
 from synpipe.store.files import atomic_path, table_writer, write_table
-from synpipe.store.streams import RowsById, by_shard, column_of, read_parts
+from synpipe.store.streams import RowsById, by_shard, column_of, read_batches
 from synpipe.training.finetuning import HEAD, WEIGHTS, Examples, finetune, read_head
 
 MIN_CLASSES = 2
@@ -78,9 +78,9 @@ def make_classifier(dataset: Dataset, name: str, inputs: Inputs, log: Log) -> Ma
     file = pq.ParquetFile(path)
     told = json.loads(file.schema_arrow.metadata[b"classifier"])
     counts, notes, rows = told["counts"], told["notes"], file.metadata.num_rows
-    predicted = (part["predicted_neurotransmitter"] for part in read_parts(path, ["predicted_neurotransmitter"]))
+    predicted = (part["predicted_neurotransmitter"] for part in read_batches(path, ["predicted_neurotransmitter"]))
     if rows and not any(part.null_count for part in predicted):
-        scores = score_test_side(read_parts(path), classes)
+        scores = score_test_side(read_batches(path), classes)
         counts |= scores
         notes += (
             few_neurons(scores["recalls"]) if scores else ["No labelled synapse stands on the test side: no figures."]
@@ -99,7 +99,9 @@ class _Learning:
     def __init__(self, dataset: Dataset, name: str, log: Log):
         self._dataset, self._name, self._log = dataset, name, log
         self._fingerprint, self._dimensions = "", 0  # of the vectors in use
-        ids = np.concatenate([part["synapse_id"].to_numpy() for part in read_parts(dataset.tiles_path, ["synapse_id"])])
+        ids = np.concatenate(
+            [part["synapse_id"].to_numpy() for part in read_batches(dataset.tiles_path, ["synapse_id"])]
+        )
         order = np.argsort(ids)
         # Codes, a byte of each tile, of the class and of the side, in the order of the tiles.
         self._classes = dataset.spec.classes
@@ -199,7 +201,7 @@ class _Learning:
     def predict(self, probe: Probe | None) -> Iterator[pa.Table]:
         """`PREDICTIONS` of every tile, shard by shard; without a probe those of nothing learned."""
         columns = ["synapse_id", "neuron_id", "neurotransmitter"]
-        with RowsById(read_parts(self._dataset.synapses_path, columns), self._dataset.folder) as synapses:
+        with RowsById(read_batches(self._dataset.synapses_path, columns), self._dataset.folder) as synapses:
             names = pa.array(SIDE_NAMES, pa.string())
             for rows, tiles, vectors in self._by_shard(None, with_vectors=probe is not None):
                 ids = tiles["synapse_id"]
@@ -227,7 +229,7 @@ class _Learning:
         """Numbers, index and vectors of these rows, which ascend, or of all, for each shard that has some of them."""
         cache = EmbeddingCache(self._dataset.embeddings_folder, self._fingerprint)
         first = 0
-        for shard, tiles in by_shard(read_parts(self._dataset.tiles_path, ["synapse_id", "shard", "content_hash"])):
+        for shard, tiles in by_shard(read_batches(self._dataset.tiles_path, ["synapse_id", "shard", "content_hash"])):
             here = np.arange(first, first + len(tiles))
             first += len(tiles)
             picked = here if rows is None else rows[slice(*np.searchsorted(rows, [here[0], first]))]

@@ -27,7 +27,7 @@ from synpipe.errors import SynpipeError
 from synpipe.progress import Log
 from synpipe.specs import digest
 from synpipe.store.files import atomic_path, write_table
-from synpipe.store.streams import SmallestHashes, by_shard, in_blocks, read_parts
+from synpipe.store.streams import SmallestHashes, by_shard, read_batches, rebatch
 from synpipe.tiles.tile import rows_by_shard
 
 # Vectors that are placed on a fitted map at once: beyond what the fit took, memory does not grow with the data set.
@@ -51,7 +51,7 @@ def make_compressed_embeddings(dataset: Dataset, name: str, inputs: Inputs, log:
 
     source = EmbeddingCache(dataset.embeddings_folder, base["encoder_fingerprint"])
     smallest = SmallestHashes(["content_hash"], compression.SAMPLE_ROWS)
-    for part in read_parts(dataset.tiles_path, ["shard", "content_hash"]):
+    for part in read_batches(dataset.tiles_path, ["shard", "content_hash"]):
         smallest.add(part)
     sample = smallest.rows()
     fitted, kept = compression.fit(_read(source, sample), spec)
@@ -150,7 +150,7 @@ def _places(
     # The smallest hashes are a sample at random, and mostly the same one after synapses were added.
     smallest = SmallestHashes(["content_hash", "synapse_id"], projection.FIT_ROWS)
     count = 0
-    for part in read_parts(dataset.tiles_path, columns):
+    for part in read_batches(dataset.tiles_path, columns):
         smallest.add(part)
         count += len(part)
     fitted = smallest.rows().sort_by("synapse_id")
@@ -158,12 +158,10 @@ def _places(
     of_sample, place = projection.fit_map(_read(cache, fitted), spec)
     ids, places = [fitted["synapse_id"].to_numpy()], [np.asarray(of_sample, np.float32)]
 
-    def place_all(rows: pa.Table) -> None:
+    for rows in rebatch(_others(dataset, columns, fitted["synapse_id"]), TRANSFORM_ROWS):
         ids.append(rows["synapse_id"].to_numpy())
         places.append(place(_read(cache, rows)))
         log(f"{sum(map(len, ids)):,} of {count:,} placed")
-
-    in_blocks(_others(dataset, columns, fitted["synapse_id"]), TRANSFORM_ROWS, place_all)
     together = np.concatenate(ids)
     order = np.argsort(together)
     return together[order], np.concatenate(places)[order]
@@ -172,7 +170,7 @@ def _places(
 def _others(dataset: Dataset, columns: list[str], fitted: pa.ChunkedArray) -> Iterator[pa.Table]:
     """The tiles that are not fitted, shard by shard, by hash."""
     known = fitted.combine_chunks()
-    for _, rows in by_shard(read_parts(dataset.tiles_path, columns)):
+    for _, rows in by_shard(read_batches(dataset.tiles_path, columns)):
         others = rows.filter(pc.invert(pc.is_in(rows["synapse_id"], value_set=known)))
         yield others.sort_by([("content_hash", "ascending"), ("synapse_id", "ascending")])
 
@@ -182,7 +180,7 @@ def _missing(dataset: Dataset, cache: EmbeddingCache, verify: bool) -> Iterator[
 
     verify: see `EmbeddingCache.known`.
     """
-    for shard, index in by_shard(read_parts(dataset.tiles_path, ["shard", "content_hash"])):
+    for shard, index in by_shard(read_batches(dataset.tiles_path, ["shard", "content_hash"])):
         hashes = index["content_hash"].to_pylist()
         if len(rows := cache.lacking(shard_name(shard), hashes, verify)):
             yield shard_name(shard), [hashes[row] for row in rows]

@@ -22,7 +22,7 @@ from synpipe.errors import SynpipeError
 from synpipe.progress import Log
 from synpipe.specs import digest
 from synpipe.store.files import read_json, table_writer, write_json, write_table
-from synpipe.store.streams import BATCH_ROWS, ContentDigest, column_of, places_among, read_parts
+from synpipe.store.streams import BATCH_ROWS, ContentDigest, column_of, places_among, read_batches
 from synpipe.tiles.tile import SECTIONS, TILE_PX
 from synpipe.volumes.volume import Volume
 
@@ -198,7 +198,7 @@ def synapses_with_tiles(dataset: Dataset) -> tuple[np.ndarray, np.ndarray, tuple
     """Ids of the synapses that have a tile, ascending; first voxels of the tiles, int64 (n, 3); extents of a tile, voxels
     z y x."""
     ids, starts, step = [], [], 1
-    for part in read_parts(dataset.tiles_path, ["synapse_id", "z_index", "start_z", "start_y", "start_x"]):
+    for part in read_batches(dataset.tiles_path, ["synapse_id", "z_index", "start_z", "start_y", "start_x"]):
         ids.append(part["synapse_id"].to_numpy())
         starts.append(np.stack([part[f"start_{axis}"].to_numpy() for axis in "zyx"], axis=1))
         # The middle section of a stack is as far from its first as from its last.
@@ -215,7 +215,7 @@ def synapse_column(dataset: Dataset, ids: np.ndarray, name: str) -> np.ndarray:
 def _vectors(dataset: Dataset, encoder: str, ids: np.ndarray) -> np.ndarray:
     """Unit vectors of these synapses, ascending ids: float32 (n, d)."""
     vectors: np.ndarray | None = None
-    for part in read_parts(dataset.table_path(encoder), ["synapse_id", "vector"]):
+    for part in read_batches(dataset.table_path(encoder), ["synapse_id", "vector"]):
         places, wanted = places_among(ids, part)
         rows = part["vector"].combine_chunks().flatten().to_numpy().reshape(len(part), -1)[wanted]
         if vectors is None:

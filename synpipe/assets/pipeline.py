@@ -42,10 +42,10 @@ from synpipe.progress import Log, Progress
 from synpipe.reports.links import find_viewer, image_layer
 from synpipe.specs import digest
 from synpipe.store.files import is_whole, read_table, remove_leftovers, set_aside, table_writer, write_table
-from synpipe.store.fingerprints import file_sha256, status
+from synpipe.store.fingerprints import file_sha256, size_and_mtime
 from synpipe.store.objects import BulkPath
-from synpipe.store.sorting import SetAside
-from synpipe.store.streams import ContentDigest, by_shard, read_parts
+from synpipe.store.sorting import SpillFile
+from synpipe.store.streams import ContentDigest, by_shard, read_batches
 from synpipe.synthetic.demo import make_demo
 from synpipe.tiles import tile as tiles
 from synpipe.tiles.extraction import extract_shards
@@ -172,7 +172,7 @@ def lost_tiles(dataset: Dataset, index: Path, damaged: Sequence[BulkPath]) -> Bu
     if not damaged:
         return None
     names = [str(path).removeprefix(f"{dataset.bulk_folder}/") for path in damaged]
-    named = {name for part in read_parts(index, ["file"]) for name in part["file"].unique().to_pylist()}
+    named = {name for part in read_batches(index, ["file"]) for name in part["file"].unique().to_pylist()}
     return next((path for path, name in zip(damaged, names, strict=True) if name in named), None)
 
 
@@ -191,7 +191,7 @@ def make_synapse_stacks(dataset: Dataset, inputs: Inputs, log: Log) -> Made:
     del synapses
     started = time.monotonic()
     content, rejected, shards = ContentDigest(), 0, 0
-    with Volume(dataset.spec.volume, dataset.base) as volume, SetAside(STACKS_SCHEMA, dataset.folder) as stacks:
+    with Volume(dataset.spec.volume, dataset.base) as volume, SpillFile(STACKS_SCHEMA, dataset.folder) as stacks:
         starts = volume.window_starts(positions, spec.window_zyx(volume.voxel_size_nm_zyx))
         progress = Progress(log, len(starts), "cut-outs")
         folder = dataset.cut_outs_folder / recipe
@@ -233,7 +233,7 @@ def make_rgb_tiles(dataset: Dataset, inputs: Inputs, log: Log) -> Made:
     counts: dict[str, Any] = {"rows": 0, "stacking": stacking, "padded": 0, "with_missing_sections": 0}
     schema = pa.schema([column for column in STACKS_SCHEMA if column.name not in ("reason", "detail")])
     with table_writer(dataset.tiles_path, schema, metadata_of(dataset, version, inputs)) as writer:
-        for _, stacks in by_shard(read_parts(dataset.stacks_path)):
+        for _, stacks in by_shard(read_batches(dataset.stacks_path)):
             good = stacks.filter(pc.is_null(stacks["reason"])).select(schema.names)
             if stacking == "grey":
                 hashes = tiles.content_hashes(tiles.TileReader(good, dataset.bulk_folder, stacking), len(good))
@@ -259,7 +259,7 @@ def open_tiles(dataset: Dataset, synapse_ids: Sequence[int] | None = None) -> ti
     if synapse_ids is None:
         return tiles.TileReader(read_table(dataset.tiles_path), dataset.bulk_folder, stacking)
     wanted = pa.array(synapse_ids, pa.int64())
-    parts = (part.filter(pc.is_in(part["synapse_id"], value_set=wanted)) for part in read_parts(dataset.tiles_path))
+    parts = (part.filter(pc.is_in(part["synapse_id"], value_set=wanted)) for part in read_batches(dataset.tiles_path))
     return tiles.TileReader(pa.concat_tables(parts), dataset.bulk_folder, stacking)
 
 
@@ -268,10 +268,10 @@ def make_rejects(dataset: Dataset, inputs: Inputs, log: Log) -> Made:
     # What was rejected is in memory; of everything else a part at a time.
     stacks = pa.concat_tables(
         part.filter(pc.is_valid(part["reason"]))
-        for part in read_parts(dataset.stacks_path, ["synapse_id", "reason", "detail"])
+        for part in read_batches(dataset.stacks_path, ["synapse_id", "reason", "detail"])
     )
     count, found = 0, []
-    for part in read_parts(dataset.synapses_path):
+    for part in read_batches(dataset.synapses_path):
         count += len(part)
         found.append(part.filter(pc.is_in(part["synapse_id"], value_set=stacks["synapse_id"].combine_chunks())))
     without_tile = stacks.join(pa.concat_tables(found), "synapse_id", join_type="inner")
@@ -341,7 +341,7 @@ def tiles_to_embed(dataset: Dataset, fingerprint: str, verify: bool = False) -> 
     """The tiles that are not in the cache of an encoder. verify: see `EmbeddingCache.known`."""
     cache = EmbeddingCache(dataset.embeddings_folder, fingerprint)
     count, missing = 0, {}
-    for shard, index in by_shard(read_parts(dataset.tiles_path, ["shard", "content_hash"])):
+    for shard, index in by_shard(read_batches(dataset.tiles_path, ["shard", "content_hash"])):
         count += len(index)
         rows = cache.lacking(shard_name(shard), index["content_hash"].to_pylist(), verify)
         if len(rows):
@@ -357,7 +357,7 @@ def embed_tiles(dataset: Dataset, encoders: Sequence[Encoder], wanted: ToEmbed, 
     started, missing = time.monotonic(), wanted.rows
     stacking = read_manifest(dataset, "rgb_tiles").counts["stacking"]
     progress = Progress(log, sum(map(len, missing.values())), "tiles")
-    indexes = by_shard(read_parts(dataset.tiles_path))
+    indexes = by_shard(read_batches(dataset.tiles_path))
     shards = ((shard, index, missing[shard]) for shard, index in indexes if shard in missing)
     if not missing:
         done = embedding.Embedded()
@@ -404,12 +404,12 @@ def make_embedding_table(dataset: Dataset, name: str, inputs: Inputs, log: Log) 
         cache = EmbeddingCache(dataset.embeddings_folder, made["encoder_fingerprint"])
         columns = ["synapse_id", "shard", "content_hash", "pad_fraction", "missing_sections"]
         paths = {"classifier": dataset.predictions_path(name), "projection": dataset.projection_path(name)}
-        derived = [read_parts(file) for kind, file in paths.items() if f"{kind}_{name}" in inputs]
+        derived = [read_batches(file) for kind, file in paths.items() if f"{kind}_{name}" in inputs]
         drift.keep_former(path, dataset.former_table_path(name))
         table.write_embedding_table(
             path,
-            read_parts(dataset.synapses_path),
-            read_parts(dataset.tiles_path, columns),
+            read_batches(dataset.synapses_path),
+            read_batches(dataset.tiles_path, columns),
             lambda shard, hashes: cache.read(shard_name(shard), hashes),
             provenance,
             derived,
@@ -460,7 +460,7 @@ def _annotations_version(dataset: Dataset) -> str:
 
 def status_of(files: Iterable[Path]) -> list[list[Any]]:
     """Size and time of each file or folder: while they stay, its content is not read again."""
-    return [[str(file), *status(file)] for file in files if file.exists()]
+    return [[str(file), *size_and_mtime(file)] for file in files if file.exists()]
 
 
 def _column_bytes(metadata: pq.FileMetaData, name: str) -> int:

@@ -51,7 +51,9 @@ def export(dataset: Dataset, folder: Path, address: str | None = None) -> tuple[
     Raises `SynpipeError` also where the synapses have not been made, or the address is none that a browser reads.
     """
     if address is not None and not address.startswith(tuple(f"{scheme}://" for scheme in REMOTE_SCHEMES)):
-        raise SynpipeError(f"{address} is no address of a layer: it should begin with {'://, '.join(REMOTE_SCHEMES)}://.")
+        raise SynpipeError(
+            f"{address} is no address of a layer: it should begin with {'://, '.join(REMOTE_SCHEMES)}://."
+        )
     made = read_manifest(dataset, "synapses")
     synapses = read_table(dataset.synapses_path)
     provenance = {"dataset": dataset.name, "data_version": made.data_version, "synpipe_version": __version__}

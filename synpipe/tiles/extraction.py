@@ -22,7 +22,7 @@ import pyarrow as pa
 from synpipe.errors import SynpipeError
 from synpipe.specs import digest
 from synpipe.store.files import atomic_path, read_table, set_aside, write_table
-from synpipe.store.objects import BulkPath, listed
+from synpipe.store.objects import BulkPath, list_paths
 from synpipe.tiles import tile as tiles
 from synpipe.tiles.parts import mark_damaged, mark_of
 from synpipe.tiles.tile import PART_SCHEMA, SECTIONS, TILE_PX, CutOut, TileSpec, rows_by_shard, shard_of
@@ -248,8 +248,8 @@ def _list_parts(folder: BulkPath) -> dict[int, list[_Files]]:
 
     Tiles are gone where somebody deleted them, or where they were damaged and moved aside: the cut-outs are then made again.
     """
-    found = {path.name: path for path in listed(folder, "*")}
-    marked = {path.name for path in listed(mark_of(folder / "any").parent, "*")}
+    found = {path.name: path for path in list_paths(folder, "*")}
+    marked = {path.name for path in list_paths(mark_of(folder / "any").parent, "*")}
     parts: dict[int, list[_Files]] = {}
     for name in sorted(marked.union(path.stem for path in found.values() if path.suffix == ".parquet")):
         if PART_NAME.fullmatch(name):

@@ -16,7 +16,7 @@ import h5py
 import numpy as np
 
 from synpipe.store.files import atomic_path
-from synpipe.store.objects import BulkPath, ObjectPath, listed
+from synpipe.store.objects import BulkPath, ObjectPath, list_paths
 
 MARKS = "suspect"  # the folder of the marks: `suspect/<recipe>/<part>` is that of `<recipe>/<part>.h5`
 
@@ -44,7 +44,7 @@ def mark_damaged(path: BulkPath) -> None:
 
 def damaged_parts(folder: BulkPath) -> list[BulkPath]:
     """The parts that are marked, below the folders of all recipes; they need not be there any more."""
-    return [folder / mark.parent.name / f"{mark.name}.h5" for mark in listed(folder / MARKS, "*/[!.]*")]
+    return [folder / mark.parent.name / f"{mark.name}.h5" for mark in list_paths(folder / MARKS, "*/[!.]*")]
 
 
 class Part(Protocol):

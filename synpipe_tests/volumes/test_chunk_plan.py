@@ -115,7 +115,8 @@ def test_no_crumbs_of_files_however_many_chunks_they_would_save() -> None:
     low = np.concatenate([pairs + np.array([0, 0, x]) for x in (1023, 1024)])
     shards = shard_of(low, TileSpec(shards=100))
     assert all(
-        len(set(shards[batch])) == 1 for batch in plan_batches(low, low + np.array([3, 256, 256]), shards, chunking, 1024)
+        len(set(shards[batch])) == 1
+        for batch in plan_batches(low, low + np.array([3, 256, 256]), shards, chunking, 1024)
     )
 
 
