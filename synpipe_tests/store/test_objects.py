@@ -252,7 +252,7 @@ def test_tiles_are_read_by_ranges(server: str) -> None:
     with pytest.raises(SynpipeError, match=r"s3://.*00001\.h5, row \d, cannot be read"):
         TileReader(index, ROOT, "colour").read(np.arange(40, 47))
     (ROOT / names[1]).unlink()
-    with pytest.raises(SynpipeError, match=r"s3://.*00001\.h5 are not there"):
+    with pytest.raises(SynpipeError, match=r"s3://.*00001\.h5 do not exist"):
         TileReader(index, ROOT, "colour").read(np.arange(40, 47))
 
 

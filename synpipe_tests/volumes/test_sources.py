@@ -23,10 +23,11 @@ from synpipe.defs.definitions import available_datasets
 from synpipe.errors import SynpipeError
 from synpipe.store.files import read_table
 from synpipe.synthetic.demo import SyntheticSpec, make_demo
-from synpipe.tiles.tile import TileSpec, cut_out
+from synpipe.tiles.tile import TileSpec
 from synpipe.volumes.volume import Volume, VolumeSpec, to_uint8
 from synpipe_tests.conftest import REPOSITORY, SMALL_DEMO, write_project
 from synpipe_tests.support.command import invoke
+from synpipe_tests.support.extraction import cut_out
 
 SIZE_NM, OFFSET_NM = (50.0, 4.6, 4.6), (100.0, -46.0, 9.2)
 OFFSET_VOXELS_XYZ = [2, -10, 2]
