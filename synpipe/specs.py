@@ -1,7 +1,7 @@
-"""Descriptions of what runs: frozen, validated, hashable objects that are read from YAML.
+"""Defines `Spec`, the base of all descriptions of what runs: frozen, validated, hashable objects read from YAML.
 
-In: a mapping from a YAML or JSON file. Out: a `Spec` (volume, tiles, encoder …). Guarantee: two specs with the same
-meaning have the same `digest()`, on any machine and in any process, so that the digest can be a cache key.
+Input: a mapping from a YAML or JSON file. Output: a `Spec` (volume, tiles, encoder …). Guarantee: two specs with the same
+meaning have the same `digest()`, on any machine and in any process, so the digest can serve as a cache key.
 """
 
 import hashlib
@@ -13,19 +13,19 @@ from typing import Any, Self
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from synpipe.errors import SynpipeError
+from synpipe.errors import SynpipeError, one_line
 
 
 class Spec(BaseModel):
-    """A frozen description. Unknown keys are errors; `digest()` covers every field."""
+    """A frozen description. Unknown keys are errors, and `digest()` covers every field."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     @classmethod
     def parse(cls, mapping: Any, where: str) -> Self:
-        """Build the spec from plain data; `where` names the file and key in the error.
+        """Build the spec from plain data. where: file and key, for the error message.
 
-        Raises `SynpipeError` that lists every wrong, missing or unknown key.
+        Raises `SynpipeError`, which lists every wrong, missing or unknown key.
         """
         try:
             return cls.model_validate(mapping)
@@ -42,13 +42,13 @@ class Spec(BaseModel):
 
 
 def digest(value: Any) -> str:
-    """SHA-256 (first 32 hex digits) of a JSON-able value in canonical form: sorted keys, no spaces."""
+    """SHA-256, first 32 hex digits, of a JSON-able value in canonical form (sorted keys, no spaces)."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML in which a key stands once: the standard loader would keep the last of two entries in silence."""
+    """Refuses repeated keys. The standard loader silently keeps the last of two entries."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
@@ -56,14 +56,14 @@ class _Loader(yaml.SafeLoader):
             key = self.construct_object(key_node, deep=True)
             if key in seen:
                 raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key!r} stands twice", key_node.start_mark
+                    None, None, f"the key {key!r} appears twice", key_node.start_mark
                 )
             seen.add(key)
         return super().construct_mapping(node, deep)
 
 
 def read_yaml(path: Path) -> Mapping[str, Any]:
-    """Read a YAML file whose top level is a mapping. Raises `SynpipeError` naming the file and the line."""
+    """Read a YAML file whose top level is a mapping. Raises `SynpipeError`, which names the file and the line."""
     try:
         content = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
     except FileNotFoundError:
@@ -71,7 +71,7 @@ def read_yaml(path: Path) -> Mapping[str, Any]:
     except OSError as error:
         raise SynpipeError(f"{path} cannot be read: {error.strerror}.") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise SynpipeError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+        raise SynpipeError(f"{path} is not valid YAML: {one_line(error)}") from None
     if not isinstance(content, Mapping):
         raise SynpipeError(f"{path} must hold a mapping at the top level (`key: value` lines).")
     return content

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 from synpipe.errors import SynpipeError
 from synpipe.specs import digest
 from synpipe.store.files import write_table
-from synpipe.store.objects import BulkPath, ObjectPath, listed
+from synpipe.store.objects import BulkPath, ObjectPath, list_paths
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +53,7 @@ class EmbeddingCache:
     def _parts(self, shard: str) -> list[BulkPath]:
         if self._found is None:
             found: dict[str, list[BulkPath]] = {}
-            for path in listed(self.folder, "*.parquet"):
+            for path in list_paths(self.folder, "*.parquet"):
                 if named := re.fullmatch(r"(.+)-[0-9a-f]{8}", path.stem):
                     found.setdefault(named[1], []).append(path)
             self._found = found

@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from synpipe.embeddings.vectors import read_unit_vectors, read_vectors
-from synpipe.store.streams import read_parts
+from synpipe.store.streams import read_batches
 
 MIN_RECALL = 0.99
 WANTED_RECALL = 0.995  # of the sample, so that other queries find `MIN_RECALL` too
@@ -73,7 +73,7 @@ def _kth_similarities(table_path: Path, queries: list[np.ndarray], k: int) -> li
     """
     everyone = np.concatenate(queries)
     best = np.full((len(everyone), k), -np.inf, np.float32)
-    for rows in read_parts(table_path, ["vector"]):
+    for rows in read_batches(table_path, ["vector"]):
         found = np.concatenate([best, everyone @ read_unit_vectors(rows).T], axis=1)
         best = np.partition(found, -k, axis=1)[:, -k:]
     return np.split(best.min(axis=1), np.cumsum([len(group) for group in queries])[:-1])

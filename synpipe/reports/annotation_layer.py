@@ -28,7 +28,7 @@ from synpipe.datasets import Dataset
 from synpipe.errors import SynpipeError
 from synpipe.reports.links import Viewer, find_viewer
 from synpipe.store.files import atomic_folder, read_table
-from synpipe.volumes.volume import REMOTE
+from synpipe.volumes.volume import REMOTE_SCHEMES
 
 TYPE = "neuroglancer_annotations_v1"
 # What Neuroglancer fetches at a time: 150 kB. A level of the spatial index holds at most this many synapses per cell.
@@ -50,8 +50,10 @@ def export(dataset: Dataset, folder: Path, address: str | None = None) -> tuple[
 
     Raises `SynpipeError` also where the synapses have not been made, or the address is none that a browser reads.
     """
-    if address is not None and not address.startswith(tuple(f"{scheme}://" for scheme in REMOTE)):
-        raise SynpipeError(f"{address} is no address of a layer: it should begin with {'://, '.join(REMOTE)}://.")
+    if address is not None and not address.startswith(tuple(f"{scheme}://" for scheme in REMOTE_SCHEMES)):
+        raise SynpipeError(
+            f"{address} is no address of a layer: it should begin with {'://, '.join(REMOTE_SCHEMES)}://."
+        )
     made = read_manifest(dataset, "synapses")
     synapses = read_table(dataset.synapses_path)
     provenance = {"dataset": dataset.name, "data_version": made.data_version, "synpipe_version": __version__}

@@ -18,7 +18,7 @@ from synpipe.assets.manifest import find_manifest, find_version, read_manifest
 from synpipe.datasets import Dataset
 from synpipe.embeddings.cache import open_part
 from synpipe.store.files import DAMAGED, TEMPORARY_PREFIX, read_table
-from synpipe.store.objects import BulkPath, listed, move_tree, remove_tree
+from synpipe.store.objects import BulkPath, list_paths, move_tree, remove_tree
 from synpipe.tiles.parts import damaged_parts, mark_of
 
 
@@ -93,7 +93,7 @@ def _damaged(dataset: Dataset) -> list[Leftover]:
 
 def _indexes(dataset: Dataset) -> list[Leftover]:
     """Versions that no tag names, with what interrupted builds left, and tables without any tag."""
-    tables = listed(dataset.lancedb_folder, "*.lance")
+    tables = list_paths(dataset.lancedb_folder, "*.lance")
     if not tables:
         return []
     from synpipe.reports import versions as history  # LanceDB takes two seconds to import
@@ -189,7 +189,7 @@ def _files(folder: BulkPath, pattern: str) -> Iterator[BulkPath]:
     """Files that are whole, in order: a writer may be at work on the others."""
     return (
         path
-        for path in listed(folder, pattern)
+        for path in list_paths(folder, pattern)
         if not path.name.startswith(TEMPORARY_PREFIX) and path.suffix != DAMAGED
     )
 

@@ -29,7 +29,7 @@ from synpipe.tiles.tile import TILE_PX
 from synpipe.volumes.volume import Volume, VolumeSpec
 
 if TYPE_CHECKING:
-    from synpipe.volumes.chunked import Chunked
+    from synpipe.volumes.chunked import ChunkedReader
 
 TILE_ON_SCREEN_PX = 640  # a tile with its surroundings, in a window of a thousand
 POSITION_DECIMALS = 6  # of a voxel: what `volumes.EDGE_TOLERANCE_VOXELS` takes for the edge is the edge
@@ -148,7 +148,7 @@ def _source(spec: VolumeSpec, volume: Volume) -> Any:
     address = spec.address.rstrip("/")
     if spec.kind == "precomputed":
         return f"precomputed://{address}"
-    source = cast("Chunked", volume.source)
+    source = cast("ChunkedReader", volume.reader)
     voxel_nm = dict(zip("zyx", volume.voxel_size_nm_zyx.tolist(), strict=True))
     offset_nm = dict(zip("zyx", volume.offset_nm_zyx.tolist(), strict=True))
     array = _n5(source, voxel_nm) if spec.kind == "n5" else _zarr(source, voxel_nm)
@@ -183,7 +183,7 @@ class _Array:
     axes: list[_Axis]
 
 
-def _n5(source: "Chunked", voxel_nm: Mapping[str, float]) -> _Array:
+def _n5(source: "ChunkedReader", voxel_nm: Mapping[str, float]) -> _Array:
     """One array: what its neighbours s0, s1 … are in nm is written in too many ways."""
     # As Neuroglancer does, with the attributes of the group for those that the array has not.
     array = f"{source.scale.folder}/attributes.json".removeprefix("/")
@@ -199,7 +199,7 @@ def _n5(source: "Chunked", voxel_nm: Mapping[str, float]) -> _Array:
     return _Array("n5", source.scale.folder, axes)
 
 
-def _zarr(source: "Chunked", voxel_nm: Mapping[str, float]) -> _Array:
+def _zarr(source: "ChunkedReader", voxel_nm: Mapping[str, float]) -> _Array:
     """The array, or all scales of an OME-Zarr."""
     third = source.documents.get("zarr.json")
     scheme = "zarr3" if third else "zarr2"
@@ -216,9 +216,9 @@ def _zarr(source: "Chunked", voxel_nm: Mapping[str, float]) -> _Array:
     return _Array(scheme, "", axes)
 
 
-def _ome_axes(source: "Chunked", image: Mapping[str, Any], voxel_nm: Mapping[str, float]) -> list[_Axis]:
+def _ome_axes(source: "ChunkedReader", image: Mapping[str, Any], voxel_nm: Mapping[str, float]) -> list[_Axis]:
     """Of an OME-Zarr Neuroglancer counts in voxels of the first scale, and centres the first of them on `translation`."""
-    from synpipe.volumes.chunked import scale_and_translation
+    from synpipe.volumes.zarr import scale_and_translation
 
     axes = source.scale.axes
     overall, shift = scale_and_translation(image.get("coordinateTransformations", []), len(axes))

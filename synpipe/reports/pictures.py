@@ -17,7 +17,7 @@ from synpipe.assets.pipeline import open_tiles
 from synpipe.datasets import Dataset
 from synpipe.index.search import UNLABELLED, Neighbour, SynapseIndex
 from synpipe.store.files import read_table
-from synpipe.store.streams import column_of, read_parts
+from synpipe.store.streams import column_of, read_batches
 from synpipe.volumes.volume import Volume
 
 Cell = tuple[np.ndarray, str]  # a tile, uint8 (3, size, size), and its caption
@@ -32,7 +32,7 @@ MAX_CLASSES = 12
 
 def tiles_by_class(dataset: Dataset, per_class: int = 8, tile_px: int = 96) -> Image.Image | None:
     """A row of tiles per class, taken at even distances from the index of the tiles; None where there is no tile."""
-    ids = np.concatenate([part["synapse_id"].to_numpy() for part in read_parts(dataset.tiles_path, ["synapse_id"])])
+    ids = np.concatenate([part["synapse_id"].to_numpy() for part in read_batches(dataset.tiles_path, ["synapse_id"])])
     order = np.argsort(ids)
     labels = np.full(len(ids), None, dtype=object)
     labels[order] = column_of(dataset.synapses_path, ids[order], "neurotransmitter")
@@ -51,7 +51,7 @@ def example_queries(dataset: Dataset, encoder: str) -> list[int]:
     """A synapse of each class to search with, the first whose tile is whole."""
     columns = ["synapse_id", "neurotransmitter", "pad_fraction", "missing_sections"]
     found: dict[str, int] = {}
-    for part in read_parts(dataset.table_path(encoder), columns):
+    for part in read_batches(dataset.table_path(encoder), columns):
         whole = part.filter(pc.and_(pc.equal(part["pad_fraction"], 0), pc.equal(part["missing_sections"], 0)))
         for name in dataset.spec.classes:
             of_class = whole.filter(pc.equal(whole["neurotransmitter"], name))

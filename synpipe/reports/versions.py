@@ -26,7 +26,7 @@ from synpipe.index.build import open_lance
 from synpipe.index.files import damaged
 from synpipe.index.publish import CURRENT, connect, list_tags, open_current, read_provenance
 from synpipe.store.files import read_table
-from synpipe.store.objects import BulkPath, listed
+from synpipe.store.objects import BulkPath, list_paths
 
 # Columns whose change makes a row another one; the encoder's vector is compared by its cosine.
 ROW_COLUMNS = (*SYNAPSE_SCHEMA.names[1:], "content_hash", "pad_fraction", "missing_sections")
@@ -170,7 +170,7 @@ def forget(dataset: Dataset, encoder: str, tag: str) -> Version:
 def former_encoders(dataset: Dataset) -> dict[str, int]:
     """How many published versions there are of each encoder that the data set no longer has."""
     found = {}
-    for path in listed(dataset.lancedb_folder, "*.lance"):
+    for path in list_paths(dataset.lancedb_folder, "*.lance"):
         if path.stem not in dataset.encoders and (table := _open(dataset, path.stem)) and (tags := _tags(table)):
             found[path.stem] = len(tags)
     return found

@@ -1,9 +1,9 @@
-"""Files that are whole or absent: atomic writes, Parquet with metadata, a manifest per asset.
+"""Writes and reads the files of a store: Parquet tables, JSON documents and any other file, each written atomically.
 
-In: tables and small JSON documents. Out: files in the store, local or on an object store. Guarantee: a reader never sees
-half a file. A local one is written beside its final name, flushed to disk and renamed; a process killed at any moment
-leaves at most a file whose name begins with `.tmp-`, which `remove_leftovers` deletes. An object is uploaded when it is
-whole.
+Input: tables and JSON-able values. Output: files in the store, local or on an object store. Guarantee: a reader never
+sees half a file. A local file is written beside its final name, flushed to disk and renamed. A process that is killed at
+any moment leaves at most a file whose name begins with `.tmp-`, which `remove_leftovers` deletes. An object is uploaded
+only when it is complete.
 """
 
 import contextlib
@@ -20,19 +20,19 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from synpipe.errors import SynpipeError
+from synpipe.errors import SynpipeError, one_line
 from synpipe.store.objects import BulkPath, ObjectPath, move_tree, remove_tree
 
 TEMPORARY_PREFIX = ".tmp-"
-DAMAGED = ".damaged"  # suffix of what was moved aside
+DAMAGED = ".damaged"  # suffix of damaged files and folders that were moved aside
 
 
 @contextlib.contextmanager
 def atomic_path(path: BulkPath) -> Iterator[Path]:
-    """Yield a temporary path in the folder of `path`; on success it is flushed and renamed to `path`.
+    """Yield a temporary path in the folder of `path`. On success the file is flushed and renamed to `path`.
 
-    What is to become an object is written in the system's folder for temporary files, and uploaded on success.
-    Raises `SynpipeError` where the folder cannot be written or the disk is full.
+    A file that becomes an object is written to the system's temporary folder, and uploaded on success.
+    Raises `SynpipeError` if the folder cannot be written or the disk is full.
     """
     if isinstance(path, ObjectPath):
         with tempfile.TemporaryDirectory(prefix="synpipe-") as folder:
@@ -50,7 +50,7 @@ def atomic_path(path: BulkPath) -> Iterator[Path]:
         _sync_folder(path.parent)
     except OSError as error:
         _remove(temporary)
-        reason = " ".join(str(error.strerror or error).split())  # HDF5's have several lines
+        reason = " ".join((error.strerror or one_line(error)).split())  # HDF5 fills `strerror` with several lines
         raise SynpipeError(
             f"Cannot write {path}: {reason}. Check the space and the permissions of that folder, or choose another store "
             "with --store or SYNPIPE_STORE."
@@ -62,10 +62,10 @@ def atomic_path(path: BulkPath) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """Yield a new temporary folder beside `path`; on success it is flushed and takes the place of `path`.
+    """Yield a new temporary folder beside `path`. On success it is flushed and replaces `path`.
 
-    What was at `path` is removed then; a process killed between the two renames leaves it under a temporary name.
-    Raises `SynpipeError` where the folder cannot be written or the disk is full.
+    The former folder at `path` is then removed. A process that is killed between the two renames leaves it under a
+    temporary name. Raises `SynpipeError` if the folder cannot be written or the disk is full.
     """
     path = path.absolute()
     temporary, former = (path.parent / f"{TEMPORARY_PREFIX}{uuid.uuid4().hex}-{path.name}" for _ in range(2))
@@ -93,13 +93,13 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
 
 def _remove(path: Path) -> None:
-    # Whatever prevented the writing (a read-only disk, a file in the folder's place) prevents this as well.
+    # The cause of the failed write (a read-only disk, a file in place of the folder) may also prevent the removal.
     with contextlib.suppress(OSError):
         path.unlink()
 
 
 def _sync_folder(folder: Path) -> None:
-    # The rename itself is only durable once the folder is flushed.
+    # A rename is durable only after the folder has been flushed.
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -108,9 +108,10 @@ def _sync_folder(folder: Path) -> None:
 
 
 def remove_leftovers(folder: BulkPath, older_than_s: float = 3600) -> None:
-    """Delete temporary files of writers that died; recent ones may belong to a writer at work and stay.
+    """Delete temporary files of writers that died. Recent files stay, because they may belong to a running writer.
 
-    An object store has none; of uploads that were cut off it keeps parts until a rule of the bucket removes them.
+    An object store has no temporary files. It keeps the received pieces of an interrupted upload until a lifecycle rule of
+    the bucket removes them.
     """
     if isinstance(folder, ObjectPath):
         return
@@ -121,7 +122,10 @@ def remove_leftovers(folder: BulkPath, older_than_s: float = 3600) -> None:
 
 
 def set_aside(path: BulkPath) -> BulkPath:
-    """Move what is damaged out of the way, so that it is made anew; returns where to. `synpipe gc` lists it."""
+    """Rename a damaged file or folder so that it counts as missing and is made again. Returns the new path.
+
+    `synpipe gc` lists files and folders that were moved aside.
+    """
     aside = path.with_suffix(f"{path.suffix}{DAMAGED}")
     if aside.is_dir():
         remove_tree(aside)
@@ -129,14 +133,13 @@ def set_aside(path: BulkPath) -> BulkPath:
     return aside
 
 
-def damaged(path: BulkPath, problem: object) -> SynpipeError:
-    """The error to raise for a damaged file of the store, which is moved aside, so that its asset counts as missing."""
-    reason = " ".join(str(problem).split()).rstrip(".")
+def set_aside_as_damaged(path: BulkPath, problem: Exception) -> SynpipeError:
+    """Move a damaged file aside, so that its asset counts as missing, and return the error to raise."""
     try:
-        moved = f"moved to {set_aside(path).name}. Materialise again, which makes it anew."
-    except (OSError, SynpipeError):  # a reader's, of a store that it may not write
-        moved = "delete it and materialise again."
-    return SynpipeError(f"{path} is damaged ({reason}): {moved}")
+        remedy = f"moved to {set_aside(path).name}. Materialise again to make a new file."
+    except (OSError, SynpipeError):  # this process may only read the store
+        remedy = "delete it and materialise again."
+    return SynpipeError(f"{path} is damaged ({one_line(problem).rstrip('.')}): {remedy}")
 
 
 def write_text(path: Path, text: str) -> None:
@@ -149,17 +152,17 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """Raises `SynpipeError` where the file is absent, or damaged: it is then moved aside."""
+    """Read a JSON file. Raises `SynpipeError` if it is absent or damaged; a damaged file is moved aside."""
     try:
         return json.loads(path.read_text())
     except FileNotFoundError:
         raise SynpipeError(f"{path} does not exist: materialise the asset that makes it.") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise damaged(path, error) from None
+        raise set_aside_as_damaged(path, error) from None
 
 
 def write_table(path: BulkPath, table: pa.Table, metadata: dict[str, str] | None = None, **options: Any) -> None:
-    """Write one Parquet file atomically, with `metadata` added to the schema's; zstd, with checksums of the pages."""
+    """Write one Parquet file atomically, with zstd compression and page checksums. metadata: added to that of the schema."""
     if metadata:
         table = table.replace_schema_metadata({**(table.schema.metadata or {}), **metadata})
     with atomic_path(path) as temporary:
@@ -168,7 +171,7 @@ def write_table(path: BulkPath, table: pa.Table, metadata: dict[str, str] | None
 
 @contextlib.contextmanager
 def table_writer(path: Path, schema: pa.Schema, metadata: dict[str, str] | None = None) -> Iterator[pq.ParquetWriter]:
-    """Yield a writer of one Parquet file that takes tables of `schema` one after another; else as `write_table`."""
+    """Yield a writer that appends tables of `schema` to one Parquet file. The file is written as by `write_table`."""
     with (
         atomic_path(path) as temporary,
         pq.ParquetWriter(
@@ -179,27 +182,27 @@ def table_writer(path: Path, schema: pa.Schema, metadata: dict[str, str] | None 
 
 
 def read_table(path: BulkPath, columns: list[str] | None = None) -> pa.Table:
-    """Read one Parquet file of the store. Raises `SynpipeError` where it is absent, or damaged: it is then moved aside."""
-    with reading(path):
+    """Read one Parquet file of the store. Raises `SynpipeError` if it is absent or damaged; a damaged file is moved aside."""
+    with explaining_read_errors(path):
         source = pa.BufferReader(path.read_bytes()) if isinstance(path, ObjectPath) else path
         return pq.ParquetFile(source, memory_map=True, page_checksum_verification=True).read(columns=columns)
 
 
 @contextlib.contextmanager
-def reading(path: BulkPath) -> Iterator[None]:
-    """Say of a Parquet file of the store what is wrong with it; what is damaged is moved aside."""
+def explaining_read_errors(path: BulkPath) -> Iterator[None]:
+    """Turn the exceptions of reading a Parquet file into `SynpipeError`, and move the file aside if it is damaged."""
     try:
         yield
     except FileNotFoundError:
         raise SynpipeError(f"{path} does not exist: materialise the asset that makes it.") from None
     except (pa.ArrowInvalid, OSError) as error:
-        if isinstance(error, OSError) and error.errno:  # a wrong checksum is an OSError without a number
-            raise SynpipeError(f"Cannot read {path}: {error.strerror}. Check that file.") from None
-        raise damaged(path, error) from None
+        if isinstance(error, OSError) and error.errno:  # Arrow reports a wrong checksum as an OSError without a number
+            raise SynpipeError(f"Cannot read {path}: {error.strerror}. Check the permissions and the disk.") from None
+        raise set_aside_as_damaged(path, error) from None
 
 
 def is_whole(path: BulkPath) -> bool:
-    """Whether every page of a Parquet file has its checksum; all of it is read, a batch at a time."""
+    """Whether every page of a Parquet file matches its checksum. Reads the whole file, one batch at a time."""
     try:
         source = pa.BufferReader(path.read_bytes()) if isinstance(path, ObjectPath) else path
         file = pq.ParquetFile(source, memory_map=True, page_checksum_verification=True)

@@ -1,6 +1,7 @@
-"""Content of files and folders as digests, and their status: while that stays, the content is not read again.
+"""Computes digests of files and folders, and their size and time.
 
-In: a path. Out: SHA-256 as hex digits; size and time. Guarantee: two copies of the same content have the same digest.
+Input: a path. Output: SHA-256 as hex digits, or size and time. Guarantee: two copies of the same content have the same
+digest. While size and time stay the same, nothing needs to read the content again.
 """
 
 import hashlib
@@ -11,7 +12,7 @@ from pathlib import Path
 
 
 def file_sha256(path: Path) -> str:
-    """SHA-256 of a file's content, read again only when its size, its times or its inode changed."""
+    """SHA-256 of a file's content. Within a process the file is read again only if its size, times or inode changed."""
     status = path.stat()
     return _file_sha256(path, (status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino))
 
@@ -23,7 +24,7 @@ def _file_sha256(path: Path, _status: tuple[int, ...]) -> str:
 
 
 def folder_sha256(folder: Path) -> str:
-    """SHA-256 over the relative names and the contents of all files below a folder."""
+    """SHA-256 of the relative names and the contents of all files below a folder."""
     total = hashlib.sha256()
     for path in sorted(_files(folder)):
         with open(path, "rb") as handle:
@@ -32,15 +33,15 @@ def folder_sha256(folder: Path) -> str:
     return total.hexdigest()
 
 
-def status(path: Path) -> tuple[int, int]:
-    """Bytes and time of the latest modification (ns) of a file, or of all that is in a folder."""
+def size_and_mtime(path: Path) -> tuple[int, int]:
+    """Size in bytes and latest modification time in ns of a file, or of everything below a folder."""
     if not path.is_dir():
-        found = path.stat()
-        return found.st_size, found.st_mtime_ns
-    # The folders count with their times: a file that is taken away or renamed changes no other.
-    inside = [file.stat() for file in _files(path)]
-    folders = [os.stat(name).st_mtime_ns for name, _, _ in os.walk(path)]
-    return sum(one.st_size for one in inside), max([*folders, *(one.st_mtime_ns for one in inside)])
+        status = path.stat()
+        return status.st_size, status.st_mtime_ns
+    # The times of folders count as well, because removing or renaming a file changes only the time of its folder.
+    files = [file.stat() for file in _files(path)]
+    folder_times = [os.stat(name).st_mtime_ns for name, _, _ in os.walk(path)]
+    return sum(file.st_size for file in files), max([*folder_times, *(file.st_mtime_ns for file in files)])
 
 
 def _files(folder: Path) -> Iterator[Path]:

@@ -1,13 +1,13 @@
-"""Files on an object store, named and used like local ones; where the bulk of a data set lies.
+"""Names files on an object store, and lets the rest of synpipe use them like local files.
 
-In: an address, `s3://bucket/prefix` or `gs://bucket/prefix`, or a folder. Out: an `ObjectPath`, which has those methods of
-`pathlib.Path` that synpipe's store needs, with their names and meanings, or a `Path`. Guarantees: an object is whole or
-absent, whatever stops its upload; what the store's server, network or rights prevent is a `SynpipeError` that names the
-address, within seconds.
+Input: an address, `s3://bucket/prefix` or `gs://bucket/prefix`, or a folder. Output: for an address an `ObjectPath`, which
+has the methods of `pathlib.Path` that synpipe needs, with the same names and meanings; for a folder a `Path`. Guarantees:
+- An object is complete or absent, whatever interrupts its upload.
+- Problems with the server, the network or permissions raise a `SynpipeError` that names the address, within seconds.
 
-Credentials and endpoint are those of the environment that every tool of the cloud reads: AWS_ACCESS_KEY_ID,
-AWS_SECRET_ACCESS_KEY, AWS_REGION, AWS_ENDPOINT_URL (http:// where it says so) and the rest of the SDK's chain for S3,
-GOOGLE_APPLICATION_CREDENTIALS for GCS. They are never part of an address, a manifest or a message.
+Credentials and endpoint come from the environment variables that all cloud tools read. For S3 these are AWS_ACCESS_KEY_ID,
+AWS_SECRET_ACCESS_KEY, AWS_REGION, AWS_ENDPOINT_URL (which may begin with http://) and the rest of the SDK's chain; for GCS,
+GOOGLE_APPLICATION_CREDENTIALS. They are never part of an address, a manifest or a message.
 """
 
 import os
@@ -26,7 +26,7 @@ from urllib.parse import urlsplit
 import pyarrow as pa
 import pyarrow.fs as pafs
 
-from synpipe.errors import SynpipeError
+from synpipe.errors import SynpipeError, one_line
 
 ADDRESS = re.compile(r"(s3|gs)://[a-z0-9][a-z0-9._-]{1,61}[a-z0-9](/[\w.=+ -]+)*")
 CONNECT_S, SILENCE_S, ATTEMPTS = 3, 20, 3
@@ -35,13 +35,13 @@ HINTS = {
     "gs": "GOOGLE_APPLICATION_CREDENTIALS",
 }
 
-# Uploads run here; see `ObjectPath.write_bytes`.
+# Threads for uploads; see `ObjectPath.write_bytes`.
 _uploads = ThreadPoolExecutor(thread_name_prefix="upload")
 
 
 @dataclass(frozen=True)
-class Status:
-    """Of an object, or of a folder. st_size: bytes. st_mtime: seconds since 1970, when it was uploaded."""
+class ObjectStat:
+    """Status of an object or of a folder. st_size: bytes. st_mtime: time of the upload, in seconds since 1970."""
 
     st_size: int
     st_mtime: float
@@ -50,15 +50,15 @@ class Status:
 
 @dataclass(frozen=True, order=True)
 class ObjectPath:
-    """An object, or what all objects of a prefix have in common; see the methods of the same names of `pathlib.Path`.
+    """An object, or a prefix that works like a folder. Its methods mean the same as those of `pathlib.Path`.
 
-    Reading raises `FileNotFoundError` where there is no such object, as a local file would, and everything else
-    `SynpipeError`. Folders need not be made.
+    Reading an absent object raises `FileNotFoundError`, as for a local file. All other failures raise `SynpipeError`.
+    Folders need not be created.
     """
 
     address: str
-    # As the listing gave it that found this object, for `is_file`, `is_dir` and `stat`: asking again would take a request each.
-    _listed: Status | None = field(default=None, compare=False, repr=False)
+    # The status from the listing that found this object. It saves `is_file`, `is_dir` and `stat` a request each.
+    _listed: ObjectStat | None = field(default=None, compare=False, repr=False)
 
     def __str__(self) -> str:
         return self.address
@@ -100,28 +100,28 @@ class ObjectPath:
     def relative_to(self, other: "ObjectPath") -> PurePosixPath:
         return self._key.relative_to(other._key)
 
-    def _at(self, key: PurePosixPath, listed: Status | None = None) -> "ObjectPath":
+    def _at(self, key: PurePosixPath, listed: ObjectStat | None = None) -> "ObjectPath":
         return ObjectPath(f"{self.scheme}://{key}", listed)
 
     def exists(self) -> bool:
         return self._info().type != pafs.FileType.NotFound
 
     def is_file(self) -> bool:
-        found = self._status()
-        return found is not None and found.is_file
+        status = self._status()
+        return status is not None and status.is_file
 
     def is_dir(self) -> bool:
-        found = self._status()
-        return found is not None and not found.is_file
+        status = self._status()
+        return status is not None and not status.is_file
 
-    def _status(self) -> Status | None:
-        return self._listed or _status(self._info())
+    def _status(self) -> ObjectStat | None:
+        return self._listed or _to_stat(self._info())
 
-    def stat(self) -> Status:
-        found = self._status()
-        if found is None:
+    def stat(self) -> ObjectStat:
+        status = self._status()
+        if status is None:
             raise FileNotFoundError(f"{self} does not exist")
-        return found
+        return status
 
     def _info(self) -> pafs.FileInfo:
         with self._explained("look for"):
@@ -131,11 +131,11 @@ class ObjectPath:
         return self.glob("*")
 
     def glob(self, pattern: str) -> "Iterator[ObjectPath]":
-        """Objects and folders below this one whose path relative to it fits, part by part; `**` is not known here."""
-        parts = pattern.split("/")
-        for path in self._below(recursive=len(parts) > 1):
-            found = path.relative_to(self).parts
-            if len(found) == len(parts) and all(map(fnmatchcase, found, parts)):
+        """Objects and folders whose path below this one matches the pattern, name by name. `**` is not supported."""
+        patterns = pattern.split("/")
+        for path in self._below(recursive=len(patterns) > 1):
+            names = path.relative_to(self).parts
+            if len(names) == len(patterns) and all(map(fnmatchcase, names, patterns)):
                 yield path
 
     def rglob(self, pattern: str) -> "Iterator[ObjectPath]":
@@ -144,20 +144,20 @@ class ObjectPath:
     def _below(self, recursive: bool) -> "Iterator[ObjectPath]":
         try:
             with self._explained("list"):
-                # With `allow_not_found` a bucket that does not exist would count as an empty one.
+                # With `allow_not_found`, a bucket that does not exist would look like an empty one.
                 selector = pafs.FileSelector(str(self._key), recursive=recursive)
-                found = self._files().get_file_info(selector)
+                infos = self._files().get_file_info(selector)
         except FileNotFoundError:
             return
-        for info in found:
-            yield self._at(PurePosixPath(info.path), _status(info))
+        for info in infos:
+            yield self._at(PurePosixPath(info.path), _to_stat(info))
 
     def check(self) -> None:
-        """Raises `SynpipeError` where the bucket does not exist, cannot be reached or may not be listed."""
+        """Raises `SynpipeError` if the bucket does not exist, cannot be reached or may not be listed."""
         next(self._below(recursive=False), None)
 
     def open_random(self) -> pa.NativeFile:
-        """The object, for `read_at(bytes, offset)` from any thread: one request each, after one that looks for it."""
+        """Open the object for `read_at`, from any thread. Opening takes one request, and so does every read."""
         with self._explained("read"):
             return self._files().open_input_file(str(self._key))
 
@@ -166,16 +166,16 @@ class ObjectPath:
             return file.read()
 
     def read_at(self, file: pa.NativeFile, count: int, offset: int) -> bytes:
-        """`count` bytes from `offset` of what `open_random` has opened, fewer at its end."""
+        """Read `count` bytes from `offset`, fewer at the end of the object. file: from `open_random`."""
         with self._explained("read"):
             return file.read_at(count, offset)
 
     def write_bytes(self, content: bytes | memoryview | pa.Buffer) -> None:
-        """Upload the whole content; what was there before is replaced once that is complete.
+        """Upload the whole content. It replaces a former object when the upload is complete.
 
-        pyarrow completes an upload whenever it closes the stream, also where an exception, or Ctrl-C, is what closed it:
-        half an object would stand there as a whole one. So it is opened, written once and closed in a thread of its own,
-        which no signal interrupts; an upload of which a part fails is not completed, nor is that of a killed process.
+        pyarrow completes an upload whenever it closes the stream, even if an exception or Ctrl-C closes it, and half an
+        object would then look like a complete one. Therefore a separate thread, which no signal interrupts, opens the
+        stream, writes once and closes it. An upload is not completed if one of its requests fails or the process is killed.
         """
         with self._explained("write"):
             _uploads.submit(self._put, content).result()
@@ -203,16 +203,16 @@ class ObjectPath:
         return _file_system(self.scheme, *(os.environ.get(name) or None for name in variables))
 
     @contextmanager
-    def _explained(self, what: str) -> Iterator[None]:
+    def _explained(self, action: str) -> Iterator[None]:
+        """Turn the exceptions of pyarrow into `SynpipeError`. action: a verb for the message, such as "read"."""
         try:
             yield
         except FileNotFoundError:
             raise
         except (OSError, pa.ArrowException) as error:
-            said = " ".join(str(error).split())
-            reason = re.sub(r"^.*?(?=AWS Error )| \(Request ID: [^)]*\)", "", said).rstrip(".")
+            reason = re.sub(r"^.*?(?=AWS Error )| \(Request ID: [^)]*\)", "", one_line(error)).rstrip(".")
             raise SynpipeError(
-                f"Cannot {what} {self}: {reason}. Check that address (SYNPIPE_BULK), the network, and the environment "
+                f"Cannot {action} {self}: {reason}. Check that address (SYNPIPE_BULK), the network, and the environment "
                 f"variables {HINTS[self.scheme]}."
             ) from error
 
@@ -221,17 +221,17 @@ BulkPath = Path | ObjectPath
 
 
 def move_tree(path: BulkPath, target: BulkPath) -> None:
-    """Move a file, or a folder with all that is in it; on an object store one object after the other."""
+    """Move a file, or a folder with its content. On an object store the objects are moved one after another."""
     if isinstance(path, ObjectPath) and isinstance(target, ObjectPath):
         for each in [*path.rglob("*")] or [path]:
             if each.is_file():
                 each.replace(target if each == path else target / each.relative_to(path))
     else:
-        path.replace(target)  # type: ignore[arg-type]  # both of one kind
+        path.replace(target)  # type: ignore[arg-type]  # both are of the same kind
 
 
 def remove_tree(path: BulkPath) -> None:
-    """Remove a folder with all that is in it."""
+    """Remove a folder with its content."""
     if isinstance(path, Path):
         shutil.rmtree(path)
     else:
@@ -240,29 +240,29 @@ def remove_tree(path: BulkPath) -> None:
                 each.unlink()
 
 
-def listed(folder: BulkPath, pattern: str) -> list[BulkPath]:
-    """What `folder.glob` finds, in the order of the names."""
-    found: list[BulkPath] = [*folder.glob(pattern)]
-    return sorted(found, key=str)
+def list_paths(folder: BulkPath, pattern: str) -> list[BulkPath]:
+    """The files and folders below `folder` that match a glob pattern, sorted by name."""
+    paths: list[BulkPath] = [*folder.glob(pattern)]
+    return sorted(paths, key=str)
 
 
 def locate(text: str) -> BulkPath:
-    """The folder or the prefix of an object store that a text names. Raises `SynpipeError` for any other address."""
+    """The folder, or the prefix on an object store, that a text names. Raises `SynpipeError` for any other address."""
     if "://" not in text:
         return Path(text).resolve()
     if not ADDRESS.fullmatch(text.rstrip("/")):
         raise SynpipeError(
-            f"SYNPIPE_BULK is {text!r}, which is no place for tiles and vectors: use a folder, s3://bucket/prefix or "
+            f"SYNPIPE_BULK is {text!r}, which cannot hold tiles and vectors: use a folder, s3://bucket/prefix or "
             "gs://bucket/prefix, without credentials."
         )
     return ObjectPath(text.rstrip("/"))
 
 
 def lance_options(folder: BulkPath) -> dict[str, str] | None:
-    """`storage_options` of LanceDB for a database there: what it does not read from the environment itself."""
+    """The `storage_options` for a LanceDB database in `folder`: settings that LanceDB does not read from the environment."""
     if isinstance(folder, Path):
         return None
-    # Its own patience is three minutes.
+    # By default LanceDB retries for three minutes.
     options = {"client_max_retries": str(ATTEMPTS), "client_retry_timeout": "10", "connect_timeout": f"{CONNECT_S}s"}
     endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
     if folder.scheme == "s3" and endpoint:
@@ -282,19 +282,19 @@ def _file_system(scheme: str, endpoint_s3: str | None, endpoint: str | None, *re
         raise SynpipeError(f"AWS_ENDPOINT_URL is {named!r}: it should begin with http:// or https://.")
     region = next(filter(None, regions), None)
     return pafs.S3FileSystem(
-        # Without a region the SDK would ask a server that only Amazon's own machines have.
+        # Without a region the SDK would query a metadata server that only Amazon's own machines have.
         region=region or ("us-east-1" if address.netloc else None),
         scheme=address.scheme or "https",
         endpoint_override=address.netloc or None,
         connect_timeout=CONNECT_S,
         request_timeout=SILENCE_S,
         retry_strategy=pafs.AwsStandardS3RetryStrategy(max_attempts=ATTEMPTS),
-        allow_delayed_open=True,  # what is small is uploaded by one request instead of three
+        allow_delayed_open=True,  # a small object is uploaded with one request instead of three
     )
 
 
-def _status(info: pafs.FileInfo) -> Status | None:
+def _to_stat(info: pafs.FileInfo) -> ObjectStat | None:
     if info.type == pafs.FileType.NotFound:
         return None
     modified = info.mtime or datetime.fromtimestamp(0, UTC)
-    return Status(info.size or 0, modified.timestamp(), info.type == pafs.FileType.File)
+    return ObjectStat(info.size or 0, modified.timestamp(), info.type == pafs.FileType.File)

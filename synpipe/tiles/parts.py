@@ -1,10 +1,11 @@
-"""A part of the tiles: an HDF5 file whose data set lies in it in one piece, so that rows are bytes at a known place.
+"""Opens a part of tiles: an HDF5 file whose tiles lie in one contiguous piece, so that each row is at a known offset.
 
-In: the path of a part, local or on an object store. Out: rows of it. A local file is mapped into memory, which is fast from
-several threads, unlike h5py; of an object only the bytes that are wanted are fetched, in few and parallel requests.
+Input: the path of a part, local or on an object store. Output: rows of the part. A local file is mapped into memory, which
+is fast from several threads, unlike h5py. From an object, only the wanted bytes are fetched, in a few parallel requests.
 
-A part that is found to be damaged is marked by an empty file in a folder of their own, beside those of the recipes: what
-is to be made anew is known by listing that, and not the hundred thousands of parts. The mark goes when it has been made.
+An empty file marks a part that was found to be damaged. All marks lie in one folder beside the folders of the recipes, so
+listing this folder shows which parts must be made again. Listing hundreds of thousands of parts is not necessary. The mark
+is removed when the tiles have been made again.
 """
 
 import io
@@ -16,47 +17,47 @@ import h5py
 import numpy as np
 
 from synpipe.store.files import atomic_path
-from synpipe.store.objects import BulkPath, ObjectPath, listed
+from synpipe.store.objects import BulkPath, ObjectPath, list_paths
 
-MARKS = "suspect"  # the folder of the marks: `suspect/<recipe>/<part>` is that of `<recipe>/<part>.h5`
+MARKS = "suspect"  # folder of the marks: `suspect/<recipe>/<part>` is the mark of `<recipe>/<part>.h5`
 
-# HDF5 keeps all that it says of a part within its first two kilobytes.
+# HDF5 stores all metadata of a part within its first two kilobytes.
 HEAD_BYTES = 16_384
-# A request of 6 MB costs hardly more than one of 200 kB, and several at once fill the network.
+# A request of 6 MB costs hardly more than one of 200 kB, and several requests at a time use the full network bandwidth.
 TILES_PER_REQUEST = 32
-# Rows that nobody asked for are fetched along with their neighbours where that saves a request.
+# Up to this many unwanted rows between two wanted ones are fetched as well, because that saves a request.
 GAP_TILES = 2
-REQUESTS_AT_ONCE = 8
+REQUESTS_IN_FLIGHT = 8
 
-_requests = ThreadPoolExecutor(REQUESTS_AT_ONCE, thread_name_prefix="tiles")
+_requests = ThreadPoolExecutor(REQUESTS_IN_FLIGHT, thread_name_prefix="tiles")
 
 
 def mark_of(path: BulkPath) -> BulkPath:
-    """The file that says by being there that tiles of this part are damaged, or were and have not been made again."""
+    """Path of the mark of a part. While the mark exists, the part's tiles are damaged or have not been made again."""
     return path.parent.parent / MARKS / path.parent.name / path.stem
 
 
 def mark_damaged(path: BulkPath) -> None:
-    """Raises `SynpipeError` where the mark cannot be written."""
+    """Mark a part as damaged. Raises `SynpipeError` if the mark cannot be written."""
     with atomic_path(mark_of(path)) as temporary:
         temporary.touch()
 
 
 def damaged_parts(folder: BulkPath) -> list[BulkPath]:
-    """The parts that are marked, below the folders of all recipes; they need not be there any more."""
-    return [folder / mark.parent.name / f"{mark.name}.h5" for mark in listed(folder / MARKS, "*/[!.]*")]
+    """The marked parts below the folders of all recipes. The files of these parts may no longer exist."""
+    return [folder / mark.parent.name / f"{mark.name}.h5" for mark in list_paths(folder / MARKS, "*/[!.]*")]
 
 
-class Part(Protocol):
+class TilePart(Protocol):
     def read(self, rows: np.ndarray, tiles: np.ndarray, places: np.ndarray) -> None:
-        """Put rows (n,) of the part into `tiles`, uint8 (m, 3, 256, 256), at `places` (n,).
+        """Copy `rows`, int (n,), of the part into `tiles`, uint8 (m, 3, 256, 256), at the indices `places`, int (n,).
 
-        Raises `IndexError` for a row that it does not have, and what the file, the disk or the network raise.
+        Raises `IndexError` if the part does not have a row, and the exceptions of the file, the disk or the network.
         """
 
 
-def open_part(path: BulkPath) -> Part:
-    """Raises what h5py raises of a damaged file, `OSError` where there is none."""
+def open_tile_part(path: BulkPath) -> TilePart:
+    """Open a part. Raises `OSError` if it does not exist, and the exceptions of h5py if it is damaged."""
     return RemotePart(path) if isinstance(path, ObjectPath) else MappedPart(path)
 
 
@@ -85,7 +86,7 @@ class RemotePart:
         head = io.BufferedReader(self._file, HEAD_BYTES)
         with h5py.File(head, "r") as file:
             self._shape, self._offset = file["tiles"].shape, file["tiles"].id.get_offset()
-        head.detach()  # it would close the file
+        head.detach()  # otherwise it would close the object
 
     def read(self, rows: np.ndarray, tiles: np.ndarray, places: np.ndarray) -> None:
         if len(rows) and not 0 <= rows.min() <= rows.max() < self._shape[0]:
@@ -100,9 +101,10 @@ class RemotePart:
 
         def fetch(run: np.ndarray) -> None:
             first, last = int(rows[run[0]]), int(rows[run[-1]])
-            size = int(np.prod(self._shape[1:]))
-            content = self._path.read_at(self._file, (last - first + 1) * size, self._offset + first * size)
-            found = np.frombuffer(content, np.uint8).reshape(-1, *self._shape[1:])  # shorter than asked for: ValueError
-            tiles[places[run]] = found[rows[run] - first]
+            tile_bytes = int(np.prod(self._shape[1:]))
+            content = self._path.read_at(self._file, (last - first + 1) * tile_bytes, self._offset + first * tile_bytes)
+            # If the object is shorter than expected, `reshape` or the index raises an error.
+            fetched = np.frombuffer(content, np.uint8).reshape(-1, *self._shape[1:])
+            tiles[places[run]] = fetched[rows[run] - first]
 
         list(_requests.map(fetch, runs))

@@ -1,8 +1,8 @@
-"""Cut-outs around synapses become RGB tiles: sections z−1, z, z+1 are the three channels.
+"""Cuts RGB tiles out around synapses, and reads stored tiles: sections z−1, z, z+1 are the three channels.
 
-In: an opened volume and the positions of synapses. Out: tiles, each with its row of `PART_SCHEMA`; and from the parts that
-`extraction` makes of them, tiles by synapse id. Guarantees: what cannot be cut out is recorded with its reason; every tile
-read back is held against its checksum.
+Input: an opened volume and the positions of synapses. Output: tiles, each with a row of `PART_SCHEMA`; and tiles by synapse
+id from the parts that `extraction` writes. Guarantees: a cut-out that fails is recorded with its reason; every tile is
+compared with its checksum when it is read back.
 """
 
 import contextlib
@@ -18,28 +18,28 @@ import pyarrow as pa
 from PIL import Image
 from pydantic import Field, FiniteFloat, PositiveInt
 
-from synpipe.errors import SynpipeError
+from synpipe.errors import SynpipeError, one_line
 from synpipe.specs import Spec, digest
 from synpipe.store.objects import BulkPath
-from synpipe.tiles.parts import Part, mark_damaged, open_part
-from synpipe.volumes.local import HDF5_ERRORS
+from synpipe.tiles.parts import TilePart, mark_damaged, open_tile_part
+from synpipe.volumes.hdf5 import HDF5_ERRORS
 from synpipe.volumes.volume import MissingChunk, Volume
 
 SECTIONS = 3
 TILE_PX = 256  # height and width of a tile, in voxels of the volume
-STEP_TOLERANCE = 1e-4  # of a section: a step is written with the digits that a person writes
-CUT_OUT_VERSION = 1  # raise it whenever `cut_out` would make other bytes or another row of the same recipe
+STEP_TOLERANCE = 1e-4  # in sections, because people write a step in nm with few digits
+CUT_OUT_VERSION = 1  # raise it whenever `start_cut_out` would give other bytes or another row for the same recipe
 
-# One row per cut-out that was tried; `row` is −1 and `reason` is set where there is no tile.
+# One row per cut-out. `row` is −1 and `reason` is set if there is no tile.
 PART_SCHEMA = pa.schema(
     [
-        pa.field("start_z", pa.int64()),  # first voxel of the window; negative where it sticks out of the volume
+        pa.field("start_z", pa.int64()),  # first voxel of the window; negative if the window begins outside the volume
         pa.field("start_y", pa.int64()),
         pa.field("start_x", pa.int64()),
         pa.field("row", pa.int32()),
         pa.field("z_index", pa.int64()),  # section of the synapse, counted from the volume's first
         pa.field("pad_fraction", pa.float32()),  # share of the tile's area that lies outside the volume
-        pa.field("missing_sections", pa.uint8()),  # bit 0, 1, 2: z−1, z, z+1 is outside, blank or repeated
+        pa.field("missing_sections", pa.uint8()),  # bits 0, 1, 2: section z−1, z, z+1 is outside, blank or repeated
         pa.field("mean", pa.float32()),
         pa.field("std", pa.float32()),
         pa.field("crc32", pa.uint32()),  # of the tile's bytes, to detect damage
@@ -49,19 +49,22 @@ PART_SCHEMA = pa.schema(
     ]
 )
 
-CutOut = tuple[np.ndarray | None, dict[str, Any]]  # a tile, or None, and its row of `PART_SCHEMA`
+CutOut = tuple[np.ndarray | None, dict[str, Any]]
+"""A tile, uint8 (3, 256, 256), or None, and its row of `PART_SCHEMA`, which has a `reason` if there is no tile."""
 
 
 class TileSpec(Spec):
     """The recipe of a tile.
 
-    stacking: "colour" (z−1, z, z+1 → red, green, blue) or "grey" (section z thrice).
-    section_step_nm: distance of two channels along z, a multiple of the voxel's depth; by default one section.
-    border: what to do where the window leaves the volume, "pad" (with the mean grey value, share recorded: mirroring would
-    show structures that are not there, and mirrored tiles look alike) or "reject".
-    blank_std, blank_zero_fraction: a section whose grey values vary less, or of which more is exactly black, is missing.
-    Measured on ssTEM, where real sections have a standard deviation above 20 and hardly a black pixel.
-    shards: number of shards, about one per 2,048 synapses. block_voxels_zyx: synapses of one such block stay together.
+    stacking: "colour" (sections z−1, z, z+1 become red, green, blue) or "grey" (section z in all three channels).
+    section_step_nm: distance between two channels along z, a multiple of the section thickness; one section by default.
+    border: what to do if the window leaves the volume. "pad" fills it with the mean grey value and records the padded
+        share; mirroring would show structures that do not exist, and mirrored tiles look alike. "reject" makes no tile.
+    blank_std, blank_zero_fraction: a section counts as missing if the standard deviation of its grey values is smaller
+        than the first, or if a larger share of its pixels than the second is exactly black. Measured on ssTEM, where real
+        sections have a standard deviation above 20 and hardly a black pixel.
+    shards: number of shards, about one per 2,048 synapses.
+    block_voxels_zyx: size of a block; all synapses of a block are in the same shard.
     """
 
     stacking: Literal["colour", "grey"] = "colour"
@@ -73,7 +76,7 @@ class TileSpec(Spec):
     block_voxels_zyx: tuple[PositiveInt, PositiveInt, PositiveInt] = (32, 1024, 1024)
 
     def section_step(self, voxel_size_nm_zyx: np.ndarray) -> int:
-        """Sections between two channels. Raises `SynpipeError` where the step is no whole number of them."""
+        """Sections between two channels. Raises `SynpipeError` if the step is not a whole number of sections."""
         depth_nm = float(voxel_size_nm_zyx[0])
         sections = 1.0 if self.section_step_nm is None else self.section_step_nm / depth_nm
         step = max(1, round(sections))
@@ -85,18 +88,22 @@ class TileSpec(Spec):
         return step
 
     def window_zyx(self, voxel_size_nm_zyx: np.ndarray) -> tuple[int, int, int]:
-        """Voxels that a tile needs of a volume."""
+        """Size in voxels of the window that a tile needs."""
         return ((SECTIONS - 1) * self.section_step(voxel_size_nm_zyx) + 1, TILE_PX, TILE_PX)
 
     def recipe(self, volume_fingerprint: str) -> str:
-        """Key of the cut-outs: volume and all of the spec that decides their bytes. How they are viewed is not of it."""
+        """Key of the cut-outs: digest of the volume and of every field that decides their bytes.
+
+        `stacking` is not part of it, because it only changes how the cut-outs are viewed.
+        """
         return digest([CUT_OUT_VERSION, volume_fingerprint, self.model_dump(mode="json", exclude={"stacking"})])
 
 
 def shard_of(starts_zyx: np.ndarray, spec: TileSpec) -> np.ndarray:
-    """Shard of each window: a stable hash of the spatial block of its first voxel; int64 (n,) in [0, spec.shards).
+    """Shard of each window: a stable hash of the block that contains its first voxel. Added synapses move no others.
 
-    Adding synapses moves no others. The hash is CRC-32 of the three block numbers as little-endian int64.
+    starts_zyx: int64 (n, 3). Returns int64 (n,) in [0, spec.shards). The hash is CRC-32 of the three block numbers as
+    little-endian int64.
     """
     blocks = np.floor_divide(starts_zyx, np.array(spec.block_voxels_zyx)).astype("<i8")
     unique, inverse = np.unique(blocks, axis=0, return_inverse=True)
@@ -105,24 +112,23 @@ def shard_of(starts_zyx: np.ndarray, spec: TileSpec) -> np.ndarray:
 
 
 def rows_by_shard(shards: np.ndarray) -> list[tuple[int, np.ndarray]]:
-    """Each shard of int (n,) with the rows, ascending, where it stands: in time and memory of n, whatever their number."""
+    """The rows of each shard. shards: int (n,), the shard of each row.
+
+    Returns pairs of a shard and its rows in ascending order. Time and memory grow with n, not with the number of shards.
+    """
     order = np.argsort(shards, kind="stable")
     cuts = np.flatnonzero(np.diff(shards[order])) + 1
     return [(int(shards[rows[0]]), rows) for rows in np.split(order, cuts)] if len(order) else []
 
 
-def cut_out(volume: Volume, start_zyx: np.ndarray, spec: TileSpec) -> CutOut:
-    """One tile, uint8 (3, 256, 256), and its row of `PART_SCHEMA`; no tile where the row has a `reason`.
-
-    A neighbouring section that is outside the volume, blank, or a copy of the middle one (how missing sections are often
-    filled) is replaced by the middle one and noted in `missing_sections`. Raises `SynpipeError` where the volume cannot be
-    read.
-    """
-    return start_cut_out(volume, start_zyx, spec)()
-
-
 def start_cut_out(volume: Volume, start_zyx: np.ndarray, spec: TileSpec) -> Callable[[], CutOut]:
-    """Begin to read what `cut_out` needs; the function returned waits for it, and returns and raises what `cut_out` does."""
+    """Begin to read one window. start_zyx: its first voxel, int64 (3,).
+
+    The returned function waits for the voxels and returns the cut-out. It raises `SynpipeError` if the volume cannot be read.
+
+    A section beside the middle one is replaced by the middle one, and noted in `missing_sections`, if it is outside the
+    volume, blank, or a copy of the middle one. Such copies are a common way to fill in for lost sections.
+    """
     step = spec.section_step(volume.voxel_size_nm_zyx)
     window = np.array(spec.window_zyx(volume.voxel_size_nm_zyx))
     stop = start_zyx + window
@@ -154,7 +160,11 @@ def start_cut_out(volume: Volume, start_zyx: np.ndarray, spec: TileSpec) -> Call
 def make_tile(
     voxels: np.ndarray, low: np.ndarray, start_zyx: np.ndarray, step: int, spec: TileSpec, row: dict
 ) -> CutOut:
-    """voxels: the window's, as far as it is inside the volume, from voxel `low` on."""
+    """Make a tile from the voxels of a window.
+
+    voxels: the window as far as it lies inside the volume, uint8 (z, y, x), which begins at voxel `low`. start_zyx:
+    first voxel of the window. step: sections between two channels. row: the fields of `PART_SCHEMA` that are known so far.
+    """
     middle = int(start_zyx[0]) + step
     centre = voxels[middle - low[0]]
     centre_greys = _grey_counts(centre)
@@ -166,12 +176,12 @@ def make_tile(
         z = middle + (channel - 1) * step
         section, counts = centre, centre_greys
         if z != middle:
-            found = voxels[z - low[0]] if 0 <= z - low[0] < len(voxels) else centre
-            found_greys = _grey_counts(found)
-            if np.array_equal(found, centre) or _why_blank(found_greys, spec):
+            neighbour = voxels[z - low[0]] if 0 <= z - low[0] < len(voxels) else centre
+            neighbour_greys = _grey_counts(neighbour)
+            if np.array_equal(neighbour, centre) or _why_blank(neighbour_greys, spec):
                 missing |= 1 << channel
             else:
-                section, counts = found, found_greys
+                section, counts = neighbour, neighbour_greys
         sections.append(section)
         greys += counts
 
@@ -196,21 +206,21 @@ def make_tile(
 def _grey_counts(values: np.ndarray) -> np.ndarray:
     """How often each grey value occurs in a section, uint8 (y, x): int64 (256,).
 
-    From it follow mean and deviation exactly, and much cheaper than from numpy's own, which make doubles of the values first
-    and take all cores for them.
+    The counts give mean and standard deviation exactly. They are much cheaper than numpy's functions, which first convert
+    the values to doubles and use all cores for it.
     """
     return np.array(Image.fromarray(values).histogram(), dtype=np.int64)
 
 
 def _moments(counts: np.ndarray) -> tuple[float, float]:
-    """Mean and standard deviation of grey values."""
+    """Mean and standard deviation of grey values. counts: from `_grey_counts`."""
     greys = np.arange(256)
     size, total, squares = int(counts.sum()), int(counts @ greys), int(counts @ greys**2)
     return total / size, math.sqrt(size * squares - total * total) / size
 
 
 def is_blank(section: np.ndarray, spec: TileSpec) -> str | None:
-    """Why a section, uint8 (y, x), counts as missing, or None."""
+    """Why a section, uint8 (y, x), counts as missing; None if it does not."""
     return _why_blank(_grey_counts(section), spec)
 
 
@@ -223,13 +233,13 @@ def _why_blank(counts: np.ndarray, spec: TileSpec) -> str | None:
 
 
 class TileReader:
-    """Tiles of one version of the `rgb_tiles` index, by row or by synapse id; safe to use from several threads.
+    """Reads tiles by their row in the `rgb_tiles` index or by synapse id. Safe to use from several threads.
 
-    A tile by id takes well under a millisecond once its part has been opened.
+    Reading a tile by id takes well under a millisecond once its part has been opened.
     """
 
     def __init__(self, index: pa.Table, folder: BulkPath, stacking: str):
-        """index: table with `synapse_id`, `file` (below `folder`), `row` and `crc32`; stacking: see `TileSpec`."""
+        """index: table with `synapse_id`, `file` (path below `folder`), `row` and `crc32`. stacking: see `TileSpec`."""
         self._folder = folder
         self._grey = stacking == "grey"
         files = index["file"].combine_chunks().dictionary_encode()
@@ -240,16 +250,17 @@ class TileReader:
         ids = index["synapse_id"].to_numpy()
         self._order = np.argsort(ids, kind="stable")
         self._sorted_ids = ids[self._order]
-        self._parts: dict[int, Part] = {}
+        self._parts: dict[int, TilePart] = {}
 
     def __len__(self) -> int:
         return len(self._rows)
 
     def read(self, indices: np.ndarray) -> np.ndarray:
-        """Tiles at these rows of the index: uint8 (n, 3, 256, 256).
+        """Tiles at these rows of the index, int (n,): uint8 (n, 3, 256, 256).
 
-        Raises `SynpipeError` naming the file and the row where a tile is absent or differs from its checksum. The file is then
-        marked as damaged, and synapse_stacks out of date: made again, it cuts those tiles out anew. The others can be read.
+        Raises `SynpipeError`, which names the file and the row, if a tile is absent or differs from its checksum. A damaged
+        file is marked as such, which makes `synapse_stacks` out of date, and the next run cuts out its tiles again. All
+        other tiles can still be read.
         """
         tiles = np.empty((len(indices), SECTIONS, TILE_PX, TILE_PX), dtype=np.uint8)
         files = self._files[indices]
@@ -261,45 +272,46 @@ class TileReader:
         return tiles
 
     def by_id(self, synapse_id: int) -> np.ndarray:
-        """Tile of a synapse: uint8 (3, 256, 256). Raises `SynpipeError` where it has none."""
+        """Tile of a synapse: uint8 (3, 256, 256). Raises `SynpipeError` if the synapse has none."""
         place = int(np.searchsorted(self._sorted_ids, synapse_id))
         if place == len(self._sorted_ids) or self._sorted_ids[place] != synapse_id:
-            raise SynpipeError(f"There is no tile of synapse {synapse_id}: it is unknown, or among the rejects.")
+            raise SynpipeError(f"Synapse {synapse_id} has no tile: it is unknown, or among the rejects.")
         return self.read(self._order[place : place + 1])[0]
 
     def png(self, synapse_id: int) -> bytes:
-        """The same as a PNG file with sections z−1, z, z+1 as red, green, blue."""
+        """Tile of a synapse as a PNG file, with sections z−1, z, z+1 as red, green, blue. Raises what `by_id` does."""
         buffer = io.BytesIO()
         Image.fromarray(self.by_id(synapse_id).transpose(1, 2, 0)).save(buffer, "PNG")
         return buffer.getvalue()
 
     def _read(self, file: int, indices: np.ndarray, tiles: np.ndarray, places: np.ndarray) -> None:
-        """Put the tiles of one file into their places, and hold them against their checksums."""
+        """Copy tiles of one file into `tiles` at `places`, and compare them with their checksums."""
         path, rows = self._folder / self._names[file], self._rows[indices]
         try:
             if file not in self._parts:
-                self._parts[file] = open_part(path)
+                self._parts[file] = open_tile_part(path)
             self._parts[file].read(rows, tiles, places)
         except FileNotFoundError:
             raise SynpipeError(
-                f"Tiles {path} are not there: materialise synapse_stacks again, which cuts them out anew."
+                f"Tiles {path} do not exist: materialise synapse_stacks again to cut them out."
             ) from None
         except (*HDF5_ERRORS, TypeError, IndexError) as error:
-            raise _damaged(path, f"row {rows[0]}, cannot be read ({' '.join(str(error).split())})") from None
+            raise _report_damage(path, f"row {rows[0]}, cannot be read ({one_line(error)})") from None
         for index, row, place in zip(indices, rows, places, strict=True):
             if zlib.crc32(tiles[place].data) != self._crc32[index]:
-                raise _damaged(path, f"row {row}, differ from their checksum")
+                raise _report_damage(path, f"row {row}, differ from their checksum")
 
 
-def _damaged(path: BulkPath, problem: str) -> SynpipeError:
-    with contextlib.suppress(OSError, SynpipeError):  # a reader's, of a store that it may not write
+def _report_damage(path: BulkPath, problem: str) -> SynpipeError:
+    """Mark a part as damaged and return the error to raise."""
+    with contextlib.suppress(OSError, SynpipeError):  # this process may only read the store
         mark_damaged(path)
     return SynpipeError(
-        f"Tiles {path}, {problem}: the file is damaged. Materialise again: synapse_stacks cuts its tiles out anew."
+        f"Tiles {path}, {problem}: the file is damaged. Materialise again: synapse_stacks then cuts out its tiles again."
     )
 
 
 def content_hashes(reader: TileReader, count: int) -> pa.Array:
-    """Content hashes of the tiles as the reader gives them: string (n,)."""
+    """Content hashes of the reader's first `count` tiles, after stacking: string (n,)."""
     hashes = (hashlib.sha256(reader.read(np.array([index])).tobytes()).hexdigest()[:32] for index in range(count))
     return pa.array(hashes, pa.string(), size=count)

@@ -1,10 +1,11 @@
-"""The order in which windows of a volume are read, so that each chunk of it is fetched and decoded about once.
+"""Plans the order in which to read many windows of a volume, so that each chunk is fetched and decoded about once.
 
-In: boxes of voxels, the shard of each, and what the volume says of its chunks and of its cache. Out: batches of boxes, in
-the order in which they are to be read; every box is in one of them. Pure functions: nothing is read here, and the same set
-of boxes has the same plan.
+Input: boxes of voxels, the shard of each box, and how the volume is stored and cached. Output: batches of boxes in reading
+order. Guarantees: every box is in exactly one batch; the same set of boxes always gives the same plan. The functions are
+pure and read no data.
 
-Boxes are `low` up to `high`, int64 (n, 3) voxels z, y, x within the volume; empty ones need no chunk.
+A box is given by its corners `low` (inside) and `high` (outside): int64 (n, 3), voxels in the order z, y, x, within the
+volume. An empty box needs no chunk.
 """
 
 from collections.abc import Iterator
@@ -13,68 +14,76 @@ from itertools import product
 
 import numpy as np
 
-# Another order than shard by shard is worth its many small files where it saves this share of the chunks, …
+# Batches that mix shards write many small files. They are worth it only if they save at least this share of the chunk
+# fetches …
 WORTHWHILE_SAVING = 0.1
-# … and where a file still holds this many tiles on average: 3 MB.
+# … and if a file still holds this many tiles on average, which is 3 MB.
 SMALLEST_MEAN_PART = 16
-BATCHES_LOOKED_AT = 64  # to estimate that: a fraction of a second, whatever the number of boxes
+SAMPLED_BATCHES = 64  # enough to estimate the saving in a fraction of a second, for any number of boxes
 
 Chunk = tuple[int, int, int]
+"""The number of a chunk along z, y and x, counted from the first chunk of the volume."""
 
 
 @dataclass(frozen=True)
 class Chunking:
-    """shape_zyx: voxels of a chunk; the first chunk begins at voxel 0. cached: decoded chunks that the volume keeps."""
+    """How a volume is stored and cached.
+
+    shape_zyx: size of a chunk in voxels; the first chunk begins at voxel 0. cached: number of decoded chunks that the
+    volume keeps in memory.
+    """
 
     shape_zyx: tuple[int, int, int]
     cached: int
 
     def chunks(self, low: np.ndarray, high: np.ndarray) -> Iterator[Chunk]:
-        """Numbers (z, y, x) of the chunks that one box needs, each once."""
+        """The chunks that one box needs, each once. low, high: corners of the box, int64 (3,)."""
         if (high > low).all():
             first, last = low // self.shape_zyx, (high - 1) // self.shape_zyx
             yield from product(*(range(a, b + 1) for a, b in zip(first.tolist(), last.tolist(), strict=True)))
 
 
-def plan(low: np.ndarray, high: np.ndarray, shards: np.ndarray, chunking: Chunking, most: int) -> list[np.ndarray]:
-    """Batches of at most `most` boxes: int64 indices, in reading order.
+def plan_batches(
+    low: np.ndarray, high: np.ndarray, shards: np.ndarray, chunking: Chunking, batch_size: int
+) -> list[np.ndarray]:
+    """Divide boxes into batches of at most `batch_size`, each an array of int64 indices, in reading order.
 
-    A batch is what is held in memory until it is written, one file for each of its shards. Shards are scattered in space,
-    so that to finish one after the other reads many chunks once for each shard. Where enough boxes share chunks across
-    shards, batches therefore follow space alone; elsewhere they are of one shard each.
+    The caller holds a batch in memory and then writes it as one file for each of its shards. The blocks of a shard are
+    scattered in space, so finishing one shard after the other fetches many chunks once per shard. Batches therefore follow
+    space alone if enough boxes share chunks across shards. Otherwise each batch belongs to a single shard.
     """
     order = spatial_order(low, high, chunking)
-    across = _split(order, most)
-    if not across or _worthwhile(across, low, high, shards, chunking):
-        return across
+    mixed = _split(order, batch_size)
+    if not mixed or _is_mixing_worthwhile(mixed, low, high, shards, chunking):
+        return mixed
     order = order[np.argsort(shards[order], kind="stable")]
     borders = np.flatnonzero(np.diff(shards[order])) + 1
-    return [batch for shard in np.split(order, borders) for batch in _split(shard, most)]
+    return [batch for boxes in np.split(order, borders) for batch in _split(boxes, batch_size)]
 
 
-def _split(order: np.ndarray, most: int) -> list[np.ndarray]:
-    return [order[first : first + most] for first in range(0, len(order), most)]
+def _split(order: np.ndarray, batch_size: int) -> list[np.ndarray]:
+    return [order[first : first + batch_size] for first in range(0, len(order), batch_size)]
 
 
-def _worthwhile(batches: list[np.ndarray], low, high, shards: np.ndarray, chunking: Chunking) -> bool:
-    """Whether batches that follow space save chunks, and make no crumbs of files."""
+def _is_mixing_worthwhile(batches: list[np.ndarray], low, high, shards: np.ndarray, chunking: Chunking) -> bool:
+    """Whether batches that mix shards save enough chunk fetches without writing tiny files."""
     files = sum(len(np.unique(shards[batch])) for batch in batches)
     if files * SMALLEST_MEAN_PART > len(shards):
         return False
-    together = by_shard = 0
-    for batch in batches[:: -(-len(batches) // BATCHES_LOOKED_AT)]:
+    fetches_mixed = fetches_by_shard = 0
+    for batch in batches[:: -(-len(batches) // SAMPLED_BATCHES)]:
         needed = {(shards[box], chunk) for box in batch for chunk in chunking.chunks(low[box], high[box])}
-        by_shard += len(needed)
-        together += len({chunk for _, chunk in needed})
-    return by_shard - together > WORTHWHILE_SAVING * by_shard
+        fetches_by_shard += len(needed)
+        fetches_mixed += len({chunk for _, chunk in needed})
+    return fetches_by_shard - fetches_mixed > WORTHWHILE_SAVING * fetches_by_shard
 
 
 def spatial_order(low: np.ndarray, high: np.ndarray, chunking: Chunking) -> np.ndarray:
-    """Indices of boxes such that those which share chunks come soon after each other: int64 (n,).
+    """Order boxes so that those which share chunks come soon after each other. Returns indices, int64 (n,).
 
-    Space is cut into beams along y, and each is swept once: what its cross-section needs stays in the cache meanwhile, and
-    only at the seams between beams are chunks read again. Of all cross-sections that fit into the cache, the one with the
-    smallest share of seams is taken.
+    The volume is cut into beams along y, and each beam is swept once. The chunks that the cross-section of a beam needs
+    stay in the cache during the sweep, so only the chunks at the seams between beams are read again. Among the
+    cross-sections that fit into the cache, the one with the smallest share of seams is chosen.
     """
     if not len(low):
         return np.zeros(0, dtype=np.int64)
@@ -82,27 +91,29 @@ def spatial_order(low: np.ndarray, high: np.ndarray, chunking: Chunking) -> np.n
     first, last = low // shape, np.maximum(high - 1, low) // shape
     origin = first.min(axis=0)
     overlap = (last - first).max(axis=0)  # chunks that a box needs beyond its first
-    depth, width = _cross_section(first.max(axis=0) - origin + 1, overlap, chunking.cached)
+    depth, width = _choose_cross_section(first.max(axis=0) - origin + 1, overlap, chunking.cached)
     z, y, x = (first - origin).T
-    # The corner decides among boxes of the same chunks, so that the order of the input never does.
+    # Boxes with the same chunks are ordered by their corners, so that the order of the input never matters.
     keys = (*low.T, *high.T, x, z, y, x // width, z // depth)
     return np.lexsort(keys)
 
 
-def _cross_section(count: np.ndarray, overlap: np.ndarray, cached: int) -> tuple[int, int]:
-    """Chunks in z and in x of a beam.
+def _choose_cross_section(count: np.ndarray, overlap: np.ndarray, cached: int) -> tuple[int, int]:
+    """Depth (along z) and width (along x) of a beam in chunks.
 
-    count: chunks, z y x, in which boxes begin; overlap: chunks that they reach beyond.
+    count: number of chunks along z, y, x in which boxes begin. overlap: chunks along z, y, x that a box needs beyond its
+    first. cached: chunks that the cache holds.
     """
-    room = cached // (overlap[1] + 1)  # chunks of a cross-section: the cache holds as many layers of it as a box needs
+    # The cache must hold as many layers of the cross-section as a box extends along y.
+    capacity = cached // (overlap[1] + 1)
 
-    def beam(depth: int) -> tuple[int, int]:
-        return depth, int(np.clip(room // (depth + overlap[0]) - overlap[2], 1, count[2]))
+    def widest_beam(depth: int) -> tuple[int, int]:
+        return depth, int(np.clip(capacity // (depth + overlap[0]) - overlap[2], 1, count[2]))
 
-    def read(section: tuple[int, int]) -> int:
+    def chunks_read(section: tuple[int, int]) -> int:
         seams_z, seams_x = -(-count[0] // section[0]) - 1, -(-count[2] // section[1]) - 1
         return int((count[0] + seams_z * overlap[0]) * (count[2] + seams_x * overlap[2]))
 
-    # A cross-section that is too deep to fit would look best of all.
-    fitting = [depth for depth in range(1, int(count[0]) + 1) if room // (depth + overlap[0]) > overlap[2]]
-    return min(map(beam, fitting or [1]), key=read)
+    # A cross-section that is too deep for the cache would look best, so it is excluded.
+    fitting = [depth for depth in range(1, int(count[0]) + 1) if capacity // (depth + overlap[0]) > overlap[2]]
+    return min(map(widest_beam, fitting or [1]), key=chunks_read)

@@ -1,48 +1,46 @@
-"""EM volumes: a description becomes an opened volume that answers in nanometres and in voxels.
+"""Opens an EM volume from its description, and reads sub-volumes by position in nanometres or in voxels.
 
-In: a `VolumeSpec`. Out: a `Volume` with its shape, voxel size and offset, and sub-volumes of it as uint8 arrays.
-Guarantee: what the spec says about the volume agrees with the volume itself, or opening it fails; the same voxels are
-the same bytes whatever they are stored in.
+Input: a `VolumeSpec`. Output: a `Volume` with its shape, voxel size and offset, and sub-volumes as uint8 arrays.
+Guarantees: opening fails if the spec contradicts the volume; equal voxels give equal bytes, whatever format stores them.
 
-Axis order is z, y, x everywhere. Voxel i of an axis covers [offset + i·size, offset + (i + 1)·size) nm, the convention
-of CREMI (https://cremi.org/data/) and of neuroglancer's precomputed format.
+Axis order is z, y, x everywhere. Voxel i of an axis covers [offset + i·size, offset + (i + 1)·size) nm. This is the
+convention of CREMI (https://cremi.org/data/) and of neuroglancer's precomputed format.
 """
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 import numpy as np
 from pydantic import FiniteFloat, field_validator, model_validator
 
 from synpipe.errors import SynpipeError
 from synpipe.specs import Spec, digest
-from synpipe.volumes.local import Hdf5, Sections, Source, line
+from synpipe.volumes.kinds import PREFIXES, VolumePlace, open_reader
+from synpipe.volumes.reader import SlicesZyx, VoxelReader, describe_error, same_nm
 
-# Coordinates come as decimals (4.6 nm voxels) and as text: a point that stands on a voxel's edge but for the last bits
-# belongs to that voxel. A millionth of a voxel is far below any position's precision.
+# Voxel sizes such as 4.6 nm have no exact binary form, and positions often come as decimal text. A position that misses
+# the edge of a voxel only by rounding belongs to that voxel. A millionth of a voxel is far below the precision of any
+# position.
 EDGE_TOLERANCE_VOXELS = 1e-6
 
-# Spec and file may say the same number in float32 and in float64, but no more: 10⁻⁵ is two voxels of a whole brain.
-SAME_NUMBER_RTOL, SAME_NUMBER_ATOL_NM = 1e-7, 1e-6
-
-CHUNKED = ("precomputed", "n5", "zarr")
-REMOTE = ("https", "http", "gs", "s3")
-WINDOW_VERSION = 1  # raise it whenever `to_uint8` would make other grey values of the same window
+REMOTE_SCHEMES = ("https", "http", "gs", "s3")
+WINDOW_VERSION = 1  # raise it whenever `to_uint8` would give other grey values for the same window
 
 ThreeNumbers = tuple[FiniteFloat, FiniteFloat, FiniteFloat]
 
 
 class VolumeSpec(Spec):
-    """Where an EM volume is and how its voxels are read.
+    """Where an EM volume is, and how to read its voxels.
 
-    path: an HDF5 file; or a folder with a PNG or TIFF image per section; or a chunked volume, `precomputed://`, `n5://` or
-    `zarr://` (version 2 or 3) before a local folder or an address that begins with https://, http://, gs:// or s3://. A
-    relative path starts at the folder of the YAML file.
-    dataset: path of the data set in an HDF5 file, 3-D with axes z, y, x; `resolution` and `offset` (nm) are its attributes.
-    voxel_size_nm_zyx, offset_nm_zyx: needed where the volume does not say them; they must agree where it does. Of a volume
-    with several scales, the one with this voxel size is read.
-    intensity_window: [low, high], the values that become black and white; needed for uint16 and floats. See `to_uint8`.
+    path: an HDF5 file, a folder with a PNG or TIFF image per section, or a chunked volume. The path of a chunked volume is
+        `precomputed://`, `n5://` or `zarr://` (version 2 or 3), followed by a local folder or by an address that begins
+        with https://, http://, gs:// or s3://. Relative paths start at the folder of the YAML file.
+    dataset: path of the data set in an HDF5 file. It is 3-D with axes z, y, x; its attributes `resolution` and `offset`
+        are in nm.
+    voxel_size_nm_zyx, offset_nm_zyx: required if the volume does not state them; otherwise they must agree with it. If a
+        volume has several scales, the one with this voxel size is read.
+    intensity_window: [low, high], the values that become black and white. Required for uint16 and floats; see `to_uint8`.
     """
 
     path: str
@@ -53,12 +51,12 @@ class VolumeSpec(Spec):
 
     @field_validator("path")
     @classmethod
-    def _is_of_a_known_kind(cls, path: str) -> str:
-        first, *more = path.split("://")
-        if more and (first not in CHUNKED or len(more) > 2 or (len(more) == 2 and more[0] not in REMOTE)):
-            kinds, remotes = (" or ".join(f"{name}://" for name in names) for names in (CHUNKED, REMOTE))
+    def _has_a_known_prefix(cls, path: str) -> str:
+        first, *rest = path.split("://")
+        if rest and (first not in PREFIXES or len(rest) > 2 or (len(rest) == 2 and rest[0] not in REMOTE_SCHEMES)):
+            prefixes, schemes = (" or ".join(f"{name}://" for name in names) for names in (PREFIXES, REMOTE_SCHEMES))
             raise ValueError(
-                f"{path} should begin with {kinds}, then a folder, or {remotes} and the rest of an address"
+                f"{path} should begin with {prefixes}, then a folder, or {schemes} and the rest of an address"
             )
         return path
 
@@ -72,50 +70,56 @@ class VolumeSpec(Spec):
 
     @property
     def kind(self) -> str | None:
-        """`precomputed`, `n5` or `zarr`; None for plain local files."""
+        """The prefix of the path: `precomputed`, `n5` or `zarr`. None for a plain local file or folder."""
         kind, separator, _ = self.path.partition("://")
         return kind if separator else None
 
     @property
     def address(self) -> str:
-        """The path without its kind."""
+        """The path without its prefix."""
         return self.path.partition("://")[2] if self.kind else self.path
 
     def resolve(self, base: Path) -> Path | None:
-        """The local file or folder, relative paths taken from `base`; None for what is reached over a network."""
+        """The local file or folder, with relative paths taken from `base`; None if the volume is on a network."""
         return None if "://" in self.address else (base / self.address).resolve()
 
 
 class MissingChunk(SynpipeError):
-    """The volume is sound, but holds no voxels at this place: it was never stored there, which is not the same as black."""
+    """The volume is intact but has no voxels at this place: the chunk was never stored, which differs from a black one."""
 
 
 class AccessDenied(SynpipeError):
-    """Whoever keeps the volume refuses to give it out: a chunk more or less is not the question, and no attempt helps."""
+    """Access is denied for the whole volume, so reading another chunk or trying again is pointless."""
 
 
 def to_uint8(values: np.ndarray, window: tuple[float, float]) -> np.ndarray:
     """Grey values from an intensity window: floor(255·(v − low)/(high − low) + ½), with v clipped to the window.
 
-    That rounds halves up, and is exact for integers with an integer window. NaN counts as low, that is, as black.
+    values: any real dtype, any shape. window: low and high. Returns uint8 of the same shape. Halves are rounded up. The
+    result is exact for integers with an integer window. NaN counts as low, that is, as black.
     """
     low, high = window
-    inside = np.clip(np.where(np.isnan(values), low, values).astype(np.float64), low, high)
-    return np.floor((inside - low) * 255 / (high - low) + 0.5).astype(np.uint8)
+    clipped = np.clip(np.where(np.isnan(values), low, values).astype(np.float64), low, high)
+    return np.floor((clipped - low) * 255 / (high - low) + 0.5).astype(np.uint8)
 
 
 class Volume:
     """An opened volume.
 
-    Attributes: `path` (for people), `shape_zyx` (voxels), `voxel_size_nm_zyx`, `offset_nm_zyx` (float64 arrays of 3),
-    `chunking` (how it is stored), `voxel_bytes`, `dtype` (as it is stored), `scale_name` (see `Source`).
+    Attributes: `path` (for messages), `shape_zyx` (voxels, int64 (3,)), `voxel_size_nm_zyx` and `offset_nm_zyx` (float64
+    (3,)), `reader` (the `VoxelReader` that provides the voxels), and from the reader `chunking`, `dtype` (of the stored
+    voxels), `voxel_bytes` (size of a stored voxel) and `scale_name`.
     """
 
     def __init__(self, spec: VolumeSpec, base: Path):
-        """Raises `SynpipeError` where it is absent, damaged, not of grey values, or contradicts the spec."""
-        self._source = _open(spec, base)
+        """base: the folder where relative paths start.
+
+        Raises `SynpipeError` if the volume is absent or damaged, does not hold grey values, or contradicts the spec.
+        """
+        place = VolumePlace(spec.resolve(base) or spec.address, spec.dataset, spec.voxel_size_nm_zyx)
+        self.reader: VoxelReader = open_reader(spec.kind, place)
         self._window = spec.intensity_window
-        self.path = self._source.location
+        self.path = self.reader.location
         try:
             self._describe(spec, f"Volume {self.path}")
         except SynpipeError:
@@ -123,97 +127,97 @@ class Volume:
             raise
 
     def _describe(self, spec: VolumeSpec, where: str) -> None:
-        source = self._source
-        windowed = source.dtype.kind == "f" or (source.dtype.kind, source.dtype.itemsize) == ("u", 2)
-        if source.dtype != np.uint8 and not windowed:
-            raise SynpipeError(f"{where} holds {source.dtype}, but synpipe reads uint8, uint16 and floats: convert it.")
+        reader = self.reader
+        windowed = reader.dtype.kind == "f" or (reader.dtype.kind, reader.dtype.itemsize) == ("u", 2)
+        if reader.dtype != np.uint8 and not windowed:
+            raise SynpipeError(f"{where} holds {reader.dtype}, but synpipe reads uint8, uint16 and floats: convert it.")
         if windowed and self._window is None:
             raise SynpipeError(
-                f"{where} holds {source.dtype}, but tiles have uint8 grey values. Set `volume.intensity_window: [low, "
+                f"{where} holds {reader.dtype}, but tiles have uint8 grey values. Set `volume.intensity_window: [low, "
                 "high]` in the data set's YAML file, the values that become black and white."
             )
         if not windowed and self._window is not None:
             raise SynpipeError(f"{where} holds uint8, which is read as it is: remove `volume.intensity_window`.")
-        self.shape_zyx = np.array(source.shape_zyx, dtype=np.int64)
-        self.chunking, self.voxel_bytes = source.chunking, source.dtype.itemsize
-        self.dtype, self.scale_name = source.dtype, source.scale_name
-        self.voxel_size_nm_zyx = _agreed(where, "voxel_size_nm_zyx", spec.voxel_size_nm_zyx, source.voxel_size_nm_zyx)
+        self.shape_zyx = np.array(reader.shape_zyx, dtype=np.int64)
+        self.chunking, self.voxel_bytes = reader.chunking, reader.dtype.itemsize
+        self.dtype, self.scale_name = reader.dtype, reader.scale_name
+        self.voxel_size_nm_zyx = _agreed(where, "voxel_size_nm_zyx", spec.voxel_size_nm_zyx, reader.voxel_size_nm_zyx)
         self.offset_nm_zyx = _agreed(
-            where, "offset_nm_zyx", spec.offset_nm_zyx, source.offset_nm_zyx, default=(0.0, 0.0, 0.0)
+            where, "offset_nm_zyx", spec.offset_nm_zyx, reader.offset_nm_zyx, default=(0.0, 0.0, 0.0)
         )
         if not (self.voxel_size_nm_zyx > 0).all():
             raise SynpipeError(f"{where}: voxel size {self.voxel_size_nm_zyx.tolist()} nm is not positive.")
 
     @property
-    def source(self) -> Source:
-        """What the voxels come from, with what it says of itself."""
-        return self._source
-
-    @property
     def bytes_read(self) -> int:
-        """What has been read since it was opened, as it is stored."""
-        return self._source.bytes_read
+        """Bytes read since the volume was opened, as they are stored."""
+        return self.reader.bytes_read
 
     @property
     def bounds_nm_zyx(self) -> tuple[np.ndarray, np.ndarray]:
-        """Lower (inside) and upper (outside) corner of the volume, float64 arrays of 3."""
+        """Lower corner (inside) and upper corner (outside) of the volume in nm: two float64 arrays (3,)."""
         return self.offset_nm_zyx, self.offset_nm_zyx + self.shape_zyx * self.voxel_size_nm_zyx
 
     def window_starts(self, positions_nm_zyx: np.ndarray, size_zyx: tuple[int, int, int]) -> np.ndarray:
         """First voxels of the windows of `size_zyx` voxels that are centred on positions.
 
-        The window is the one whose centre is nearest to the position; of two equally near ones, the upper. For an odd
-        size that puts the voxel which contains the position in the middle; for an even size the centre of the window is
-        an edge between two voxels, at most half a voxel from the position, with no bias to either side.
+        The window is the one whose centre is nearest to the position; if two are equally near, the upper one. A window of
+        odd size has the voxel that contains the position in its middle. The centre of a window of even size is an edge
+        between two voxels, at most half a voxel from the position, with no bias to either side.
 
-        positions_nm_zyx: float64 (n, 3), finite. Returns int64 (n, 3), in voxels; may be negative at the border.
+        positions_nm_zyx: float64 (n, 3), finite. Returns int64 (n, 3) in voxels; values may be negative at the border.
         """
         voxels = (np.asarray(positions_nm_zyx, dtype=np.float64) - self.offset_nm_zyx) / self.voxel_size_nm_zyx
         return np.floor(voxels - np.array(size_zyx) / 2 + 0.5 + EDGE_TOLERANCE_VOXELS).astype(np.int64)
 
     def read(self, start_zyx: np.ndarray, stop_zyx: np.ndarray) -> np.ndarray:
-        """The voxels from `start_zyx` up to `stop_zyx`, both within the volume: uint8 (z, y, x).
+        """The voxels from `start_zyx` (included) to `stop_zyx` (excluded), both within the volume: uint8 (z, y, x).
 
-        Raises `MissingChunk` where the volume holds nothing there, `AccessDenied` where it may not be read, `SynpipeError`
-        where it is damaged or out of reach.
+        Raises `MissingChunk` if the volume holds nothing there, `AccessDenied` if it may not be read, and `SynpipeError`
+        if it is damaged or cannot be reached.
         """
         return self.start_read(start_zyx, stop_zyx)()
 
     def start_read(self, start_zyx: np.ndarray, stop_zyx: np.ndarray) -> Callable[[], np.ndarray]:
-        """Begin to `read`, so that several reads wait for a server together.
+        """Begin a `read` in the background, so that several reads wait for a server at the same time.
 
-        The function returned waits for the voxels; it returns and raises what `read` does.
+        The returned function waits for the voxels. It returns and raises what `read` does.
         """
         z, y, x = (slice(int(a), int(b)) for a, b in zip(start_zyx, stop_zyx, strict=True))
-        wait = self._source.start_read((z, y, x))
+        wait = self.reader.start_read((z, y, x))
 
         def finish() -> np.ndarray:
             try:
                 values = wait()
-            except self._source.errors as error:
-                place = f"voxels z {z.start}–{z.stop}, y {y.start}–{y.stop}, x {x.start}–{x.stop}"
-                # The status with which tensorstore's messages begin: the one thing that tells absent from out of reach.
-                if str(error).startswith("NOT_FOUND"):
-                    raise MissingChunk(f"Volume {self.path} holds nothing at {place} ({line(error)}).") from None
-                if str(error).startswith("PERMISSION_DENIED"):
-                    raise AccessDenied(
-                        f"Volume {self.path}: permission denied at {place} ({line(error)}): ask whoever keeps it for "
-                        "access, or give the credentials that its bucket needs."
-                    ) from None
-                raise SynpipeError(
-                    f"Volume {self.path} cannot be read at {place} ({line(error)}): {self._source.remedy}."
-                ) from None
+            except self.reader.errors as error:
+                raise self._explain(error, (z, y, x)) from None
             return values if self._window is None else to_uint8(values, self._window)
 
         return finish
 
-    def fingerprint(self) -> str:
-        """Digest of the content and of how it is read.
+    def _explain(self, error: Exception, box: SlicesZyx) -> SynpipeError:
+        z, y, x = box
+        place = f"voxels z {z.start}–{z.stop}, y {y.start}–{y.stop}, x {x.start}–{x.stop}"
+        # tensorstore's messages begin with a status. Nothing else tells a missing chunk from a server out of reach.
+        if str(error).startswith("NOT_FOUND"):
+            return MissingChunk(f"Volume {self.path} holds nothing at {place} ({describe_error(error)}).")
+        if str(error).startswith("PERMISSION_DENIED"):
+            return AccessDenied(
+                f"Volume {self.path}: permission denied at {place} ({describe_error(error)}): ask whoever keeps it for "
+                "access, or give the credentials that its bucket needs."
+            )
+        return SynpipeError(
+            f"Volume {self.path} cannot be read at {place} ({describe_error(error)}): {self.reader.remedy}."
+        )
 
-        Of local files it changes whenever a voxel's value or place may. Of remote ones only the metadata are looked at:
-        their content, and the version (ETag) that the server gives them.
+    def fingerprint(self) -> str:
+        """Digest of the volume's content and of how it is read.
+
+        The fingerprint of a local volume changes whenever the value or the position of a voxel may have changed. The
+        fingerprint of a remote volume covers its metadata only: their content, and the version (ETag) that the server
+        reports.
         """
-        described = self._source.identity() | {
+        described = self.reader.identity() | {
             "voxel_size_nm_zyx": self.voxel_size_nm_zyx.tolist(),
             "offset_nm_zyx": self.offset_nm_zyx.tolist(),
         }
@@ -222,7 +226,7 @@ class Volume:
         return digest(described)
 
     def close(self) -> None:
-        self._source.close()
+        self.reader.close()
 
     def __enter__(self) -> "Volume":
         return self
@@ -231,37 +235,23 @@ class Volume:
         self.close()
 
 
-def same_numbers(first: Any, second: Any) -> bool:
-    """Whether two voxel sizes or places, in nm, are meant to be the same."""
-    return np.allclose(first, second, rtol=SAME_NUMBER_RTOL, atol=SAME_NUMBER_ATOL_NM)
-
-
-def _open(spec: VolumeSpec, base: Path) -> Source:
-    path = spec.resolve(base)
-    if path is not None and not path.exists():
-        raise SynpipeError(f"Volume {path} does not exist: correct `volume.path` in the data set's YAML file.")
-    if spec.kind is not None:
-        # Only here: it sets how tensorstore behaves, which is to be decided where it is used.
-        from synpipe.volumes.chunked import open_chunked
-
-        return open_chunked(spec.kind, spec.address if path is None else path, spec.voxel_size_nm_zyx)
-    assert path is not None  # the spec lets no address pass that does not say its kind
-    if path.is_dir():
-        return Sections(path)
-    return Hdf5(path, spec.dataset)
-
-
 def _agreed(where: str, key: str, from_spec, from_file, default=None) -> np.ndarray:
-    """The value that spec and file agree on, or the one that is there: float64 (3,), finite."""
+    """The value on which spec and file agree, or the only one given, or the default: float64 (3,), finite.
+
+    Raises `SynpipeError` if they contradict each other, if the file's value is not three numbers, or if there is none.
+    """
     given = None if from_spec is None else np.asarray(from_spec, dtype=np.float64)
     read = None if from_file is None else _three_numbers(from_file)
     if from_file is not None and read is None:
-        raise SynpipeError(f"{where} says {key} = {from_file}, but three finite numbers, z, y, x, in nm, are needed.")
-    if given is not None and read is not None and not same_numbers(given, read):
-        raise SynpipeError(f"{where} says {key} = {read.tolist()}, the data set's YAML file says {given.tolist()}.")
+        raise SynpipeError(f"{where} states {key} = {from_file}, but three finite numbers (z, y, x, in nm) are needed.")
+    if given is not None and read is not None and not same_nm(given, read):
+        raise SynpipeError(
+            f"{where} states {key} = {read.tolist()}, but the data set's YAML file states {given.tolist()}: correct "
+            f"`volume.{key}`, or remove it."
+        )
     value = given if given is not None else read if read is not None else default
     if value is None:
-        raise SynpipeError(f"{where} does not say its voxel size: set `volume.{key}` in the data set's YAML file.")
+        raise SynpipeError(f"{where} does not state its voxel size: set `volume.{key}` in the data set's YAML file.")
     return np.asarray(value, dtype=np.float64)
 
 

@@ -22,8 +22,9 @@ from synpipe.analysis.instance_retrieval import (
     read_surroundings,
     view,
 )
-from synpipe.tiles.tile import TileSpec, cut_out
+from synpipe.tiles.tile import TileSpec
 from synpipe.volumes.volume import Volume, VolumeSpec
+from synpipe_tests.support.extraction import cut_out
 
 WINDOW = (3, 256, 256)
 PLACES = 12  # in a row, each with a texture of its own

@@ -34,11 +34,11 @@ import h5py
 import numpy as np
 import pyarrow as pa
 
-from synpipe.tiles.extraction import extract
 from synpipe.tiles.tile import SECTIONS, TILE_PX, TileReader, TileSpec
 from synpipe.volumes.chunk_plan import Chunking, spatial_order
 from synpipe.volumes.volume import Volume, VolumeSpec
 from synpipe_tests.bench.bars import row
+from synpipe_tests.support.extraction import extract
 
 DELAY_S = 0.02
 CHUNK = 64

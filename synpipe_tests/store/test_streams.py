@@ -9,7 +9,7 @@ import pytest
 
 from synpipe.errors import SynpipeError
 from synpipe.store import streams
-from synpipe.store.streams import ContentDigest, RowsById, SmallestHashes, by_shard, column_of, in_blocks, read_parts
+from synpipe.store.streams import ContentDigest, RowsById, SmallestHashes, by_shard, column_of, read_batches, rebatch
 
 
 @pytest.fixture
@@ -41,7 +41,7 @@ def test_shards_are_whole_however_the_rows_are_cut(table: pa.Table):
 
 
 def test_rows_are_found_by_id_in_any_order_and_unknown_ones_are_null(table: pa.Table, tmp_path: Path, monkeypatch):
-    monkeypatch.setattr(streams, "LOOKED_UP_ROWS", 64)
+    monkeypatch.setattr(streams, "LOOKUP_BATCH_ROWS", 64)
     order = np.random.default_rng(1).permutation(len(table))
     wanted = np.insert(table["synapse_id"].to_numpy()[order], [0, 7], [1, 2**63 - 1])
     with RowsById(cut(table), tmp_path) as rows:
@@ -84,25 +84,24 @@ def test_a_digest_depends_on_values_and_their_places_only(table: pa.Table):
     assert len({whole, *(digest_of([other]) for other in others)}) == 5
 
 
-def test_a_column_by_ids_and_blocks_of_one_size(table: pa.Table, tmp_path: Path):
+def test_a_column_by_ids_and_batches_of_one_size(table: pa.Table, tmp_path: Path):
     path = tmp_path / "table.parquet"
     pq.write_table(table, path, row_group_size=70)
     sorted_table = table.sort_by("synapse_id")
     ids = np.append(sorted_table["synapse_id"].to_numpy(), 2**63 - 1)
     assert column_of(path, ids, "label").tolist() == [*sorted_table["label"].to_pylist(), None]
     assert column_of(path, ids[:0], "label").tolist() == []
-    assert pa.concat_tables(read_parts(path, ["label"])).equals(table.select(["label"]))
-    blocks: list[pa.Table] = []
-    in_blocks(cut(table), 90, blocks.append)
-    assert [len(block) for block in blocks] == [90] * 5 + [50]
-    assert pa.concat_tables(blocks).to_pylist() == table.to_pylist()
+    assert pa.concat_tables(read_batches(path, ["label"])).equals(table.select(["label"]))
+    batches = [*rebatch(cut(table), 90)]
+    assert [len(batch) for batch in batches] == [90] * 5 + [50]
+    assert pa.concat_tables(batches).to_pylist() == table.to_pylist()
 
 
 def test_an_absent_and_a_damaged_file_are_named(table: pa.Table, tmp_path: Path):
     path = tmp_path / "table.parquet"
     with pytest.raises(SynpipeError, match=r"table\.parquet does not exist"):
-        next(read_parts(path))
+        next(read_batches(path))
     pq.write_table(table, path)
     path.write_bytes(path.read_bytes()[:-9])
     with pytest.raises(SynpipeError, match=r"table\.parquet is damaged"):
-        next(read_parts(path))
+        next(read_batches(path))

@@ -22,9 +22,9 @@ from hypothesis import strategies as st
 from synpipe.errors import SynpipeError
 from synpipe.tiles import extraction
 from synpipe.tiles import tile as tiles
-from synpipe.tiles.extraction import extract
 from synpipe.tiles.tile import TileReader, TileSpec, shard_of
 from synpipe.volumes.volume import Volume, VolumeSpec
+from synpipe_tests.support.extraction import extract
 from synpipe_tests.volumes.test_sources import Handler
 
 SHAPE = (12, 400, 500)
@@ -299,9 +299,9 @@ EXTRACTING = """
 import sys
 from pathlib import Path
 import numpy as np
-from synpipe.tiles.extraction import extract
 from synpipe.tiles.tile import TileSpec
 from synpipe.volumes.volume import Volume, VolumeSpec
+from synpipe_tests.support.extraction import extract
 with Volume(VolumeSpec(path=sys.argv[1]), Path()) as volume:
     extract(volume, TileSpec(), Path(sys.argv[2]), np.array([[0, 0, 0], [1, 100, 200]]))
 """

@@ -18,9 +18,9 @@ from PIL import Image
 
 from synpipe.errors import SynpipeError
 from synpipe.tiles import extraction
-from synpipe.tiles.extraction import extract
-from synpipe.tiles.tile import TileReader, TileSpec, content_hashes, cut_out, shard_of
+from synpipe.tiles.tile import TileReader, TileSpec, content_hashes, shard_of
 from synpipe.volumes.volume import Volume, VolumeSpec
+from synpipe_tests.support.extraction import cut_out, extract
 
 SHAPE = (12, 600, 700)
 BLANK, REPEATED, CONSTANT = 8, 5, 10  # sections: black, a copy of the one before, without contrast
@@ -355,7 +355,7 @@ def test_tiles_by_id(parts: pa.Table, voxels: np.ndarray, tmp_path: Path, first_
         assert tile.dtype == np.uint8
         np.testing.assert_array_equal(tile, voxels[z : z + 3, y : y + 256, x : x + 256])
     for unknown in (first_id - 1, first_id + 5, -(2**63), 2**63, 2**70):
-        with pytest.raises(SynpipeError, match=f"no tile of synapse {unknown}"):
+        with pytest.raises(SynpipeError, match=f"Synapse {unknown} has no tile"):
             reader.by_id(unknown)
 
 
@@ -420,7 +420,7 @@ def test_truncated_absent_and_strange_parts_are_named(parts: pa.Table, tmp_path:
     with pytest.raises(SynpipeError, match="cannot be read"):
         reader_of(parts, tmp_path).by_id(1004)
     path.unlink()
-    with pytest.raises(SynpipeError, match="are not there: materialise"):
+    with pytest.raises(SynpipeError, match="do not exist: materialise"):
         reader_of(parts, tmp_path).by_id(1000)
 
 

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from synpipe.tiles.tile import TileSpec, shard_of
-from synpipe.volumes.chunk_plan import Chunking, plan, spatial_order
+from synpipe.volumes.chunk_plan import Chunking, plan_batches, spatial_order
 
 STEADY = settings(deadline=None, derandomize=True)
 
@@ -52,13 +52,13 @@ def test_the_chunks_of_a_box_are_those_that_hold_its_voxels(chunking, corner, wi
 def test_every_box_is_in_one_batch_whatever_the_order_of_the_input(corners, window, chunking, most, shards, random):
     low, high = boxes(corners, window)
     shard = shard_of(low, TileSpec(shards=shards, block_voxels_zyx=(7, 64, 64)))
-    batches = plan(low, high, shard, chunking, most)
+    batches = plan_batches(low, high, shard, chunking, most)
     assert sorted(np.concatenate(batches).tolist()) == list(range(len(low)))
     assert max(map(len, batches)) <= most and min(map(len, batches)) > 0
 
     shuffled = list(range(len(low)))
     random.shuffle(shuffled)
-    again = plan(low[shuffled], high[shuffled], shard[shuffled], chunking, most)
+    again = plan_batches(low[shuffled], high[shuffled], shard[shuffled], chunking, most)
     assert [low[batch].tolist() for batch in batches] == [low[shuffled][batch].tolist() for batch in again]
 
 
@@ -90,7 +90,7 @@ def test_a_dense_volume_is_read_about_once_with_a_cache_of_a_part_of_it() -> Non
     for chunk, shape, count, depth, cached, bar in cases:
         low, high, shards = windows_in(shape, count, depth)
         chunking = Chunking(chunk, cached)
-        batches = plan(low, high, shards, chunking, 1024)
+        batches = plan_batches(low, high, shards, chunking, 1024)
         fetched, needed = fetches(np.concatenate(batches), low, high, chunking)
         assert fetched <= bar * needed, (chunk, shape, fetched / needed)
 
@@ -98,13 +98,13 @@ def test_a_dense_volume_is_read_about_once_with_a_cache_of_a_part_of_it() -> Non
 def test_batches_follow_space_where_shards_share_chunks_and_are_of_one_shard_elsewhere() -> None:
     chunking = Chunking((64, 64, 64), 1024)
     low, high, shards = windows_in((64, 4096, 4096), 1000, 3)
-    (dense,) = plan(low, high, shards, chunking, 1024)
+    (dense,) = plan_batches(low, high, shards, chunking, 1024)
     assert len(set(shards[dense])) == 16
     one_by_one = np.argsort(shards, kind="stable")
     assert fetches(one_by_one, low, high, chunking)[0] > 1.5 * fetches(dense, low, high, chunking)[0]
 
     low, high, shards = windows_in((7000, 100_000, 200_000), 1000, 3)
-    sparse = plan(low, high, shards, chunking, 1024)
+    sparse = plan_batches(low, high, shards, chunking, 1024)
     assert len(sparse) == 16 and all(len(set(shards[batch])) == 1 for batch in sparse)
 
 
@@ -115,10 +115,11 @@ def test_no_crumbs_of_files_however_many_chunks_they_would_save() -> None:
     low = np.concatenate([pairs + np.array([0, 0, x]) for x in (1023, 1024)])
     shards = shard_of(low, TileSpec(shards=100))
     assert all(
-        len(set(shards[batch])) == 1 for batch in plan(low, low + np.array([3, 256, 256]), shards, chunking, 1024)
+        len(set(shards[batch])) == 1
+        for batch in plan_batches(low, low + np.array([3, 256, 256]), shards, chunking, 1024)
     )
 
 
 def test_no_boxes_are_no_batches() -> None:
     none = np.zeros((0, 3), np.int64)
-    assert plan(none, none, none[:, 0], Chunking((1, 1, 1), 1), 10) == []
+    assert plan_batches(none, none, none[:, 0], Chunking((1, 1, 1), 1), 10) == []

@@ -23,10 +23,11 @@ from synpipe.defs.definitions import available_datasets
 from synpipe.errors import SynpipeError
 from synpipe.store.files import read_table
 from synpipe.synthetic.demo import SyntheticSpec, make_demo
-from synpipe.tiles.tile import TileSpec, cut_out
+from synpipe.tiles.tile import TileSpec
 from synpipe.volumes.volume import Volume, VolumeSpec, to_uint8
 from synpipe_tests.conftest import REPOSITORY, SMALL_DEMO, write_project
 from synpipe_tests.support.command import invoke
+from synpipe_tests.support.extraction import cut_out
 
 SIZE_NM, OFFSET_NM = (50.0, 4.6, 4.6), (100.0, -46.0, 9.2)
 OFFSET_VOXELS_XYZ = [2, -10, 2]
@@ -363,7 +364,7 @@ def test_a_spec_that_contradicts_the_volume(
 def test_a_volume_without_known_units_needs_its_voxel_size_in_the_spec(tmp_path, grey, write, unsaid) -> None:
     kind, folder = write.__name__.removeprefix("write_"), tmp_path / "v"
     write(folder, grey, **unsaid)
-    refusal(lambda: opened(kind, folder), "does not say its voxel size", "volume.voxel_size_nm_zyx")
+    refusal(lambda: opened(kind, folder), "does not state its voxel size", "volume.voxel_size_nm_zyx")
     with opened(kind, folder, voxel_size_nm_zyx=(40, 4, 4)) as volume:
         assert volume.voxel_size_nm_zyx.tolist() == [40, 4, 4]
 
@@ -488,8 +489,9 @@ def test_a_truncated_chunk_is_an_error(tmp_path: Path, grey: np.ndarray, serve, 
 
 @pytest.mark.parametrize("kind", CHUNKED)
 def test_a_place_with_no_volume(tmp_path: Path, serve: Callable[[Path], Server], kind: str) -> None:
-    refusal(lambda: opened(kind, f"{serve(tmp_path).url}/none"), "has no metadata of that kind", "volume.path")
-    refusal(lambda: opened(kind, tmp_path), "has no metadata of that kind", str(tmp_path))
+    no_metadata = f"has no {kind.rstrip('23')} metadata"
+    refusal(lambda: opened(kind, f"{serve(tmp_path).url}/none"), no_metadata, "volume.path")
+    refusal(lambda: opened(kind, tmp_path), no_metadata, str(tmp_path))
     refusal(lambda: opened(kind, tmp_path / "none"), "does not exist", "volume.path")
 
 
@@ -565,7 +567,7 @@ def test_folders_that_are_no_stacks(tmp_path: Path, grey: np.ndarray) -> None:
     write_n5(tmp_path / "n5", grey)
     refusal(lambda: opened("png", tmp_path / "n5"), "n5://")
     path = stack("unsaid")
-    refusal(lambda: Volume(VolumeSpec(path=str(path)), tmp_path), "does not say its voxel size")
+    refusal(lambda: Volume(VolumeSpec(path=str(path)), tmp_path), "does not state its voxel size")
 
 
 @pytest.mark.parametrize("suffix", [".png", ".tif"])
