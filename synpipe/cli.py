@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from synpipe import __version__
+from synpipe.annotations.schema import UNLABELLED
 from synpipe.errors import SynpipeError
 
 # The rest is imported by the commands that need it, so that help appears at once.
@@ -509,7 +510,7 @@ def compare(project: "Project", a: str | None, b: str | None, dataset: str, as_j
             comparing.format_figure(Estimate(each)) for each in (query.average_precision_a, query.average_precision_b)
         ]
         click.echo(
-            f"  {query.synapse_id:>20}  {query.label or 'unlabelled':<16} average precision {precision[0]} and {precision[1]}, "
+            f"  {query.synapse_id:>20}  {query.label or UNLABELLED:<16} average precision {precision[0]} and {precision[1]}, "
             f"{query.overlap:.0%} in common"
         )
     if image is not None:

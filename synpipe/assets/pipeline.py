@@ -26,7 +26,9 @@ import pyarrow.parquet as pq
 
 from synpipe import __version__
 from synpipe.analysis import drift
-from synpipe.annotations.convert import REJECT_SCHEMA, SYNAPSE_SCHEMA, convert_annotations
+from synpipe.annotations.bounds import VolumeBounds
+from synpipe.annotations.convert import AnnotationInputs, convert_annotations
+from synpipe.annotations.schema import REJECT_SCHEMA, SYNAPSE_SCHEMA, UNLABELLED
 from synpipe.assets.manifest import find_manifest, read_manifest
 from synpipe.cluster import workers
 from synpipe.cluster.engines import on_cluster
@@ -151,13 +153,11 @@ def make_synapses(dataset: Dataset, inputs: Inputs, log: Log) -> Made:
         table_writer(dataset.synapse_rejects_path, REJECT_SCHEMA) as rejects,
     ):
         summary = convert_annotations(
-            dataset.spec.annotations,
-            dataset.base,
+            AnnotationInputs(
+                dataset.spec.annotations, dataset.base, dataset.spec.classes, VolumeBounds(*bounds, voxel_size)
+            ),
             synapses.write_table,
             rejects.write_table,
-            bounds_nm_zyx=bounds,
-            classes=dataset.spec.classes,
-            voxel_size_nm_zyx=voxel_size,
             scratch=dataset.folder,
         )
     log(f"{summary.synapses:,} synapses, {summary.rejects:,} rejects")
@@ -498,7 +498,7 @@ def metadata_of(dataset: Dataset, version: str, inputs: Inputs) -> dict[str, str
 def _counts(found: pa.Table, column: str) -> dict[str, int]:
     """Rows by value, the most frequent first; nulls count as `unlabelled`."""
     counted = found[column].value_counts().to_pylist()
-    return {row["values"] or "unlabelled": row["counts"] for row in sorted(counted, key=lambda row: -row["counts"])}
+    return {row["values"] or UNLABELLED: row["counts"] for row in sorted(counted, key=lambda row: -row["counts"])}
 
 
 def version_of(step: str, inputs: Mapping[str, str], description: Any = None) -> str:
