@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from synpipe import __version__
-from synpipe.annotations.schema import UNLABELLED
 from synpipe.errors import SynpipeError
 
 # The rest is imported by the commands that need it, so that help appears at once.
@@ -458,6 +457,7 @@ def compare(project: "Project", a: str | None, b: str | None, dataset: str, as_j
     """
     from synpipe.analysis import compare as comparing
     from synpipe.analysis.evaluation import FIGURES, Estimate
+    from synpipe.annotations.schema import UNLABELLED
 
     chosen = project.dataset(dataset)
     if a is None:
