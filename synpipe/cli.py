@@ -457,6 +457,7 @@ def compare(project: "Project", a: str | None, b: str | None, dataset: str, as_j
     """
     from synpipe.analysis import compare as comparing
     from synpipe.analysis.evaluation import FIGURES, Estimate
+    from synpipe.annotations.schema import UNLABELLED
 
     chosen = project.dataset(dataset)
     if a is None:
@@ -509,7 +510,7 @@ def compare(project: "Project", a: str | None, b: str | None, dataset: str, as_j
             comparing.format_figure(Estimate(each)) for each in (query.average_precision_a, query.average_precision_b)
         ]
         click.echo(
-            f"  {query.synapse_id:>20}  {query.label or 'unlabelled':<16} average precision {precision[0]} and {precision[1]}, "
+            f"  {query.synapse_id:>20}  {query.label or UNLABELLED:<16} average precision {precision[0]} and {precision[1]}, "
             f"{query.overlap:.0%} in common"
         )
     if image is not None:

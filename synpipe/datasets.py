@@ -19,7 +19,7 @@ from synpipe.analysis.classifier import ClassifierSpec, LinearSpec
 from synpipe.analysis.evaluation import EvaluationSpec
 from synpipe.analysis.projection import ProjectionSpec
 from synpipe.analysis.splits import SplitSpec
-from synpipe.annotations.convert import AnnotationSpec
+from synpipe.annotations.formats import AnnotationSpec
 from synpipe.embeddings.compression import CompressedSpec, branch_name, chosen_encoders
 from synpipe.embeddings.descriptors import DescriptorSpec
 from synpipe.embeddings.encoders import EncoderSpec, identity, load_registry

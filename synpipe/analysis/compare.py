@@ -16,6 +16,7 @@ from PIL import Image
 
 from synpipe.analysis import evaluation
 from synpipe.analysis.evaluation import FIGURES, Estimate
+from synpipe.annotations.schema import UNLABELLED
 from synpipe.assets.manifest import read_manifest
 from synpipe.datasets import Dataset
 from synpipe.errors import SynpipeError
@@ -183,7 +184,7 @@ def picture(dataset: Dataset, comparison: Comparison, tile_px: int = 96) -> Imag
         for name, nearest in ((comparison.a, query.nearest_a), (comparison.b, query.nearest_b)):
             found = nearest[:SHOWN_NEIGHBOURS]
             cells += [(reader.by_id(one), f"{name[:8]}: {labels[one]}") for one in found]
-        rows[f"{query.label or 'unlabelled'}\n{query.synapse_id}"] = cells
+        rows[f"{query.label or UNLABELLED}\n{query.synapse_id}"] = cells
     return sheet(rows, tile_px) if rows else None
 
 

@@ -19,6 +19,7 @@ import numpy as np
 from PIL import Image
 from pydantic import Field
 
+from synpipe.annotations.schema import UNLABELLED
 from synpipe.embeddings.compression import unit_length
 from synpipe.specs import Spec
 
@@ -105,7 +106,7 @@ def map_picture(places: np.ndarray, labels: np.ndarray, classes: Sequence[str], 
     size = float(np.clip(20_000 / max(1, len(places)), 0.3, 16))
     if others:
         unknown = places[~np.isin(labels, list(classes))]
-        axes.scatter(unknown[:, 0], unknown[:, 1], s=size, c=GREY, linewidths=0, label=f"unlabelled  {others:,}")
+        axes.scatter(unknown[:, 0], unknown[:, 1], s=size, c=GREY, linewidths=0, label=f"{UNLABELLED}  {others:,}")
     for order, name in enumerate(sorted(counts, key=lambda name: -counts[name])):
         number = list(classes).index(name)
         points = places[labels == name]

@@ -1,7 +1,8 @@
-"""Columns of annotation files, typed: from what a file holds to what `SYNAPSE_SCHEMA` says.
+"""Turn columns of annotation files into the types of `SYNAPSE_SCHEMA`.
 
-In: one Arrow column of strings, integers or floats. Out: text, float64, exact int64 ids or class names, of the same
-length. Guarantee: no value raises; one that is absent, of another kind or, for an id, not exact becomes null or NaN.
+Input: one Arrow column of strings, integers or floats. Output: a column of the same length that holds text, float64,
+exact int64 ids or class names. No value raises an error: a value that is absent, of the wrong kind or, for an id, not
+exact becomes null or NaN.
 """
 
 import difflib
@@ -12,12 +13,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 MAX_ID = 2**63 - 1
-# Above 2^53 - 1 a float64 no longer tells neighbouring integers apart (IEEE 754): such an id may be another synapse's.
+# Above 2^53 - 1, float64 cannot distinguish neighbouring integers (IEEE 754), so such an id may belong to another synapse.
 MAX_ID_AS_FLOAT = 2**53 - 1
 
-# What exports write for "no value", in lower case: pandas, R, SQL, Python, synister.
+# How pandas, R, SQL, Python and synister write "no value", in lower case.
 ABSENT = ("", "na", "n/a", "nan", "null", "none", "unknown")
-# Short names of transmitters, as FlyWire, hemibrain and the literature write them, in lower case.
+# Short names of transmitters in FlyWire, hemibrain and the literature, in lower case.
 SYNONYMS = {
     "ach": "acetylcholine",
     "glu": "glutamate",
@@ -29,21 +30,21 @@ SYNONYMS = {
     "oa": "octopamine",
     "oct": "octopamine",
 }
-NUMBER = r"^[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?$"  # what pyarrow casts to float64 without raising
-# Three values in brackets of any kind, or in none, as pandas ("[1, 2, 3]"), numpy ("[1 2 3]") and CAVE write them.
+NUMBER = r"^[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?$"  # text that pyarrow casts to float64 without an error
+# Three values, with or without brackets of any kind, as pandas ("[1, 2, 3]"), numpy ("[1 2 3]") and CAVE write them.
 POSITION_TEXT = (
     r"^\s*[\[({]?\s*(?P<x>[^,;\s\[({]+)\s*[,;\s]\s*(?P<y>[^,;\s]+)\s*[,;\s]\s*(?P<z>[^,;\s\])}]+)\s*[\])}]?\s*$"
 )
 
 
 def as_text(column: pa.Array) -> pa.Array:
-    """The column as trimmed strings; null where the file says in words that there is no value."""
+    """Return the column as trimmed strings, with null for every value in `ABSENT`."""
     text = pc.utf8_trim_whitespace(column.cast(pa.string()))
     return pc.if_else(pc.is_in(pc.utf8_lower(text), pa.array(ABSENT)), pa.scalar(None, pa.string()), text)
 
 
 def as_floats(column: pa.Array) -> np.ndarray:
-    """float64; NaN where the value is absent or not a number."""
+    """Return the column as float64, with NaN where a value is absent or not a number."""
     if pa.types.is_string(column.type):
         text = pc.utf8_trim_whitespace(column)
         column = pc.if_else(pc.match_substring_regex(text, NUMBER), text, pa.scalar(None, pa.string()))
@@ -51,18 +52,24 @@ def as_floats(column: pa.Array) -> np.ndarray:
 
 
 def split_positions(column: pa.Array) -> tuple[pa.Array, pa.Array, pa.Array]:
-    """x, y and z of a column of lists, or of text such as "[1, 2, 3]"; null where there are not three."""
+    """Split a column of lists, or of text such as "[1, 2, 3]", into x, y and z.
+
+    All three are null where a row does not hold exactly three values.
+    """
     if pa.types.is_string(column.type):
         matched = pc.extract_regex(column, POSITION_TEXT)
         return tuple(matched.field(axis) if len(column) else column for axis in range(3))
-    lists = column.cast(pa.list_(column.type.value_type))  # large and fixed-size lists alike
-    three = pc.fill_null(pc.equal(pc.list_value_length(lists), 3), False).to_numpy(zero_copy_only=False)
+    lists = column.cast(pa.list_(column.type.value_type))  # large and fixed-size lists become plain ones
+    has_three = pc.fill_null(pc.equal(pc.list_value_length(lists), 3), False).to_numpy(zero_copy_only=False)
     starts = lists.offsets.to_numpy()[:-1]
-    return tuple(lists.values.take(pa.array(starts + axis, mask=~three)) for axis in range(3))
+    return tuple(lists.values.take(pa.array(starts + axis, mask=~has_three)) for axis in range(3))
 
 
 def as_whole_numbers(column: pa.Array, limit: int) -> pa.Array:
-    """int64; null where the value is absent or no whole number from 0 to `limit`. Text never passes through float."""
+    """Return the column as int64, with null where a value is absent or not a whole number from 0 to `limit`.
+
+    Text is converted without passing through float, so that large ids stay exact.
+    """
     if pa.types.is_floating(column.type):
         floats = as_floats(column)
         exact = (floats >= 0) & (floats <= MAX_ID_AS_FLOAT) & (floats == np.floor(floats))
@@ -81,28 +88,32 @@ def as_whole_numbers(column: pa.Array, limit: int) -> pa.Array:
 
 
 def as_class_names(column: pa.Array, classes: Sequence[str]) -> tuple[pa.Array, pa.Array]:
-    """The class of each row (null: unlabelled or unknown) and what to say of the unknown ones (null elsewhere)."""
-    by_name = {_canonical(name): name for name in classes} | {_plain(name): name for name in classes}
+    """Match each value to one of `classes`; case, spaces and the `SYNONYMS` do not matter.
+
+    Returns two string columns: the class of each row (null if the value is absent or unknown), and a sentence about
+    each unknown value (null elsewhere).
+    """
+    class_by_name = {_canonical(name): name for name in classes} | {_normalised(name): name for name in classes}
     encoded = column.cast(pa.string()).dictionary_encode()
-    labels, unknown = [], []
-    for written in encoded.dictionary.to_pylist():
-        label = by_name.get(_plain(written), by_name.get(_canonical(written)))
+    labels, problems = [], []
+    for value in encoded.dictionary.to_pylist():
+        label = class_by_name.get(_normalised(value), class_by_name.get(_canonical(value)))
+        is_unknown = label is None and _normalised(value) not in ABSENT
         labels.append(label)
-        known_or_absent = label is not None or _plain(written) in ABSENT
-        unknown.append(
-            None if known_or_absent else f"{written!r} is none of {', '.join(classes)}{_hint(written, by_name)}"
+        problems.append(
+            f"{value!r} is none of {', '.join(classes)}{_hint(value, class_by_name)}" if is_unknown else None
         )
-    return pa.array(labels, pa.string()).take(encoded.indices), pa.array(unknown, pa.string()).take(encoded.indices)
+    return pa.array(labels, pa.string()).take(encoded.indices), pa.array(problems, pa.string()).take(encoded.indices)
 
 
-def _plain(name: str) -> str:
+def _normalised(name: str) -> str:
     return " ".join(name.split()).casefold()
 
 
 def _canonical(name: str) -> str:
-    return SYNONYMS.get(_plain(name), _plain(name))
+    return SYNONYMS.get(_normalised(name), _normalised(name))
 
 
-def _hint(written: str, by_name: Mapping[str, str]) -> str:
-    close = difflib.get_close_matches(_plain(written), by_name, n=1)
-    return f"; did you mean {by_name[close[0]]!r}?" if close else ""
+def _hint(name: str, class_by_name: Mapping[str, str]) -> str:
+    similar = difflib.get_close_matches(_normalised(name), class_by_name, n=1)
+    return f"; did you mean {class_by_name[similar[0]]!r}?" if similar else ""

@@ -23,7 +23,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from synpipe.annotations.convert import SYNAPSE_SCHEMA
+from synpipe.annotations.schema import SYNAPSE_SCHEMA
 from synpipe.errors import SynpipeError
 from synpipe.store.files import atomic_path
 from synpipe.store.streams import RowsById, by_shard

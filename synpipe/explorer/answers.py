@@ -19,6 +19,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from synpipe.annotations.schema import UNLABELLED
 from synpipe.assets.derived_steps import open_branch
 from synpipe.assets.manifest import find_manifest
 from synpipe.assets.pipeline import open_tiles
@@ -26,7 +27,7 @@ from synpipe.datasets import Dataset, Project
 from synpipe.embeddings.encoders import Encoder
 from synpipe.errors import NotFound, SynpipeError
 from synpipe.index.publish import open_current
-from synpipe.index.search import UNLABELLED, Neighbour, Synapse, SynapseIndex
+from synpipe.index.search import Neighbour, Synapse, SynapseIndex
 from synpipe.reports.links import find_viewer
 from synpipe.store.files import read_table
 from synpipe.tiles.tile import TileReader

@@ -16,7 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from synpipe.index.search import METRICS, UNLABELLED
+from synpipe.annotations.schema import UNLABELLED
+from synpipe.index.search import METRICS
 
 LEVELS = 127
 BLOCK_ROWS = 8192

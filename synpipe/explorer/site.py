@@ -25,6 +25,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from synpipe import __version__
+from synpipe.annotations.schema import UNLABELLED
 from synpipe.datasets import Dataset
 from synpipe.embeddings.vectors import read_vectors
 from synpipe.errors import SynpipeError
@@ -34,7 +35,7 @@ from synpipe.explorer.column_files import Files, as_column, metadata_columns, na
 from synpipe.explorer.quantised import measure_recall, quantise
 from synpipe.explorer.tile_packs import write_tiles
 from synpipe.index.publish import open_current, read_provenance
-from synpipe.index.search import METRICS, UNLABELLED
+from synpipe.index.search import METRICS
 from synpipe.progress import Log
 from synpipe.reports.links import find_viewer
 from synpipe.specs import digest

@@ -23,6 +23,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from lancedb.expr import Expr, col, func, lit
 
+from synpipe.annotations.schema import UNLABELLED
 from synpipe.datasets import Dataset
 from synpipe.embeddings.vectors import read_vectors
 from synpipe.errors import NotFound, SynpipeError
@@ -35,7 +36,6 @@ METRICS: tuple[str, ...] = get_args(Metric)
 EXACT_ROWS = 300_000
 EXACT_CLASS_ROWS = 60_000
 KEPT_ROWS = 5_000_000
-UNLABELLED = "unlabelled"
 FILTER_COLUMNS = (
     "neurotransmitter",
     "region",

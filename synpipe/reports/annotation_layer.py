@@ -23,6 +23,7 @@ import pyarrow.compute as pc
 
 from synpipe import __version__
 from synpipe.analysis.projection import PALETTE
+from synpipe.annotations.schema import UNLABELLED
 from synpipe.assets.manifest import read_manifest
 from synpipe.datasets import Dataset
 from synpipe.errors import SynpipeError
@@ -39,7 +40,7 @@ KEYS_PER_MINISHARD = 512  # an index of 12 kB, fetched on a click
 MINISHARDS_PER_SHARD_BITS = 12
 SEED = 0  # the format wants the order within a cell to be random; ours is the same each time
 
-UNLABELLED, UNKNOWN = "unlabelled", "unknown"
+UNKNOWN = "unknown"
 # Okabe and Ito's colours for all kinds of sight (https://jfly.uni-koeln.de/color/), without black; grey is for unlabelled.
 COLOURS = (*PALETTE[:-1], "#f0e442")  # as on the map; black, the last there, is not seen on EM
 GREY = "#999999"

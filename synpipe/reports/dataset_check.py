@@ -18,11 +18,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from PIL import Image
 
-from synpipe.annotations.convert import OUTSIDE_VOLUME, SYNAPSE_SCHEMA, convert_annotations
+from synpipe.annotations.bounds import VolumeBounds
+from synpipe.annotations.convert import AnnotationInputs, convert_annotations
 from synpipe.annotations.formats import AnnotationSpec
+from synpipe.annotations.schema import OUTSIDE_VOLUME, SYNAPSE_SCHEMA, UNLABELLED
 from synpipe.datasets import Dataset
 from synpipe.errors import SynpipeError
-from synpipe.index.search import UNLABELLED
 from synpipe.reports.pictures import sheet
 from synpipe.tiles.tile import SECTIONS, TILE_PX, CutOut, start_cut_out
 from synpipe.volumes.chunk_plan import spatial_order
@@ -118,18 +119,14 @@ def _times(numbers: np.ndarray | tuple[int, ...]) -> str:
 
 
 def _read_annotations(dataset: Dataset, volume: Volume | None, problems: list[str]) -> _Annotations | None:
-    bounds, voxel_size = (None, None) if volume is None else (volume.bounds_nm_zyx, volume.voxel_size_nm_zyx)
+    bounds = None if volume is None else VolumeBounds(*volume.bounds_nm_zyx, volume.voxel_size_nm_zyx)
 
     def read(specs: Sequence[AnnotationSpec]) -> _Annotations:
         found = _Annotations()
         summary = convert_annotations(
-            specs,
-            dataset.base,
+            AnnotationInputs(specs, dataset.base, dataset.spec.classes, bounds),
             found.add_synapses,
             found.add_rejects,
-            bounds_nm_zyx=bounds,
-            classes=dataset.spec.classes,
-            voxel_size_nm_zyx=voxel_size,
         )
         found.notes = summary.notes
         return found

@@ -13,9 +13,10 @@ import pyarrow.compute as pc
 from PIL import Image, ImageDraw, ImageFont
 
 from synpipe.analysis.projection import map_picture
+from synpipe.annotations.schema import UNLABELLED
 from synpipe.assets.pipeline import open_tiles
 from synpipe.datasets import Dataset
-from synpipe.index.search import UNLABELLED, Neighbour, SynapseIndex
+from synpipe.index.search import Neighbour, SynapseIndex
 from synpipe.store.files import read_table
 from synpipe.store.streams import column_of, read_batches
 from synpipe.volumes.volume import Volume

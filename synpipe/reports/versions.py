@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from synpipe.annotations.convert import SYNAPSE_SCHEMA
+from synpipe.annotations.schema import SYNAPSE_SCHEMA
 from synpipe.assets.graph import steps
 from synpipe.assets.manifest import Manifest, find_version
 from synpipe.datasets import Dataset

@@ -23,7 +23,7 @@ from synpipe.analysis.classifier_scores import (
     score_test_side,
     votes_of_neurons,
 )
-from synpipe.annotations.convert import SYNAPSE_SCHEMA
+from synpipe.annotations.schema import SYNAPSE_SCHEMA
 from synpipe.assets import checks
 from synpipe.assets.classifier_steps import make_classifier
 from synpipe.assets.graph import states

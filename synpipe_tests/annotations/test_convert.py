@@ -1,4 +1,4 @@
-"""Every row of every annotation file is a synapse or a reject, with exact ids and positions in nm."""
+"""Every row of every annotation file becomes a synapse or a reject, with exact ids and positions in nm."""
 
 import json
 import re
@@ -15,23 +15,27 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from synpipe.annotations import files as annotation_files
-from synpipe.annotations.convert import REJECT_SCHEMA, SYNAPSE_SCHEMA, Annotations, AnnotationSpec, read_annotations
-from synpipe.annotations.formats import Cremi, SynisterV3, Table
+from synpipe.annotations import table_files
+from synpipe.annotations.cremi import Cremi
+from synpipe.annotations.formats import AnnotationSpec
+from synpipe.annotations.schema import REJECT_SCHEMA, SYNAPSE_SCHEMA
+from synpipe.annotations.synister import SynisterV3
+from synpipe.annotations.tables import PlainTable
 from synpipe.errors import SynpipeError
 from synpipe.specs import Spec
+from synpipe_tests.support.annotations import Annotations, bounds_from_origin, read_annotations
 
 CLASSES = ("acetylcholine", "gaba", "glutamate", "dopamine", "octopamine", "serotonin")
-BOUNDS = (np.zeros(3), np.array([400.0, 1000.0, 1000.0]))
+BOUNDS = bounds_from_origin([400, 1000, 1000])
 BIG = 2**63 - 1
 
 
-def table(path: Path, **options) -> Table:
-    return Table.parse({"format": "table", "path": path.name, **options}, "test")
+def table(path: Path, **options) -> PlainTable:
+    return PlainTable.parse({"format": "table", "path": path.name, **options}, "test")
 
 
 def read(base: Path, *specs, classes=CLASSES, bounds=BOUNDS) -> Annotations:
-    return read_annotations(specs, base, bounds_nm_zyx=bounds, classes=classes)
+    return read_annotations(specs, base, bounds, classes)
 
 
 def read_csv(folder: Path, text: str, **options) -> Annotations:
@@ -78,7 +82,7 @@ def synister(folder: Path, synapses, skeletons=None, hemi_lineages=None, **optio
 # Tables.
 
 
-def test_every_kind_of_bad_row_is_rejected_with_its_reason_and_line_and_stops_no_other(tmp_path):
+def test_every_kind_of_bad_row_is_rejected_with_its_reason_and_line(tmp_path):
     result = read_csv(
         tmp_path,
         "synapse_id,x,y,z,neurotransmitter\n"
@@ -126,8 +130,8 @@ def test_every_kind_of_bad_row_is_rejected_with_its_reason_and_line_and_stops_no
     assert "it has 3 values, the header 5" in details["malformed_row"]
 
 
-def test_line_numbers_hold_across_blocks_of_a_large_csv(tmp_path, monkeypatch):
-    monkeypatch.setattr(annotation_files, "CSV_BLOCK_BYTES", 500)
+def test_line_numbers_are_right_across_the_blocks_of_a_large_csv(tmp_path, monkeypatch):
+    monkeypatch.setattr(table_files, "CSV_BLOCK_BYTES", 500)
     lines = ["synapse_id,x,y,z"]
     for number in range(2, 602):
         short, bad = number % 7 == 0, number % 11 == 0
@@ -178,7 +182,7 @@ def test_mapped_columns_become_the_schema_in_every_table_format(tmp_path, suffix
     [
         (pa.array([2**64 - 1, 2**63, BIG, None], pa.uint64()), [BIG]),
         (pa.array([-1, 0, BIG], pa.int64()), [0, BIG]),
-        # A float that large may have been another id: it is not to be trusted.
+        # A float of this size may have been a different id, so it is not trusted.
         (pa.array([2.0**53, 2.0**53 - 1, 1.5, float("nan"), float("inf"), -1.0]), [2**53 - 1]),
         (pa.array(["9007199254740993.0", "9007199254740991.0", "007", "1e3", "٣", "0x1"]), [7, 2**53 - 1]),
         (pa.array(["12", "13"]).dictionary_encode(), [12, 13]),
@@ -210,10 +214,10 @@ def test_a_voxel_coordinate_means_the_centre_of_the_voxel(tmp_path):
     result = read_csv(tmp_path, "synapse_id,x,y,z\n1,0,10,9\n2,0.5,0,0\n3,0,0,10\n4,0,0,1e308\n", **options)
     positions = [[row["z_nm"], row["y_nm"], row["x_nm"]] for row in result.synapses.to_pylist()]
     assert positions == [[360, 42, 3], [0, 2, 5]]
-    assert rejected(result) == [("4", "missing_coordinate"), ("3", "outside_volume")]  # 400 nm is the first one outside
+    assert rejected(result) == [("4", "missing_coordinate"), ("3", "outside_volume")]  # the volume ends before 400 nm
 
 
-def test_bounds_are_half_open_and_none_checks_nothing(tmp_path):
+def test_bounds_are_half_open_and_without_bounds_no_position_is_checked(tmp_path):
     text = "synapse_id,x,y,z\n1,0,0,0\n2,999.999,999.999,399.999\n3,0,0,400\n4,0,-0.001,0\n"
     assert rejected(read_csv(tmp_path, text)) == [("3", "outside_volume"), ("4", "outside_volume")]
     assert len(read(tmp_path, table(tmp_path / "points.csv"), bounds=None).synapses) == 4
@@ -233,13 +237,13 @@ def test_bounds_are_half_open_and_none_checks_nothing(tmp_path):
         ("unknown", None),
     ],
 )
-def test_transmitters_are_known_by_their_common_names(tmp_path, written, label):
+def test_common_names_of_transmitters_are_recognised(tmp_path, written, label):
     assert read_csv(tmp_path, f"synapse_id,x,y,z,neurotransmitter\n1,1,1,1,{written}\n").synapses[
         "neurotransmitter"
     ].to_pylist() == [label]
 
 
-def test_a_synonym_counts_only_for_a_class_of_the_data_set(tmp_path):
+def test_a_synonym_is_used_only_for_a_class_of_the_data_set(tmp_path):
     path = tmp_path / "a.csv"
     path.write_text("synapse_id,x,y,z,neurotransmitter\n1,1,1,1,DA\n2,1,1,1,acetylcholine\n")
     result = read(tmp_path, table(path), classes=["ACh", "gaba"])
@@ -272,8 +276,8 @@ def test_the_first_usable_row_keeps_an_id_across_sources(tmp_path):
     assert shifted.synapses["source_id"].to_pylist() == ["5", "5", "6"]
 
 
-def test_first_rows_and_row_numbers_hold_across_batches_of_a_large_parquet_file(tmp_path, monkeypatch):
-    monkeypatch.setattr(annotation_files, "BATCH_ROWS", 300)
+def test_first_rows_and_row_numbers_are_right_across_the_batches_of_a_large_parquet_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(table_files, "BATCH_ROWS", 300)
     ids = np.random.default_rng(0).integers(0, 50, 1000)
     rows = np.arange(1.0, 1001.0)
     path = write_table(tmp_path / "a.parquet", {"synapse_id": ids, "x": rows, "y": rows, "z": rows})
@@ -286,7 +290,7 @@ def test_first_rows_and_row_numbers_hold_across_batches_of_a_large_parquet_file(
         assert row["detail"] == f"{own} (id '{row['source_id']}'): id {row['source_id']} is taken by {kept}."
 
 
-# One value of a hostile file, as text; commas, quotes and line ends would only test the writer of this test.
+# One value of a hostile file, as text. Commas, quotes and line breaks are left out: they would only test this test's writer.
 VALUES = st.one_of(
     st.integers(-3, 30).map(str),
     st.floats().map(str),
@@ -300,7 +304,7 @@ VALUES = st.one_of(
     rows=st.lists(st.lists(VALUES, min_size=5, max_size=5) | st.lists(VALUES, min_size=2, max_size=7), min_size=1),
     bounded=st.booleans(),
 )
-def test_no_row_of_a_csv_gets_lost(tmp_path_factory, rows, bounded):
+def test_no_row_of_a_csv_file_is_lost(tmp_path_factory, rows, bounded):
     path = tmp_path_factory.mktemp("rows") / "points.csv"
     lines = ["synapse_id,x,y,z,neurotransmitter", *(",".join(row) for row in rows)]
     path.write_text("\n".join(lines), newline="")
@@ -325,7 +329,7 @@ def test_no_row_of_a_csv_gets_lost(tmp_path_factory, rows, bounded):
         min_size=1,
     )
 )
-def test_no_row_of_a_parquet_file_gets_lost(tmp_path_factory, rows):
+def test_no_row_of_a_parquet_file_is_lost(tmp_path_factory, rows):
     ids, x, y, z, names = zip(*rows, strict=True)
     columns = {"synapse_id": pa.array(ids, pa.uint64()), "x": x, "y": y, "z": z, "neurotransmitter": names}
     path = write_table(tmp_path_factory.mktemp("rows") / "points.parquet", columns)
@@ -364,7 +368,7 @@ def test_cremi_adds_the_offset_of_the_annotations_and_reads_the_chosen_types(tmp
 
 
 def test_real_cremi_annotations(real_em):
-    bounds = (np.zeros(3), np.array([20, 1024, 1024]) * [50, 4.6, 4.6])
+    bounds = bounds_from_origin(np.array([20, 1024, 1024]) * [50, 4.6, 4.6])
     result = read(real_em, Cremi(format="cremi", path="vnc_stack1.h5"), bounds=bounds)
     assert len(result.synapses) == 50
     with h5py.File(real_em / "vnc_stack1.h5") as file:
@@ -375,7 +379,7 @@ def test_real_cremi_annotations(real_em):
 
 
 def test_real_labelled_points(real_em):
-    spec = Table.parse(
+    spec = PlainTable.parse(
         {
             "format": "table",
             "path": "vnc_stack1_points.csv",
@@ -390,13 +394,13 @@ def test_real_labelled_points(real_em):
         "test",
     )
     structures = ["synapse", "mitochondrion", "membrane", "glia", "cytoplasm"]
-    bounds = (np.zeros(3), np.array([20, 1024, 1024]) * [50, 4.6, 4.6])
+    bounds = bounds_from_origin(np.array([20, 1024, 1024]) * [50, 4.6, 4.6])
     result = read(real_em, spec, classes=structures, bounds=bounds)
     assert Counter(result.synapses["neurotransmitter"].to_pylist()) == dict(
         zip(structures, (184, 360, 360, 280, 360), strict=True)
     )
     assert not len(result.rejects)
-    # Without one of its classes, exactly the points of that class are rejected.
+    # If one class is removed from the data set, exactly its points are rejected.
     assert len(read(real_em, spec, classes=structures[:-1], bounds=bounds).rejects) == 360
 
 
@@ -442,7 +446,7 @@ def test_synister_joins_neurons_and_hemilineages_and_rejects_bad_entries(tmp_pat
     assert any("such as 99, are not in skeletons.json" in note for note in result.notes)
 
 
-def test_a_repeated_key_in_json_is_rejected_not_dropped(tmp_path):
+def test_a_repeated_key_in_json_is_rejected_rather_than_dropped(tmp_path):
     spec = synister(tmp_path, '{"1": {"x": 1, "y": 1, "z": 1}, "1": {"x": 2, "y": 2, "z": 2}}')
     result = read(tmp_path, spec)
     assert result.synapses["x_nm"].to_pylist() == [1]
@@ -452,10 +456,10 @@ def test_a_repeated_key_in_json_is_rejected_not_dropped(tmp_path):
 
 
 @pytest.mark.parametrize("half", [r"\ud800", r"\udfff", "\ud800"], ids=["high", "low", "not escaped"])
-def test_half_a_character_in_json_rejects_the_synapses_that_have_it(tmp_path, half):
+def test_a_lone_surrogate_in_json_rejects_only_the_synapses_that_have_it(tmp_path, half):
     place = '"x": 1, "y": 1, "z": 1'
     entries = [
-        f'"1": {{{place}, "skeleton_id": 1, "brain_region": "L\\ud83d\\ude00H"}}',  # a pair, so one whole character
+        f'"1": {{{place}, "skeleton_id": 1, "brain_region": "L\\ud83d\\ude00H"}}',  # a surrogate pair is one whole character
         f'"2": {{{place}, "brain_region": ["LH", "{half}"]}}',
         f'"3": {{{place}, "skeleton_id": "{half}"}}',
         f'"4": {{"x": "{half}", "y": 1, "z": 1}}',
@@ -482,7 +486,7 @@ def test_half_a_character_in_json_rejects_the_synapses_that_have_it(tmp_path, ha
     assert rejected(result) == [(source_id, "malformed_row") for source_id in ["2", "3", "4", written, *"6789"]]
     assert result.rejects["detail"][0].as_py().startswith("synapses.json, entry 2 (id '2'): ")
     assert "lone surrogate" in result.rejects["detail"][0].as_py()
-    assert "".join(result.notes).encode()  # so that they can be shown
+    assert "".join(result.notes).encode()  # the notes can be shown
 
 
 def test_real_fafb_labels_per_neuron(real_em, tmp_path):
@@ -501,7 +505,7 @@ def test_real_fafb_labels_per_neuron(real_em, tmp_path):
     )
     result = read(folder, spec, bounds=None)
     assert not len(result.rejects)
-    # gaba 165, glutamate 32, ...: the counts of Eckstein et al.'s export.
+    # Neurons of each class in Eckstein et al.'s export.
     expected = dict(zip(CLASSES, (397, 165, 32, 83, 5, 5), strict=True)) | {None: 2117}
     pairs = set(
         zip(result.synapses["neurotransmitter"].to_pylist(), result.synapses["neuron_id"].to_pylist(), strict=True)
@@ -510,14 +514,14 @@ def test_real_fafb_labels_per_neuron(real_em, tmp_path):
     assert "acetylcholine: 794 synapses of 397 neurons" in result.notes
     assert "unlabelled: 4,234 synapses of 2,117 neurons" in result.notes
     assert sum("several transmitters (gaba, octopamine)" in note for note in result.notes) == 1
-    # 118 neurons are of the hemilineage "unknown", which is none.
+    # The 118 neurons of the hemilineage "unknown" have no hemilineage.
     assert result.synapses["hemilineage"].null_count == 236
 
 
 # Whole files.
 
 
-def test_a_missing_column_is_named_with_those_that_are_there(tmp_path):
+def test_the_error_for_a_missing_column_lists_the_columns_of_the_file(tmp_path):
     with pytest.raises(SynpipeError) as error:
         read_csv(tmp_path, "point_id,x_nm,y,z\n1,1,1,1\n", columns={"synapse_id": "point", "neuron_id": "body"})
     message = str(error.value)
@@ -535,13 +539,13 @@ def test_a_missing_column_is_named_with_those_that_are_there(tmp_path):
         ('synapse_id,x,y,z,region\n1,1,1,1,"LH\n2,2,2,2,AL\n3,3,3,3,AL\n', "a quoted value runs over several lines"),
     ],
 )
-def test_an_unusable_csv_says_why(tmp_path, text, problem):
+def test_the_error_for_an_unusable_csv_gives_the_reason(tmp_path, text, problem):
     with pytest.raises(SynpipeError, match=r"points\.csv.*") as error:
         read_csv(tmp_path, text)
     assert problem in str(error.value)
 
 
-def test_a_csv_in_another_encoding_says_so(tmp_path):
+def test_a_csv_in_another_encoding_is_reported(tmp_path):
     path = tmp_path / "a.csv"
     path.write_bytes(b"synapse_id,x,y,z,region\n1,1,1,1,\xe9\n")
     with pytest.raises(SynpipeError, match=r"a\.csv is truncated or damaged.*UTF8"):
@@ -549,7 +553,7 @@ def test_a_csv_in_another_encoding_says_so(tmp_path):
 
 
 @pytest.mark.parametrize("suffix", ["parquet", "feather"])
-def test_a_truncated_table_says_so(tmp_path, suffix):
+def test_a_truncated_table_is_reported(tmp_path, suffix):
     path = write_table(tmp_path / f"a.{suffix}", {"synapse_id": range(5000), **{axis: np.ones(5000) for axis in "xyz"}})
     assert len(read(tmp_path, table(path)).synapses) == 5000
     path.write_bytes(path.read_bytes()[:-1000])
@@ -557,7 +561,7 @@ def test_a_truncated_table_says_so(tmp_path, suffix):
         read(tmp_path, table(path))
 
 
-def test_damaged_cremi_and_json_files_say_so(tmp_path):
+def test_damaged_cremi_and_json_files_are_reported(tmp_path):
     path = write_cremi(tmp_path / "a.h5", range(500), ["presynaptic_site"] * 500, np.ones((500, 3)))
     spec = Cremi(format="cremi", path=path.name)
     assert len(read(tmp_path, spec).synapses) == 500
@@ -566,18 +570,18 @@ def test_damaged_cremi_and_json_files_say_so(tmp_path):
         read(tmp_path, spec)
     with pytest.raises(SynpipeError, match=r"synapses\.json is truncated or damaged"):
         read(tmp_path, synister(tmp_path, '{"1": {"x": 1, "y": 2'))
-    with pytest.raises(SynpipeError, match="must hold one object"):
+    with pytest.raises(SynpipeError, match="must hold one JSON object"):
         read(tmp_path, synister(tmp_path, "[]"))
     with pytest.raises(SynpipeError, match=r"skeletons\.json: key '4' is not an object"):
         read(tmp_path, synister(tmp_path, {"1": {"x": 1}}, {"4": 5}))
 
 
-def test_an_hdf5_file_without_annotations_says_what_is_missing(real_em):
+def test_the_error_for_an_hdf5_file_without_annotations_names_what_is_missing(real_em):
     with pytest.raises(SynpipeError, match=r"fibsem_medulla\.h5 has no `annotations/ids`"):
         read(real_em, Cremi(format="cremi", path="fibsem_medulla.h5"))
 
 
-def test_a_column_of_lists_is_an_error_of_the_file(tmp_path):
+def test_a_column_of_lists_is_an_error(tmp_path):
     path = write_table(tmp_path / "a.parquet", {"synapse_id": [1], "x": [[1.0]], "y": [1.0], "z": [1.0]})
     with pytest.raises(SynpipeError, match="column `x` holds list"):
         read(tmp_path, table(path))
@@ -586,7 +590,7 @@ def test_a_column_of_lists_is_an_error_of_the_file(tmp_path):
 # Specs.
 
 
-class Holder(Spec):
+class DatasetEntry(Spec):
     annotations: tuple[AnnotationSpec, ...]
 
 
@@ -606,13 +610,13 @@ class Holder(Spec):
 )
 def test_a_wrong_entry_of_a_data_set_is_refused(entry, problem):
     with pytest.raises(SynpipeError, match=r"d\.yaml") as error:
-        Holder.parse({"annotations": [entry]}, "d.yaml")
+        DatasetEntry.parse({"annotations": [entry]}, "d.yaml")
     assert problem in str(error.value)
 
 
 def test_the_format_chooses_the_spec_and_the_fingerprint_follows_content_and_spec(tmp_path):
-    holder = Holder.parse({"annotations": [{"format": "table", "path": "a.csv"}]}, "d.yaml")
-    (spec,) = holder.annotations
+    entry = DatasetEntry.parse({"annotations": [{"format": "table", "path": "a.csv"}]}, "d.yaml")
+    (spec,) = entry.annotations
     with pytest.raises(SynpipeError, match=r"a\.csv does not exist"):
         spec.fingerprint(tmp_path)
     path = tmp_path / "a.csv"

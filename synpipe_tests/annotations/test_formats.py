@@ -1,8 +1,12 @@
-"""The exports that users have lead to the same table, whatever the format, in parts of any size."""
+"""The same synapses give the same table in every format, whatever the size of the parts in which they are read."""
 
 import csv
+import importlib
 import json
+import pkgutil
+from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args
 
 import h5py
 import numpy as np
@@ -14,26 +18,31 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import TypeAdapter
 
-from synpipe.annotations import files as annotation_files
-from synpipe.annotations.convert import SYNAPSE_SCHEMA, Annotations, AnnotationSpec, read_annotations
+from synpipe import annotations
+from synpipe.annotations import table_files
+from synpipe.annotations.formats import AnnotationSpec
+from synpipe.annotations.schema import SYNAPSE_SCHEMA
+from synpipe.annotations.source import AnnotationSource
 from synpipe.assets.pipeline import make_synapses
 from synpipe.datasets import Dataset, DatasetSpec
 from synpipe.errors import SynpipeError
 from synpipe.store import sorting as annotation_sorting
 from synpipe.store.files import read_table
+from synpipe_tests.support.annotations import Annotations, bounds_from_origin, read_annotations
 
 CLASSES = ("acetylcholine", "gaba", "glutamate", "dopamine", "octopamine", "serotonin")
 BIG = 2**63 - 1
-BOUNDS = (np.zeros(3), np.full(3, 8000.0))
+BOUNDS = bounds_from_origin([8000, 8000, 8000])
 
 
-def read(folder: Path, format: str, path: str, bounds=BOUNDS, **options) -> Annotations:
-    spec = TypeAdapter(AnnotationSpec).validate_python({"format": format, "path": path, **options})
-    return read_annotations([spec], folder, bounds_nm_zyx=bounds, classes=CLASSES)
+def read(folder: Path, format: str, path: str | None = None, bounds=BOUNDS, **options) -> Annotations:
+    entry = {"format": format, **({"path": path} if path else {}), **options}
+    spec = TypeAdapter(AnnotationSpec).validate_python(entry)
+    return read_annotations([spec], folder, bounds, CLASSES)
 
 
 def write(folder: Path, name: str, columns: dict) -> str:
-    """A table of any format; lists in CSV are text, as pandas writes them."""
+    """Write a table in the format of the suffix. In CSV, lists become text, as in pandas."""
     path = folder / name
     if path.suffix == ".csv":
         with path.open("w", newline="") as file:
@@ -47,7 +56,8 @@ def write(folder: Path, name: str, columns: dict) -> str:
     return name
 
 
-# One synapse: id, voxel z y x in a volume of 1,000 voxels of 8 nm a side, some beyond its end, and neuron.
+# For each synapse: id, voxel (z, y, x) and neuron. The volume has 1,000 voxels of 8 nm along each axis; some synapses are
+# outside it.
 SYNAPSES = st.lists(
     st.tuples(
         st.integers(0, BIG) | st.integers(0, 5),
@@ -59,70 +69,136 @@ SYNAPSES = st.lists(
 )
 
 
-@settings(deadline=None, max_examples=25)
-@given(synapses=SYNAPSES, suffix=st.sampled_from(["csv", "parquet", "feather"]))
-def test_the_same_synapses_through_every_format_give_the_same_table(tmp_path_factory, synapses, suffix):
-    folder = tmp_path_factory.mktemp("formats")
-    ids, voxels, neurons = zip(*synapses, strict=True)
-    zyx = (np.array(voxels) + 0.5) * 8
-    z, y, x = zyx.T.tolist()
-    nm = {"x": x, "y": y, "z": z}
-    voxel = {axis: [point["zyx".index(axis)] for point in voxels] for axis in "xyz"}
-    listed = [list(point[::-1]) for point in voxels]
-    partners = {"id": ids, "pre_pt_root_id": neurons, "post_pt_root_id": [1] * len(ids)}
-    exports = {
-        "table": {"synapse_id": ids, "neuron_id": neurons, **nm},
-        "flywire": {**partners, **{f"pre_pt_position_{axis}": nm[axis] for axis in "xyz"}},
-        "cave": {**partners, "pre_pt_position": listed, "ctr_pt_position": [[0, 0, 0]] * len(ids)},
-        "neuprint": {"bodyid": neurons, "connector_id": ids, **voxel},
+@dataclass(frozen=True)
+class Synapses:
+    """ids, neurons: (n,). voxels_zyx: whole numbers. positions_nm_zyx: the centres of these voxels of 8 nm."""
+
+    ids: tuple[int, ...]
+    voxels_zyx: tuple[tuple[int, int, int], ...]
+    neurons: tuple[int, ...]
+
+    @property
+    def positions_nm_zyx(self) -> list[list[float]]:
+        return ((np.array(self.voxels_zyx) + 0.5) * 8).tolist()
+
+
+def write_plain_table(folder: Path, suffix: str, synapses: Synapses) -> dict:
+    z, y, x = zip(*synapses.positions_nm_zyx, strict=True)
+    columns = {"synapse_id": synapses.ids, "neuron_id": synapses.neurons, "x": x, "y": y, "z": z}
+    return {"path": write(folder, f"table.{suffix}", columns)}
+
+
+def write_flywire(folder: Path, suffix: str, synapses: Synapses) -> dict:
+    z, y, x = zip(*synapses.positions_nm_zyx, strict=True)
+    positions = {"pre_pt_position_x": x, "pre_pt_position_y": y, "pre_pt_position_z": z}
+    return {"path": write(folder, f"flywire.{suffix}", _partners(synapses) | positions)}
+
+
+def write_cave(folder: Path, suffix: str, synapses: Synapses) -> dict:
+    positions = {
+        "pre_pt_position": [list(voxel[::-1]) for voxel in synapses.voxels_zyx],
+        "ctr_pt_position": [[0, 0, 0]] * len(synapses.ids),
     }
-    found = {
-        format: read(
-            folder,
-            format,
-            write(folder, f"{format}.{suffix}", columns),
-            min_inside=0,
-            source="s",
-            **({"voxel_size_nm_zyx": [8, 8, 8]} if format == "cave" else {}),
-        )
-        for format, columns in exports.items()
+    return {
+        "path": write(folder, f"cave.{suffix}", _partners(synapses) | positions),
+        "voxel_size_nm_zyx": [8, 8, 8],
     }
+
+
+def _partners(synapses: Synapses) -> dict:
+    return {"id": synapses.ids, "pre_pt_root_id": synapses.neurons, "post_pt_root_id": [1] * len(synapses.ids)}
+
+
+def write_neuprint(folder: Path, suffix: str, synapses: Synapses) -> dict:
+    z, y, x = zip(*synapses.voxels_zyx, strict=True)
+    columns = {"bodyid": synapses.neurons, "connector_id": synapses.ids, "x": x, "y": y, "z": z}
+    return {"path": write(folder, f"neuprint.{suffix}", columns)}
+
+
+def write_synful(folder: Path, suffix: str, synapses: Synapses) -> dict:
     entries = [
-        {"id": id, "id_skel_pre": neuron, "location_pre": list(point), "location_post": [0, 0, 0]}
-        for id, neuron, point in zip(ids, neurons, zyx.tolist(), strict=True)
+        {"id": id, "id_skel_pre": neuron, "location_pre": position, "location_post": [0, 0, 0]}
+        for id, neuron, position in zip(synapses.ids, synapses.neurons, synapses.positions_nm_zyx, strict=True)
     ]
     (folder / "synful.json").write_text(json.dumps(entries))
-    found["synful"] = read(folder, "synful", "synful.json", min_inside=0, source="s")
-    for name in ("skeletons", "hemi_lineages"):
-        (folder / f"{name}.json").write_text("{}")
+    return {"path": "synful.json"}
+
+
+def write_synister(folder: Path, suffix: str, synapses: Synapses) -> dict:
     pairs = [
         f'"{id}": ' + json.dumps({"x": x, "y": y, "z": z, "skeleton_id": neuron})
-        for id, neuron, (z, y, x) in zip(ids, neurons, zyx.tolist(), strict=True)
+        for id, neuron, (z, y, x) in zip(synapses.ids, synapses.neurons, synapses.positions_nm_zyx, strict=True)
     ]
     (folder / "synapses.json").write_text(f"{{{', '.join(pairs)}}}")
-    spec = {"format": "synister_v3", "min_inside": 0, "source": "s"}
-    spec |= {name: f"{name}.json" for name in ("synapses", "skeletons", "hemi_lineages")}
-    found["synister_v3"] = read_annotations(
-        [TypeAdapter(AnnotationSpec).validate_python(spec)], folder, bounds_nm_zyx=BOUNDS, classes=CLASSES
-    )
-    with h5py.File(folder / "cremi.h5", "w") as file:
-        file["annotations/ids"] = np.array(ids, np.uint64)
-        file.create_dataset("annotations/types", data=["presynaptic_site"] * len(ids), dtype=h5py.string_dtype())
-        file["annotations/locations"] = zyx
-    cremi = read(folder, "cremi", "cremi.h5", min_inside=0, source="s")
+    for name in ("skeletons", "hemi_lineages"):
+        (folder / f"{name}.json").write_text("{}")
+    return {name: f"{name}.json" for name in ("synapses", "skeletons", "hemi_lineages")}
 
+
+def write_cremi(folder: Path, suffix: str, synapses: Synapses) -> dict:
+    with h5py.File(folder / "cremi.h5", "w") as file:
+        file["annotations/ids"] = np.array(synapses.ids, np.uint64)
+        file.create_dataset(
+            "annotations/types", data=["presynaptic_site"] * len(synapses.ids), dtype=h5py.string_dtype()
+        )
+        file["annotations/locations"] = synapses.positions_nm_zyx
+    return {"path": "cremi.h5"}
+
+
+# For each format, a function that writes synapses as files of this format (tables with the given suffix) and returns the
+# other keys of their entry under `annotations:`.
+WRITERS = {
+    "table": write_plain_table,
+    "flywire": write_flywire,
+    "cave": write_cave,
+    "neuprint": write_neuprint,
+    "synful": write_synful,
+    "synister_v3": write_synister,
+    "cremi": write_cremi,
+}
+WITHOUT_NEURONS = {"cremi"}
+
+
+def test_every_format_is_listed_and_tested():
+    """A format's class must stand in `AnnotationSpec`, and its writer in `WRITERS`."""
+    for module in pkgutil.iter_modules(annotations.__path__, f"{annotations.__name__}."):
+        importlib.import_module(module.name)
+    classes = [AnnotationSource]
+    for cls in classes:
+        classes += cls.__subclasses__()
+    written = {
+        cls for cls in classes if "format" in cls.model_fields and cls.__module__.startswith(annotations.__name__)
+    }
+    listed = set(get_args(get_args(AnnotationSpec)[0]))
+    assert written == listed
+    assert {get_args(cls.model_fields["format"].annotation)[0] for cls in listed} == set(WRITERS)
+
+
+@settings(deadline=None, max_examples=25)
+@given(synapses=SYNAPSES, suffix=st.sampled_from(["csv", "parquet", "feather"]))
+def test_the_same_synapses_give_the_same_table_in_every_format(tmp_path_factory, synapses, suffix):
+    folder = tmp_path_factory.mktemp("formats")
+    written = Synapses(*zip(*synapses, strict=True))
+    results = {
+        format: read(folder, format, min_inside=0, source="s", **write_files(folder, suffix, written))
+        for format, write_files in WRITERS.items()
+    }
     expected = {}
-    for id, point, neuron in zip(ids, zyx.tolist(), neurons, strict=True):
-        if max(point) < 8000:
-            expected.setdefault(id, (id, *point, neuron))
+    for id, position, neuron in zip(written.ids, written.positions_nm_zyx, written.neurons, strict=True):
+        if max(position) < 8000:
+            expected.setdefault(id, (id, *position, neuron))
     columns = ["synapse_id", "z_nm", "y_nm", "x_nm", "neuron_id"]
-    for format, result in found.items():
-        assert list(zip(*result.synapses.select(columns).to_pydict().values(), strict=True)) == [
-            expected[id] for id in sorted(expected)
-        ], format
-        assert len(result.synapses) + len(result.rejects) == len(ids), format
-        assert result.rejects["reason"].to_pylist() == found["table"].rejects["reason"].to_pylist(), format
-    assert cremi.synapses.drop_columns("neuron_id") == found["table"].synapses.drop_columns("neuron_id")
+    for format, result in results.items():
+        rows = list(zip(*result.synapses.select(columns).to_pydict().values(), strict=True))
+        if format in WITHOUT_NEURONS:
+            assert [row[:-1] for row in rows] == [expected[id][:-1] for id in sorted(expected)], format
+            assert {row[-1] for row in rows} <= {None}
+        else:
+            assert rows == [expected[id] for id in sorted(expected)], format
+        assert len(result.synapses) + len(result.rejects) == len(written.ids), format
+        assert result.rejects["reason"].to_pylist() == results["table"].rejects["reason"].to_pylist(), format
+        other_columns = result.synapses.drop_columns("neuron_id")
+        assert other_columns == results["table"].synapses.drop_columns("neuron_id"), format
 
 
 # FlyWire and CAVE.
@@ -162,14 +238,14 @@ def test_the_position_is_chosen_and_the_neuron_is_the_presynaptic_one(tmp_path):
 
 
 @pytest.mark.parametrize("suffix", ["csv", "tsv", "parquet", "feather"])
-def test_without_ids_each_row_has_its_number_whatever_the_rows_before_it(tmp_path, monkeypatch, suffix):
-    monkeypatch.setattr(annotation_files, "BATCH_ROWS", 3)
-    monkeypatch.setattr(annotation_files, "CSV_BLOCK_BYTES", 60)
+def test_without_ids_the_number_of_each_row_is_its_id(tmp_path, monkeypatch, suffix):
+    monkeypatch.setattr(table_files, "BATCH_ROWS", 3)
+    monkeypatch.setattr(table_files, "CSV_BLOCK_BYTES", 60)
     columns = {f"pre_pt_position_{axis}": [float(10 * row) for row in range(1, 11)] for axis in "xyz"}
     columns["pre_pt_position_y"][4] = None if suffix in ("parquet", "feather") else ""
     if suffix == "tsv":
         rows = ["\t".join(columns), *("\t".join(map(str, row)) for row in zip(*columns.values(), strict=True))]
-        rows.insert(3, "")  # a blank line is no row
+        rows.insert(3, "")  # a blank line is not a row
         (tmp_path / "a.tsv").write_text("\n".join(rows))
     else:
         write(tmp_path, f"a.{suffix}", columns)
@@ -179,11 +255,11 @@ def test_without_ids_each_row_has_its_number_whatever_the_rows_before_it(tmp_pat
     assert result.rejects.select(["synapse_id", "reason"]).to_pylist() == [
         {"synapse_id": 5, "reason": "missing_coordinate"}
     ]
-    assert result.notes[0] == f"a.{suffix} has no column of ids: each row has its number, from 1."
+    assert result.notes[0] == f"a.{suffix} has no column of ids, so the number of each row, from 1, is its id."
     assert sum("no column of ids" in note for note in result.notes) == 1
 
 
-def test_cave_is_in_voxels_of_4_4_40_nm_unless_declared(tmp_path):
+def test_cave_positions_are_in_voxels_of_4_4_40_nm_by_default(tmp_path):
     path = write(tmp_path, "a.parquet", {"id": [1], "pre_pt_position": [[10, 20, 30]]})
     place = ["x_nm", "y_nm", "z_nm"]
     assert read(tmp_path, "cave", path).synapses.select(place).to_pylist() == [{"x_nm": 42, "y_nm": 82, "z_nm": 1220}]
@@ -216,7 +292,7 @@ def test_a_position_that_is_not_three_numbers_is_rejected(tmp_path, positions):
     assert set(result.rejects["reason"].to_pylist()) == {"missing_coordinate"}
 
 
-def test_any_table_may_have_its_position_in_one_column_and_its_axes_in_another_order(tmp_path):
+def test_a_table_can_have_its_position_in_one_column_and_its_axes_in_another_order(tmp_path):
     path = write(tmp_path, "a.csv", {"synapse_id": [1], "point": [[1, 2, 3]], "x": [9], "y": [8], "z": [7]})
     (row,) = read(tmp_path, "table", path, columns={"position": "point"}).synapses.to_pylist()
     assert (row["x_nm"], row["y_nm"], row["z_nm"]) == (1, 2, 3)
@@ -229,7 +305,7 @@ def test_any_table_may_have_its_position_in_one_column_and_its_axes_in_another_o
 # neuPrint.
 
 
-def test_the_names_of_every_export_of_neuprint_are_known(tmp_path):
+def test_the_column_names_of_every_neuprint_export_are_known(tmp_path):
     place = {"x": [1], "y": [2], "z": [3]}
     exports = {
         "hemibrain": {"bodyid": [2**60 + 1], "connector_id": [BIG], **place},
@@ -251,7 +327,7 @@ def test_the_names_of_every_export_of_neuprint_are_known(tmp_path):
 # synful.
 
 
-def test_synful_reads_zyx_and_rejects_entries_that_are_no_synapse(tmp_path):
+def test_synful_reads_zyx_and_rejects_entries_that_are_not_synapses(tmp_path):
     good = {
         "id": 2**62 + 1,
         "id_skel_pre": None,
@@ -268,18 +344,22 @@ def test_synful_reads_zyx_and_rejects_entries_that_are_no_synapse(tmp_path):
     reasons = ["malformed_row", "malformed_row", "missing_id", "missing_coordinate", "duplicate_id"]
     assert result.rejects["reason"].to_pylist() == reasons
     assert read(tmp_path, "synful", "a.json", position="post").synapses["x_nm"].to_pylist() == [4, 4]
-    for text, problem in ((json.dumps(entries)[:-9], "truncated or damaged"), ("{}", "one list"), ("[]", "no synapse")):
+    for text, problem in (
+        (json.dumps(entries)[:-9], "truncated or damaged"),
+        ("{}", "one JSON list"),
+        ("[]", "no synapse"),
+    ):
         (tmp_path / "a.json").write_text(text)
         with pytest.raises(SynpipeError, match=rf"a\.json.*{problem}"):
             read(tmp_path, "synful", "a.json")
 
 
-# Every format of table.
+# Every table format.
 
 
 @pytest.mark.parametrize("format", ["flywire", "cave", "neuprint"])
 @pytest.mark.parametrize("suffix", ["parquet", "feather"])
-def test_a_truncated_export_says_so(tmp_path, format, suffix):
+def test_a_truncated_export_is_reported(tmp_path, format, suffix):
     numbers = list(range(3000))
     path = tmp_path / write(
         tmp_path,
@@ -294,14 +374,14 @@ def test_a_truncated_export_says_so(tmp_path, format, suffix):
 
 
 @pytest.mark.parametrize("format", ["flywire", "cave", "neuprint"])
-def test_an_export_without_its_columns_names_what_it_may_be_called(tmp_path, format):
+def test_the_error_for_a_missing_column_lists_the_names_that_it_may_have(tmp_path, format):
     path = write(tmp_path, "a.csv", {"id": [1], "x_coordinate": [1]})
     with pytest.raises(SynpipeError, match=r"a\.csv has no column .*\(for `x`\).*Its columns are `id`, `x_coordinate`"):
         read(tmp_path, format, path)
 
 
-def test_a_table_of_other_lines_than_its_header_is_damaged(tmp_path, monkeypatch):
-    monkeypatch.setattr(annotation_files, "MAX_MALFORMED_LINES", 10)
+def test_a_csv_with_too_many_malformed_lines_is_reported_as_damaged(tmp_path, monkeypatch):
+    monkeypatch.setattr(table_files, "MAX_MALFORMED_LINES", 10)
     (tmp_path / "a.csv").write_text("synapse_id,x,y,z\n" + "1,1,1,1,1\n" * 10 + "2,1,1,1\n")
     assert len(read(tmp_path, "table", "a.csv").rejects) == 10
     (tmp_path / "a.csv").write_text("synapse_id,x,y,z\n" + "1,1,1,1,1\n" * 11 + "2,1,1,1\n")
@@ -324,7 +404,7 @@ def test_synapses_are_sorted_and_unique_whatever_the_sizes_of_the_parts(tmp_path
     places = [float(row) for row in range(1, len(ids) + 1)]
     path = write(folder, "a.parquet", {"synapse_id": ids, **dict.fromkeys("xyz", places)})
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(annotation_files, "BATCH_ROWS", batch)
+        patch.setattr(table_files, "BATCH_ROWS", batch)
         patch.setattr(annotation_sorting, "RANGE_ROWS", rows)
         patch.setattr(annotation_sorting, "MAX_RANGES", ranges)
         result = read(folder, "table", path)
@@ -338,8 +418,8 @@ def test_synapses_are_sorted_and_unique_whatever_the_sizes_of_the_parts(tmp_path
     assert result.rejects["detail"].to_pylist() == repeated
 
 
-def test_the_pipeline_writes_what_is_read_into_memory_and_leaves_nothing_behind(tmp_path, monkeypatch):
-    monkeypatch.setattr(annotation_files, "BATCH_ROWS", 100)
+def test_the_pipeline_writes_the_same_tables_and_leaves_no_temporary_files(tmp_path, monkeypatch):
+    monkeypatch.setattr(table_files, "BATCH_ROWS", 100)
     monkeypatch.setattr(annotation_sorting, "RANGE_ROWS", 64)
     random = np.random.default_rng(0)
     columns = {
@@ -353,13 +433,10 @@ def test_the_pipeline_writes_what_is_read_into_memory_and_leaves_nothing_behind(
         file.create_dataset("volumes/raw", (50, 400, 400), np.uint8).attrs["resolution"] = (40, 4, 4)
     spec = {"title": "t", "volume": {"path": "volume.h5"}, "annotations": [entry], "encoders": ["none"]}
     dataset = Dataset("d", DatasetSpec.parse(spec, "t"), tmp_path / "store", tmp_path, {}, tmp_path)
-    said: list[str] = []
-    made = make_synapses(dataset, {"annotations": "a"}, said.append)
+    log_lines: list[str] = []
+    made = make_synapses(dataset, {"annotations": "a"}, log_lines.append)
     in_memory = read_annotations(
-        dataset.spec.annotations,
-        tmp_path,
-        bounds_nm_zyx=(np.zeros(3), np.array([2000.0, 1600, 1600])),
-        classes=dataset.spec.classes,
+        dataset.spec.annotations, tmp_path, bounds_from_origin([2000, 1600, 1600], [40, 4, 4]), dataset.spec.classes
     )
     written = read_table(dataset.synapses_path)
     assert written.schema.remove_metadata() == SYNAPSE_SCHEMA
@@ -373,6 +450,6 @@ def test_the_pipeline_writes_what_is_read_into_memory_and_leaves_nothing_behind(
         "classes": {"gaba": labels.count("gaba"), "acetylcholine": labels.count("acetylcholine"), "unlabelled": labels.count(None)},
     }  # fmt: skip
     labelled = len(labels) - labels.count(None)
-    assert f"{len(written):,} synapses, {labelled:,} of them labelled of 20 neurons" in made.notes
+    assert f"{len(written):,} synapses, {labelled:,} of them labelled (20 neurons)" in made.notes
     assert f"gaba: {labels.count('gaba'):,} synapses of 20 neurons" in made.notes
-    assert said[1:] == made.notes
+    assert log_lines[1:] == made.notes

@@ -18,6 +18,7 @@ import pyarrow as pa
 import pytest
 from playwright.sync_api import Browser, ConsoleMessage, Page, expect
 
+from synpipe.annotations.schema import UNLABELLED
 from synpipe.assets.manifest import Manifest, write_manifest
 from synpipe.datasets import Dataset, DatasetSpec
 from synpipe.errors import SynpipeError
@@ -25,7 +26,7 @@ from synpipe.explorer import column_files, tile_packs
 from synpipe.explorer.quantised import quantise
 from synpipe.explorer.site import Report, export_site
 from synpipe.index.publish import publish
-from synpipe.index.search import METRICS, UNLABELLED
+from synpipe.index.search import METRICS
 from synpipe.reports.links import find_viewer
 from synpipe.store.files import write_table
 from synpipe_tests.conftest import project_of, run_synpipe

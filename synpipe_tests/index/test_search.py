@@ -7,11 +7,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from synpipe.annotations.schema import UNLABELLED
 from synpipe.datasets import Dataset, DatasetSpec
 from synpipe.errors import SynpipeError
 from synpipe.index import search
 from synpipe.index.publish import publish
-from synpipe.index.search import METRICS, UNLABELLED, SynapseIndex, parse_where
+from synpipe.index.search import METRICS, SynapseIndex, parse_where
 from synpipe_tests.support.tables import clustered, embedding_table
 
 CLASSES = ("acetylcholine", "gaba", "serotonin", "octopamine")  # nobody is octopaminergic here

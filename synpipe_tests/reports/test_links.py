@@ -13,13 +13,13 @@ import pytest
 import yaml
 from neuroglancer.read_precomputed_annotations import AnnotationReader
 
-from synpipe.annotations.convert import SYNAPSE_SCHEMA
+from synpipe.annotations.schema import SYNAPSE_SCHEMA, UNLABELLED
 from synpipe.assets.graph import states, steps
 from synpipe.assets.manifest import read_manifest
 from synpipe.datasets import NEUROTRANSMITTERS, Dataset, DatasetSpec
 from synpipe.defs import show
 from synpipe.errors import SynpipeError
-from synpipe.reports.annotation_layer import CELL_SYNAPSES, UNKNOWN, UNLABELLED, annotation_layer, write_layer
+from synpipe.reports.annotation_layer import CELL_SYNAPSES, UNKNOWN, annotation_layer, write_layer
 from synpipe.reports.links import Viewer, find_viewer, image_layer
 from synpipe.store.files import read_table
 from synpipe.volumes.volume import Volume, VolumeSpec

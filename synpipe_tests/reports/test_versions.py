@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow.compute as pc
 import pytest
 
-from synpipe.annotations.convert import SYNAPSE_SCHEMA
+from synpipe.annotations.schema import SYNAPSE_SCHEMA
 from synpipe.assets.graph import steps
 from synpipe.assets.manifest import read_manifest
 from synpipe.embeddings.encoders import open_encoder

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from synpipe.annotations.convert import SYNAPSE_SCHEMA
+from synpipe.annotations.schema import SYNAPSE_SCHEMA
 from synpipe.embeddings.table import write_embedding_table
 
 PROVENANCE = {
