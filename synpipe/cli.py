@@ -382,7 +382,6 @@ def profile(project: "Project", dataset: str, encoder: str | None, tiles: int | 
     Beside the rate stands that of the network alone, on a batch that lies ready: what the device could do.
     """
     from synpipe.assets.pipeline import open_tiles
-    from synpipe.embeddings.compression import CompressedSpec
     from synpipe.embeddings.encoders import open_on_all_devices
     from synpipe.embeddings.profiling import profile as measure
     from synpipe.embeddings.profiling import report
@@ -390,7 +389,7 @@ def profile(project: "Project", dataset: str, encoder: str | None, tiles: int | 
     found = project.dataset(dataset)
     name = found.encoder(encoder)
     spec = found.encoders[name]
-    if isinstance(spec, CompressedSpec):
+    if spec.base is not None:
         raise SynpipeError(
             f"{name} embeds no tiles, it compresses the vectors of {spec.base}: `--encoder {spec.base}`."
         )

@@ -41,7 +41,8 @@ from synpipe.assets.pipeline import (
 )
 from synpipe.datasets import Dataset
 from synpipe.embeddings.cache import EmbeddingCache
-from synpipe.embeddings.encoders import EncoderSpec, open_encoder
+from synpipe.embeddings.encoder_specs import EncoderSpec
+from synpipe.embeddings.encoders import open_encoder
 from synpipe.errors import SynpipeError
 from synpipe.progress import Log
 from synpipe.specs import digest
@@ -151,7 +152,7 @@ class _Learning:
     def fit_finetuned(self, spec: FinetuneSpec) -> tuple[Probe | None, dict[str, Any], list[str]]:
         """The layer on the network that was trained further, whose vectors are in use from here on; the rest as in `fit`."""
         entry = self._dataset.encoders[self._name]
-        if not isinstance(entry, EncoderSpec):
+        if not entry.is_network:
             probe, counts, notes = self.fit(LinearSpec(balance=spec.balance))
             return probe, counts, [*notes, "This encoder is no network that could be trained: this is a linear probe."]
         counts = {"method": spec.method, "balance": spec.balance} | self._counts
@@ -246,7 +247,7 @@ def finetuned_encoder(dataset: Dataset, encoder: str, name: str, spec: FinetuneS
     trained again. Raises `SynpipeError` where there is nothing to learn, or the encoder is not a network.
     """
     entry = dataset.encoders[encoder]
-    if not isinstance(entry, EncoderSpec):
+    if not entry.is_network:
         raise SynpipeError(f"{encoder} is no network that could be trained: choose another encoder.")
     folder, report = _Learning(dataset, encoder, log).train(spec, entry)
     weights = f"weights/{name}.safetensors"

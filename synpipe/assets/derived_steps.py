@@ -22,7 +22,7 @@ from synpipe.datasets import Dataset
 from synpipe.embeddings import compression
 from synpipe.embeddings.cache import EmbeddingCache
 from synpipe.embeddings.encoders import Encoder, open_encoder
-from synpipe.embeddings.forward import Computed
+from synpipe.embeddings.forward import FunctionForward
 from synpipe.errors import SynpipeError
 from synpipe.progress import Log
 from synpipe.specs import digest
@@ -37,7 +37,7 @@ TRANSFORM_ROWS = 20_000
 def make_compressed_embeddings(dataset: Dataset, name: str, inputs: Inputs, log: Log) -> Made:
     """Fit on the base encoder's vectors of these tiles, and compress all of them."""
     spec = dataset.encoders[name]
-    assert isinstance(spec, compression.CompressedSpec)
+    assert spec.base is not None
     who = dataset.identity(name)
     base = read_manifest(dataset, f"embeddings_{spec.base}").counts
     count = pq.read_metadata(dataset.tiles_path).num_rows
@@ -97,7 +97,7 @@ def open_branch(dataset: Dataset, name: str, device: str = "auto") -> Encoder:
     Raises `SynpipeError` as `open_encoder` does, and where that fit was made of another state of its base.
     """
     spec = dataset.encoders[name]
-    if not isinstance(spec, compression.CompressedSpec):
+    if spec.base is None:
         return open_encoder(spec, dataset.weights_base, device)
     made = read_manifest(dataset, f"embeddings_{name}").counts
     fitted = compression.load(dataset.compressor_path(made["encoder_fingerprint"]))
@@ -111,7 +111,7 @@ def open_branch(dataset: Dataset, name: str, device: str = "auto") -> Encoder:
         weights=made["encoder"]["weights"],
         fingerprint=made["encoder_fingerprint"],
         dim=spec.dimensions,
-        forward=Computed(lambda tiles: fitted.compress(base.embed(tiles))),
+        forward=FunctionForward(lambda tiles: fitted.compress(base.embed(tiles))),
     )
 
 
@@ -180,11 +180,11 @@ def _others(dataset: Dataset, columns: list[str], fitted: pa.ChunkedArray) -> It
 def _missing(dataset: Dataset, cache: EmbeddingCache, verify: bool) -> Iterator[tuple[str, list[str]]]:
     """Name of each shard of whose tiles the cache lacks some, and their content hashes, each once.
 
-    verify: see `EmbeddingCache.known`.
+    verify: see `EmbeddingCache.known_hashes`.
     """
     for shard, index in by_shard(read_parts(dataset.tiles_path, ["shard", "content_hash"])):
         hashes = index["content_hash"].to_pylist()
-        if len(rows := cache.lacking(shard_name(shard), hashes, verify)):
+        if len(rows := cache.missing_rows(shard_name(shard), hashes, verify)):
             yield shard_name(shard), [hashes[row] for row in rows]
 
 

@@ -16,7 +16,6 @@ from synpipe.assets.manifest import Manifest, find_manifest, read_manifest, writ
 from synpipe.assets.pipeline import Made
 from synpipe.datasets import Dataset, record_bulk
 from synpipe.embeddings.cache import LostVectors
-from synpipe.embeddings.compression import CompressedSpec
 from synpipe.errors import SynpipeError
 from synpipe.progress import Log
 from synpipe.specs import Spec, digest
@@ -145,11 +144,11 @@ def steps(dataset: Dataset) -> list[Step]:
     ]
     found = [Step(dataset, kind, None, deps, described, make, path) for kind, deps, described, make, path in trunk]
     # Bases first: what is compressed is made of theirs.
-    for encoder, entry in sorted(dataset.encoders.items(), key=lambda item: isinstance(item[1], CompressedSpec)):
+    for encoder, entry in sorted(dataset.encoders.items(), key=lambda item: item[1].base is not None):
         who = dataset.identity(encoder)
         embeddings, table = f"embeddings_{encoder}", f"embedding_table_{encoder}"
         of_table: tuple[str, ...] = ("synapses", "rgb_tiles", embeddings)
-        if isinstance(entry, CompressedSpec):
+        if entry.base is not None:
             of_vectors = ("rgb_tiles", f"embeddings_{entry.base}")
             found.append(
                 Step(dataset, "embeddings", encoder, of_vectors, who, derived_steps.make_compressed_embeddings)

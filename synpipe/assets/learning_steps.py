@@ -18,6 +18,7 @@ from synpipe.assets.manifest import read_manifest
 from synpipe.assets.pipeline import CODE_VERSIONS, Inputs, Made, metadata_of, version_of
 from synpipe.datasets import Dataset
 from synpipe.embeddings.embed import embed_shard
+from synpipe.embeddings.vectors import read_vectors, unit_vectors
 from synpipe.errors import SynpipeError
 from synpipe.progress import Log
 from synpipe.specs import digest
@@ -217,9 +218,9 @@ def _vectors(dataset: Dataset, encoder: str, ids: np.ndarray) -> np.ndarray:
     vectors: np.ndarray | None = None
     for part in read_parts(dataset.table_path(encoder), ["synapse_id", "vector"]):
         places, wanted = places_among(ids, part)
-        rows = part["vector"].combine_chunks().flatten().to_numpy().reshape(len(part), -1)[wanted]
+        rows = unit_vectors(read_vectors(part)[wanted])  # the table holds them rounded
         if vectors is None:
             vectors = np.empty((len(ids), rows.shape[1]), np.float32)
-        vectors[places[wanted]] = rows / np.linalg.norm(rows, axis=1, keepdims=True)  # they are held rounded
+        vectors[places[wanted]] = rows
     assert vectors is not None
     return vectors

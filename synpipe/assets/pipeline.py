@@ -35,7 +35,6 @@ from synpipe.datasets import Dataset
 from synpipe.embeddings import embed as embedding
 from synpipe.embeddings import table
 from synpipe.embeddings.cache import EmbeddingCache
-from synpipe.embeddings.compression import CompressedSpec
 from synpipe.embeddings.encoders import Encoder, open_on_all_devices
 from synpipe.errors import SynpipeError
 from synpipe.progress import Log, Progress
@@ -293,7 +292,7 @@ def make_embeddings(dataset: Dataset, name: str, inputs: Inputs, log: Log) -> Ma
     """Embed every tile that this encoder, as it now is, has not embedded before."""
     asset = f"embeddings_{name}"
     spec, who = dataset.encoders[name], dataset.identity(name)
-    assert not isinstance(spec, CompressedSpec)  # `derived_steps` makes those
+    assert spec.base is None  # `derived_steps` makes those
     made, wanted = find_manifest(dataset, asset), None
     if made and made.counts["encoder_identity"] == who and made.inputs == inputs:
         # Nothing has changed, and nobody may read the vectors after this: what is damaged is to be found here.
@@ -338,12 +337,12 @@ class ToEmbed:
 
 
 def tiles_to_embed(dataset: Dataset, fingerprint: str, verify: bool = False) -> ToEmbed:
-    """The tiles that are not in the cache of an encoder. verify: see `EmbeddingCache.known`."""
+    """The tiles that are not in the cache of an encoder. verify: see `EmbeddingCache.known_hashes`."""
     cache = EmbeddingCache(dataset.embeddings_folder, fingerprint)
     count, missing = 0, {}
     for shard, index in by_shard(read_parts(dataset.tiles_path, ["shard", "content_hash"])):
         count += len(index)
-        rows = cache.lacking(shard_name(shard), index["content_hash"].to_pylist(), verify)
+        rows = cache.missing_rows(shard_name(shard), index["content_hash"].to_pylist(), verify)
         if len(rows):
             missing[shard] = rows
     return ToEmbed(cache, count, missing)
@@ -360,7 +359,7 @@ def embed_tiles(dataset: Dataset, encoders: Sequence[Encoder], wanted: ToEmbed, 
     indexes = by_shard(read_parts(dataset.tiles_path))
     shards = ((shard, index, missing[shard]) for shard, index in indexes if shard in missing)
     if not missing:
-        done = embedding.Embedded()
+        done = embedding.EmbedStats()
     elif on_cluster():
         base, bulk = dataset.weights_base, dataset.bulk_folder
         done = workers.embed(encoders[0], base, shards, len(missing), bulk, stacking, progress, log)

@@ -17,7 +17,7 @@ import sqlalchemy.exc
 from synpipe.datasets import Project
 from synpipe.defs.definitions import build_definitions
 from synpipe.defs.locks import fail_dead_runs, open_history, register_run
-from synpipe.embeddings.compression import branch_name
+from synpipe.embeddings.registry import branch_name
 from synpipe.errors import SynpipeError
 from synpipe.store.files import write_text
 

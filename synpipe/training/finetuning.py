@@ -22,7 +22,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from synpipe.analysis.classifier import FinetuneSpec, Probe, class_weights
-from synpipe.embeddings.encoders import EncoderSpec, find_device, open_network
+from synpipe.embeddings.encoder_specs import EncoderSpec
+from synpipe.embeddings.encoders import find_device, open_network
 from synpipe.errors import SynpipeError
 from synpipe.progress import Log, Progress
 from synpipe.store.files import atomic_path, read_json, write_json

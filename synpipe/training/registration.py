@@ -10,7 +10,8 @@ from pathlib import Path
 import yaml
 
 from synpipe.datasets import NAME
-from synpipe.embeddings.encoders import EncoderSpec, load_registry
+from synpipe.embeddings.encoder_specs import EncoderSpec
+from synpipe.embeddings.registry import load_registry
 from synpipe.errors import SynpipeError
 from synpipe.store.files import write_text
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from synpipe.analysis.classifier import FinetuneSpec
-from synpipe.embeddings.encoders import EncoderSpec
+from synpipe.embeddings.encoder_specs import EncoderSpec
 from synpipe.training import finetuning
 from synpipe.training.finetuning import Examples, finetune
 

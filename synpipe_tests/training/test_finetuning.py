@@ -16,7 +16,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from synpipe.assets.manifest import read_manifest
 from synpipe.datasets import Project
-from synpipe.embeddings.encoders import EncoderSpec, load_registry
+from synpipe.embeddings.encoder_specs import EncoderSpec
+from synpipe.embeddings.registry import load_registry
 from synpipe.errors import SynpipeError
 from synpipe.reports.housekeeping import leftovers
 from synpipe.store.files import read_table

@@ -16,7 +16,9 @@ from scipy import ndimage
 
 from synpipe.datasets import Project
 from synpipe.embeddings.em_network import POSES, D4ResNet, pose
-from synpipe.embeddings.encoders import EncoderSpec, load_registry, open_encoder
+from synpipe.embeddings.encoder_specs import EncoderSpec
+from synpipe.embeddings.encoders import open_encoder
+from synpipe.embeddings.registry import load_registry
 from synpipe.errors import SynpipeError
 from synpipe.training.blocks import SIDE_PX, draw_blocks, open_source
 from synpipe.training.pretraining import pretrain
