@@ -48,7 +48,7 @@ from synpipe.progress import Log
 from synpipe.specs import digest
 from synpipe.store.files import atomic_path, table_writer, write_table
 from synpipe.store.streams import RowsById, by_shard, column_of, read_parts
-from synpipe.training.finetuning import HEAD, WEIGHTS, Examples, finetune, read_head
+from synpipe.training.finetuning import HEAD, WEIGHTS, Examples, FinetuneTask, finetune, read_head
 
 MIN_CLASSES = 2
 
@@ -184,18 +184,17 @@ class _Learning:
         who = self._dataset.identity(self._name)
         key = digest([who, spec.model_dump(mode="json"), list(self._classes), tiles, codes])[:16]
         folder = self._dataset.training_folder / f"{self._name}-{key}"
-        report = finetune(
-            spec,
-            entry,
-            self._dataset.weights_base,
-            open_tiles(self._dataset).read,
-            self._training,
-            self._validation,
-            len(self._classes),
-            folder,
-            self._log,
+        task = FinetuneTask(
+            spec=spec,
+            encoder=entry,
+            weights_base=self._dataset.weights_base,
+            read_tiles=open_tiles(self._dataset).read,
+            training=self._training,
+            validation=self._validation,
+            n_classes=len(self._classes),
+            folder=folder,
         )
-        return folder, report
+        return folder, finetune(task, self._log)
 
     def predict(self, probe: Probe | None) -> Iterator[pa.Table]:
         """`PREDICTIONS` of every tile, shard by shard; without a probe those of nothing learned."""
