@@ -382,7 +382,6 @@ def profile(project: "Project", dataset: str, encoder: str | None, tiles: int | 
     Beside the rate stands that of the network alone, on a batch that lies ready: what the device could do.
     """
     from synpipe.assets.pipeline import open_tiles
-    from synpipe.embeddings.compression import CompressedSpec
     from synpipe.embeddings.encoders import open_on_all_devices
     from synpipe.embeddings.profiling import profile as measure
     from synpipe.embeddings.profiling import report
@@ -390,7 +389,7 @@ def profile(project: "Project", dataset: str, encoder: str | None, tiles: int | 
     found = project.dataset(dataset)
     name = found.encoder(encoder)
     spec = found.encoders[name]
-    if isinstance(spec, CompressedSpec):
+    if spec.base is not None:
         raise SynpipeError(
             f"{name} embeds no tiles, it compresses the vectors of {spec.base}: `--encoder {spec.base}`."
         )
@@ -711,7 +710,8 @@ def pretrain(
     """
     from contextlib import ExitStack
 
-    from synpipe.training.blocks import open_source
+    from synpipe.training.blocks import open_training_volume
+    from synpipe.training.model_card import registry_entry
     from synpipe.training.recipe import read_recipe
 
     if out.suffix != ".safetensors":
@@ -722,20 +722,20 @@ def pretrain(
         click.echo(message, err=True)
 
     with ExitStack() as stack:
-        sources = [open_source(source, project, base, tell) for source in spec.sources]
-        for source in sources:
-            stack.callback(source.volume.close)
-        from synpipe.training.pretraining import Progress, registry_entry  # torch takes seconds to import
+        volumes = [open_training_volume(source, project, base, tell) for source in spec.sources]
+        for each in volumes:
+            stack.callback(each.volume.close)
+        from synpipe.training.pretraining import TrainingStatus  # torch takes seconds to import
         from synpipe.training.pretraining import pretrain as learn
 
-        def show(at: Progress) -> None:
-            if at.step % 20 == 0 or at.step in (1, at.steps):
+        def show(status: TrainingStatus) -> None:
+            if status.step % 20 == 0 or status.step in (1, status.steps):
                 tell(
-                    f"step {at.step:,} of {at.steps:,}  loss {at.loss:.3f}  found {at.found:.0%}  "
-                    f"{at.seconds_left / 60:.0f} min left"
+                    f"step {status.step:,} of {status.steps:,}  loss {status.loss:.3f}  found {status.matched:.0%}  "
+                    f"{status.seconds_left / 60:.0f} min left"
                 )
 
-        report = learn(spec, sources, out, device, show)
+        report = learn(spec, volumes, out, device, show)
     for name, found in report["held_out"].items():
         before = report["held_out_untrained"][name]["recall_at_1"]
         click.echo(f"{name}: held-out places found {found['recall_at_1']:.0%}, before training {before:.0%}")

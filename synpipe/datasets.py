@@ -20,11 +20,10 @@ from synpipe.analysis.evaluation import EvaluationSpec
 from synpipe.analysis.projection import ProjectionSpec
 from synpipe.analysis.splits import SplitSpec
 from synpipe.annotations.formats import AnnotationSpec
-from synpipe.embeddings.compression import CompressedSpec, branch_name, chosen_encoders
-from synpipe.embeddings.descriptors import DescriptorSpec
-from synpipe.embeddings.encoders import EncoderSpec, identity, load_registry
+from synpipe.embeddings.encoder_specs import AnyEncoderSpec
+from synpipe.embeddings.registry import branch_name, chosen_encoders, load_registry
 from synpipe.errors import SynpipeError
-from synpipe.specs import Spec, digest, read_yaml
+from synpipe.specs import Spec, read_yaml
 from synpipe.store.files import read_json, write_json
 from synpipe.store.objects import BulkPath, ObjectPath, locate
 from synpipe.synthetic.demo import SyntheticSpec
@@ -87,7 +86,7 @@ class Dataset:
     spec: DatasetSpec
     folder: Path
     base: Path
-    encoders: Mapping[str, EncoderSpec | DescriptorSpec | CompressedSpec]
+    encoders: Mapping[str, AnyEncoderSpec]
     weights_base: Path
     bulk: BulkPath | None = None
 
@@ -189,11 +188,8 @@ class Dataset:
         return name
 
     def identity(self, encoder: str) -> str:
-        """What an encoder is declared to be, see `encoders.identity`; of a compressed one, with what its base is."""
-        spec = self.encoders[encoder]
-        if isinstance(spec, CompressedSpec):
-            return digest([self.identity(spec.base), spec.declaration()])
-        return identity(spec, self.weights_base)
+        """What the spec of an encoder declares, as a digest; see `encoder_specs`."""
+        return self.encoders[encoder].identity(self.weights_base, self.encoders)
 
     def volume_files(self) -> list[Path]:
         """The volume's file or folder, whether it is there or not; none where it is reached over a network."""
@@ -237,7 +233,7 @@ class Project:
         return cls(data, Path(chosen).resolve(), locate(bulk) if bulk else None)
 
     @cached_property
-    def registry(self) -> Mapping[str, EncoderSpec | DescriptorSpec | CompressedSpec]:
+    def registry(self) -> Mapping[str, AnyEncoderSpec]:
         return load_registry(self.data / "encoders.yaml")
 
     def dataset_names(self) -> list[str]:

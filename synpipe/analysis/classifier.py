@@ -19,7 +19,7 @@ from typing import Annotated, Literal
 import numpy as np
 from pydantic import Field
 
-from synpipe.embeddings.compression import unit_length
+from synpipe.embeddings.vectors import unit_vectors
 from synpipe.specs import Spec
 
 Balance = Literal["balanced", "log", "none"]
@@ -90,7 +90,7 @@ class Probe:
         return log_softmax(self._logits(vectors) / self.temperature, axis=1)
 
     def _logits(self, vectors: np.ndarray) -> np.ndarray:
-        return (unit_length(vectors) @ self.weights.T).astype(np.float64) + self.bias
+        return (unit_vectors(vectors) @ self.weights.T).astype(np.float64) + self.bias
 
     def calibrated(self, vectors: np.ndarray, codes: np.ndarray) -> "Probe":
         """The probe with the temperature that fits these rows best (Guo et al., ICML 2017).
@@ -124,7 +124,7 @@ def fit_linear(
     usable = np.isin(validation_codes, known)
     validation_vectors, validation_codes = validation_vectors[usable], validation_codes[usable]
     weights_of_rows = class_weights(codes, classes, balance)[codes]
-    features = unit_length(vectors)
+    features = unit_vectors(vectors)
     mean = features.mean(axis=0)
     scale = np.maximum(features.std(axis=0), 1e-6)
     features = (features - mean) / scale

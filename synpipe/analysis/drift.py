@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from synpipe.embeddings.vectors import read_vectors, unit_vectors
 from synpipe.store.files import write_table
 from synpipe.store.streams import SmallestHashes
 
@@ -107,7 +108,5 @@ def _mean_cosine(unit: np.ndarray) -> float:
 
 
 def _unit(sample: pa.Table) -> np.ndarray:
-    """Exactly of unit length, float64 (n, d): the table holds them rounded."""
-    vectors = sample["vector"].combine_chunks()
-    rows = vectors.flatten().to_numpy().astype(np.float64).reshape(len(vectors), vectors.type.list_size)
-    return rows / np.linalg.norm(rows, axis=1, keepdims=True)
+    """The vectors at exactly unit length, float64 (n, d). The table holds rounded ones."""
+    return unit_vectors(read_vectors(sample).astype(np.float64))

@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 
 from synpipe.analysis.evaluation import EvaluationSpec, same_place
-from synpipe.embeddings.compression import unit_length
+from synpipe.embeddings.vectors import unit_vectors
 from synpipe.tiles.tile import SECTIONS, TILE_PX, TileSpec, is_blank
 from synpipe.volumes.volume import MissingChunk, Volume
 
@@ -159,7 +159,7 @@ def ranks(
     the distractors are the same `spec.distractors` of them for every encoder.
     """
     drawn = np.random.default_rng([spec.seed, 1]).permutation(len(vectors))[: spec.distractors]
-    unit = unit_length(found)
+    unit = unit_vectors(found)
     own = (unit * vectors[places]).sum(axis=1)
     others = unit @ vectors[drawn].T
     others[same_place(starts_zyx[places], starts_zyx[drawn], window_zyx)] = -np.inf

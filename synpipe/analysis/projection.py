@@ -20,7 +20,7 @@ from PIL import Image
 from pydantic import Field
 
 from synpipe.annotations.schema import UNLABELLED
-from synpipe.embeddings.compression import unit_length
+from synpipe.embeddings.vectors import unit_vectors
 from synpipe.specs import Spec
 
 # UMAP sees this many vectors at the most; the others get places among those. What it takes was measured by
@@ -56,12 +56,12 @@ def enough_for_umap(count: int, spec: ProjectionSpec) -> bool:
 
 def fit_map(vectors: np.ndarray, spec: ProjectionSpec) -> tuple[np.ndarray, Place]:
     """Places of vectors, float32 (n, d) and n > 0, and the function that gives others their places on the same map."""
-    unit = unit_length(vectors)
+    unit = unit_vectors(vectors)
     if not enough_for_umap(len(vectors), spec):
         mean = unit.mean(axis=0)
         _, _, axes = np.linalg.svd(unit - mean, full_matrices=False)
         axes = np.pad(axes[:2], ((0, max(0, 2 - len(axes))), (0, 0)))
-        return (unit - mean) @ axes.T, lambda others: (unit_length(others) - mean) @ axes.T
+        return (unit - mean) @ axes.T, lambda others: (unit_vectors(others) - mean) @ axes.T
     import torch
     import umap
 
@@ -84,7 +84,7 @@ def fit_map(vectors: np.ndarray, spec: ProjectionSpec) -> tuple[np.ndarray, Plac
     def place(others: np.ndarray) -> np.ndarray:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return np.asarray(model.transform(unit_length(others)), np.float32)
+            return np.asarray(model.transform(unit_vectors(others)), np.float32)
 
     return np.asarray(places, np.float32), place
 

@@ -20,7 +20,7 @@ from synpipe.datasets import Dataset
 from synpipe.errors import SynpipeError
 from synpipe.progress import Log
 from synpipe.store.files import DAMAGED, TEMPORARY_PREFIX
-from synpipe.store.objects import BulkPath, listed
+from synpipe.store.objects import BulkPath, list_paths
 
 F = TypeVar("F")
 
@@ -102,7 +102,7 @@ def list_complete(folder: BulkPath, pattern: str) -> list[BulkPath]:
     """Files in a folder that match a pattern, in order, without those that a writer may be working on and damaged ones."""
     return [
         path
-        for path in listed(folder, pattern)
+        for path in list_paths(folder, pattern)
         if not path.name.startswith(TEMPORARY_PREFIX) and path.suffix != DAMAGED
     ]
 

@@ -39,13 +39,14 @@ from synpipe.assets.synapses import COLUMNS
 from synpipe.cluster.workers import shard_name
 from synpipe.datasets import Dataset
 from synpipe.embeddings.cache import EmbeddingCache
-from synpipe.embeddings.encoders import EncoderSpec, open_encoder
+from synpipe.embeddings.encoder_specs import EncoderSpec
+from synpipe.embeddings.encoders import open_encoder
 from synpipe.errors import SynpipeError
 from synpipe.progress import Log
 from synpipe.specs import digest
 from synpipe.store.files import atomic_path, table_writer, write_table
-from synpipe.store.streams import RowsById, by_shard, column_of, read_parts
-from synpipe.training.finetuning import HEAD, WEIGHTS, Examples, finetune, read_head
+from synpipe.store.streams import RowsById, by_shard, column_of, read_batches
+from synpipe.training.finetuning import HEAD, WEIGHTS, Examples, FinetuneTask, finetune, read_head
 
 CODE_VERSION = "1"
 MIN_CLASSES = 2
@@ -88,9 +89,9 @@ def make(task: Task) -> Made[ClassifierFacts]:
     stored = json.loads(file.schema_arrow.metadata[b"classifier"])
     figures, notes, rows = stored["counts"], stored["notes"], file.metadata.num_rows
     facts = ClassifierFacts(figures.get("encoder_fingerprint"), figures.get("folder"))
-    predicted = (part["predicted_neurotransmitter"] for part in read_parts(path, ["predicted_neurotransmitter"]))
+    predicted = (part["predicted_neurotransmitter"] for part in read_batches(path, ["predicted_neurotransmitter"]))
     if rows and not any(part.null_count for part in predicted):
-        scores = score_test_side(read_parts(path), classes)
+        scores = score_test_side(read_batches(path), classes)
         figures |= scores
         notes += (
             few_neurons(scores["recalls"]) if scores else ["No labelled synapse stands on the test side: no figures."]
@@ -164,7 +165,7 @@ class _Learning:
     def fit_finetuned(self, spec: FinetuneSpec) -> _Fit:
         """The head of the network that was trained further; that network's vectors are in use from here on."""
         entry = self._dataset.encoders[self._encoder]
-        if not isinstance(entry, EncoderSpec):
+        if not entry.is_network:
             fit = self.fit(LinearSpec(balance=spec.balance))
             note = "This encoder is not a network, so it cannot be trained further: this is a linear probe."
             return _Fit(fit.probe, fit.figures, [*fit.notes, note])
@@ -197,23 +198,22 @@ class _Learning:
         identity = self._dataset.identity(self._encoder)
         key = digest([identity, spec.model_dump(mode="json"), list(self._classes), tiles, codes])[:16]
         folder = self._dataset.training_folder / f"{self._encoder}-{key}"
-        report = finetune(
-            spec,
-            entry,
-            self._dataset.weights_base,
-            open_tiles(self._dataset).read,
-            self._training,
-            self._validation,
-            len(self._classes),
-            folder,
-            self._log,
+        task = FinetuneTask(
+            spec=spec,
+            encoder=entry,
+            weights_base=self._dataset.weights_base,
+            read_tiles=open_tiles(self._dataset).read,
+            training=self._training,
+            validation=self._validation,
+            n_classes=len(self._classes),
+            folder=folder,
         )
-        return folder, report
+        return folder, finetune(task, self._log)
 
     def predict(self, probe: Probe | None) -> Iterator[pa.Table]:
         """`PREDICTIONS` of every tile, shard by shard; without a probe, predictions are null."""
         columns = ["synapse_id", "neuron_id", "neurotransmitter"]
-        with RowsById(read_parts(self._dataset.synapses_path, columns), self._dataset.folder) as synapses:
+        with RowsById(read_batches(self._dataset.synapses_path, columns), self._dataset.folder) as synapses:
             names = pa.array(SIDE_NAMES, pa.string())
             for rows, tiles, vectors in self._by_shard(None, with_vectors=probe is not None):
                 ids = tiles["synapse_id"]
@@ -241,7 +241,7 @@ class _Learning:
         """Numbers, index and vectors of these rows, which ascend, or of all rows, for each shard that has some of them."""
         cache = EmbeddingCache(self._dataset.embeddings_folder, self._fingerprint)
         first = 0
-        for shard, tiles in by_shard(read_parts(self._dataset.tiles_path, ["synapse_id", "shard", "content_hash"])):
+        for shard, tiles in by_shard(read_batches(self._dataset.tiles_path, ["synapse_id", "shard", "content_hash"])):
             here = np.arange(first, first + len(tiles))
             first += len(tiles)
             picked = here if rows is None else rows[slice(*np.searchsorted(rows, [here[0], first]))]
@@ -260,7 +260,7 @@ def finetune_encoder(dataset: Dataset, encoder: str, name: str, spec: FinetuneSp
     Raises `SynpipeError` if there is nothing to learn, or if the encoder is not a network.
     """
     entry = dataset.encoders[encoder]
-    if not isinstance(entry, EncoderSpec):
+    if not entry.is_network:
         raise SynpipeError(f"{encoder} is not a network, so it cannot be trained: choose another encoder.")
     folder, report = _Learning(dataset, encoder, log).train(spec, entry)
     weights = f"weights/{name}.safetensors"
@@ -291,7 +291,7 @@ def predictions_are_whole(dataset: Dataset, encoder: str) -> Finding:
     if not np.array_equal(np.sort(tiles), np.sort(predicted)):
         return Finding(False, "The rows of the predictions are not those of the tiles.", figures)
     missing = bad = 0
-    for part in read_parts(path, ["class_probabilities"]):
+    for part in read_batches(path, ["class_probabilities"]):
         missing += part["class_probabilities"].null_count
         present = part.filter(pc.is_valid(part["class_probabilities"]))
         if len(present):

@@ -13,13 +13,12 @@ from synpipe.cluster.workers import shard_name
 from synpipe.datasets import Dataset
 from synpipe.embeddings import compression
 from synpipe.embeddings.cache import EmbeddingCache
-from synpipe.embeddings.compression import CompressedSpec
 from synpipe.embeddings.encoders import Encoder, open_encoder
-from synpipe.embeddings.forward import Computed
+from synpipe.embeddings.forward import FunctionForward
 from synpipe.errors import SynpipeError
 from synpipe.specs import digest
 from synpipe.store.files import atomic_path
-from synpipe.store.streams import SmallestHashes, by_shard, read_parts
+from synpipe.store.streams import SmallestHashes, by_shard, read_batches
 
 CODE_VERSION = embeddings.CODE_VERSION
 
@@ -28,7 +27,7 @@ def make(task: Task) -> Made[EmbeddingsFacts]:
     """Fit on the base encoder's vectors of these tiles, then compress all of them. No tile is read."""
     dataset = task.dataset
     spec, identity = dataset.encoders[task.encoder], dataset.identity(task.encoder)
-    assert isinstance(spec, CompressedSpec)
+    assert spec.base is not None
     count = count_rows(dataset.tiles_path)
     if task.previous is not None and task.previous.inputs == task.inputs:
         facts = ASSET.parse(task.previous)
@@ -41,7 +40,7 @@ def make(task: Task) -> Made[EmbeddingsFacts]:
     base = embeddings.ASSET.read(dataset, spec.base)
     source = open_cache(dataset, spec.base)
     smallest = SmallestHashes(["content_hash"], compression.SAMPLE_ROWS)
-    for part in read_parts(dataset.tiles_path, ["shard", "content_hash"]):
+    for part in read_batches(dataset.tiles_path, ["shard", "content_hash"]):
         smallest.add(part)
     sample = smallest.rows()
     fitted, variance_kept = compression.fit(read_vectors_of(source, sample), spec)
@@ -84,11 +83,11 @@ def make(task: Task) -> Made[EmbeddingsFacts]:
 def _missing(dataset: Dataset, cache: EmbeddingCache, verify: bool) -> Iterator[tuple[str, list[str]]]:
     """Name of each shard for which the cache lacks vectors, and the content hashes of their tiles, each once.
 
-    verify: see `EmbeddingCache.known`.
+    verify: see `EmbeddingCache.known_hashes`.
     """
-    for shard, index in by_shard(read_parts(dataset.tiles_path, ["shard", "content_hash"])):
+    for shard, index in by_shard(read_batches(dataset.tiles_path, ["shard", "content_hash"])):
         hashes = index["content_hash"].to_pylist()
-        if len(rows := cache.lacking(shard_name(shard), hashes, verify)):
+        if len(rows := cache.missing_rows(shard_name(shard), hashes, verify)):
             yield shard_name(shard), [hashes[row] for row in rows]
 
 
@@ -98,7 +97,7 @@ def open_branch(dataset: Dataset, encoder: str, device: str = "auto") -> Encoder
     Raises `SynpipeError` as `open_encoder` does, and if the fit belongs to a former state of the base encoder.
     """
     spec = dataset.encoders[encoder]
-    if not isinstance(spec, CompressedSpec):
+    if spec.base is None:
         return open_encoder(spec, dataset.weights_base, device)
     facts = ASSET.read(dataset, encoder)
     fitted = compression.load(dataset.compressor_path(facts.encoder_fingerprint))
@@ -112,20 +111,20 @@ def open_branch(dataset: Dataset, encoder: str, device: str = "auto") -> Encoder
         weights=facts.encoder["weights"],
         fingerprint=facts.encoder_fingerprint,
         dim=spec.dimensions,
-        forward=Computed(lambda tiles: fitted.compress(base.embed(tiles))),
+        forward=FunctionForward(lambda tiles: fitted.compress(base.embed(tiles))),
     )
 
 
 def _reads(dataset: Dataset, encoder: str) -> tuple[str, ...]:
     spec = dataset.encoders[encoder]
-    assert isinstance(spec, CompressedSpec)
+    assert spec.base is not None
     return "rgb_tiles", f"embeddings_{spec.base}"
 
 
 ASSET = Asset(
     name="embeddings",
     per_encoder=True,
-    exists=lambda dataset, encoder: isinstance(dataset.encoders[encoder], CompressedSpec),
+    exists=lambda dataset, encoder: dataset.encoders[encoder].base is not None,
     description="A short vector per tile, computed from the vectors of the base encoder.",
     storage=frozenset({"pytorch"}),
     facts=EmbeddingsFacts,

@@ -25,9 +25,10 @@ from synpipe.assets.manifest import (
 from synpipe.cluster.workers import shard_name
 from synpipe.datasets import Dataset
 from synpipe.embeddings import table
+from synpipe.embeddings.vectors import read_vectors, unit_vectors
 from synpipe.specs import digest
 from synpipe.store.files import is_whole, read_table, set_aside
-from synpipe.store.streams import places_among, read_parts
+from synpipe.store.streams import places_among, read_batches
 
 CODE_VERSION = "1"
 
@@ -88,14 +89,14 @@ def make(task: Task) -> Made[TableFacts]:
         drift.keep_former(path, dataset.former_table_path(encoder))
         table.write_embedding_table(
             path,
-            read_parts(dataset.synapses_path),
-            read_parts(dataset.tiles_path, columns),
+            read_batches(dataset.synapses_path),
+            read_batches(dataset.tiles_path, columns),
             lambda shard, hashes: cache.read(shard_name(shard), hashes),
             provenance,
             [
                 table.Derived(
                     asset.table_columns,
-                    read_parts(asset.files(dataset, encoder)[0]) if asset.name_for(encoder) in task.inputs else None,
+                    read_batches(asset.files(dataset, encoder)[0]) if asset.name_for(encoder) in task.inputs else None,
                 )
                 for asset in CONTRIBUTORS
             ],
@@ -127,12 +128,12 @@ def _column_bytes(metadata: pq.FileMetaData, name: str) -> int:
 def read_unit_vectors(dataset: Dataset, encoder: str, synapse_ids: np.ndarray) -> np.ndarray:
     """Unit vectors of these synapses, whose ids ascend: float32 (n, d). The table holds them rounded."""
     vectors: np.ndarray | None = None
-    for part in read_parts(dataset.table_path(encoder), ["synapse_id", "vector"]):
+    for part in read_batches(dataset.table_path(encoder), ["synapse_id", "vector"]):
         places, wanted = places_among(synapse_ids, part)
-        rows = part["vector"].combine_chunks().flatten().to_numpy().reshape(len(part), -1)[wanted]
+        rows = unit_vectors(read_vectors(part)[wanted])
         if vectors is None:
             vectors = np.empty((len(synapse_ids), rows.shape[1]), np.float32)
-        vectors[places[wanted]] = rows / np.linalg.norm(rows, axis=1, keepdims=True)
+        vectors[places[wanted]] = rows
     assert vectors is not None
     return vectors
 
@@ -149,7 +150,7 @@ def _content_sum(path: Path) -> int:
     """The sum of the digests of all rows, which is the same in any order (M. Bellare, D. Micciancio, "A new paradigm for
     collision-free hashing", Eurocrypt 1997)."""
     total = 0
-    for part in read_parts(path, ["synapse_id", "content_hash"]):
+    for part in read_batches(path, ["synapse_id", "content_hash"]):
         for row in zip(part["synapse_id"].to_pylist(), part["content_hash"].to_pylist(), strict=True):
             total += int.from_bytes(hashlib.sha256(repr(row).encode()).digest())
     return total % 2**256

@@ -29,12 +29,11 @@ from synpipe.cluster.workers import shard_name
 from synpipe.datasets import Dataset
 from synpipe.embeddings import embed
 from synpipe.embeddings.cache import EmbeddingCache, open_part
-from synpipe.embeddings.compression import CompressedSpec
 from synpipe.embeddings.encoders import Encoder, open_on_all_devices
 from synpipe.errors import SynpipeError
 from synpipe.progress import Log, Progress
 from synpipe.store.files import read_table
-from synpipe.store.streams import by_shard, read_parts
+from synpipe.store.streams import by_shard, read_batches
 from synpipe.tiles.tile import TileReader, rows_by_shard
 
 CODE_VERSION = "1"
@@ -63,7 +62,7 @@ def make(task: Task) -> Made[EmbeddingsFacts]:
     """Embed every tile that this encoder, as it is now, has not embedded before."""
     dataset = task.dataset
     spec, identity = dataset.encoders[task.encoder], dataset.identity(task.encoder)
-    assert not isinstance(spec, CompressedSpec)  # `compressed` makes those
+    assert spec.base is None  # `compressed` makes the others
     missing: MissingTiles | None = None
     if task.previous is not None and task.previous.inputs == task.inputs:
         facts = ASSET.parse(task.previous)
@@ -115,12 +114,12 @@ class MissingTiles:
 
 
 def find_missing(dataset: Dataset, fingerprint: str, verify: bool = False) -> MissingTiles:
-    """The tiles that are not in the cache of an encoder. verify: see `EmbeddingCache.known`."""
+    """The tiles that are not in the cache of an encoder. verify: see `EmbeddingCache.known_hashes`."""
     cache = EmbeddingCache(dataset.embeddings_folder, fingerprint)
     count, missing = 0, {}
-    for shard, index in by_shard(read_parts(dataset.tiles_path, ["shard", "content_hash"])):
+    for shard, index in by_shard(read_batches(dataset.tiles_path, ["shard", "content_hash"])):
         count += len(index)
-        rows = cache.lacking(shard_name(shard), index["content_hash"].to_pylist(), verify)
+        rows = cache.missing_rows(shard_name(shard), index["content_hash"].to_pylist(), verify)
         if len(rows):
             missing[shard] = rows
     return MissingTiles(cache, count, missing)
@@ -134,10 +133,10 @@ def embed_tiles(dataset: Dataset, encoders: Sequence[Encoder], missing: MissingT
     started = time.monotonic()
     stacking = rgb_tiles.ASSET.read(dataset).stacking
     progress = Progress(log, sum(map(len, missing.rows.values())), "tiles")
-    indexes = by_shard(read_parts(dataset.tiles_path))
+    indexes = by_shard(read_batches(dataset.tiles_path))
     shards = ((shard, index, missing.rows[shard]) for shard, index in indexes if shard in missing.rows)
     if not missing.rows:
-        done = embed.Embedded()
+        done = embed.EmbedStats()
     elif on_cluster():
         base, bulk = dataset.weights_base, dataset.bulk_folder
         done = workers.embed(encoders[0], base, shards, len(missing.rows), bulk, stacking, progress, log)
@@ -182,7 +181,7 @@ def vectors_vary(dataset: Dataset, encoder: str) -> Finding:
     """The vectors of the first shards are finite and not all alike."""
     # Hashes are in the order of space, so this sample comes from everywhere. One shard is in memory at a time.
     cache, sample = open_cache(dataset, encoder), []
-    for shard, tiles in islice(by_shard(read_parts(dataset.tiles_path, ["shard", "content_hash"])), CHECKED_SHARDS):
+    for shard, tiles in islice(by_shard(read_batches(dataset.tiles_path, ["shard", "content_hash"])), CHECKED_SHARDS):
         hashes = list(dict.fromkeys(tiles["content_hash"].to_pylist()))[:CHECKED_PER_SHARD]
         sample.append(cache.read(shard_name(shard), hashes))
     vectors = np.concatenate(sample)
@@ -224,7 +223,7 @@ def find_leftovers(dataset: Dataset, fresh: bool) -> Iterator[Leftover]:
 ASSET = Asset(
     name="embeddings",
     per_encoder=True,
-    exists=lambda dataset, encoder: not isinstance(dataset.encoders[encoder], CompressedSpec),
+    exists=lambda dataset, encoder: dataset.encoders[encoder].base is None,
     description="A vector per tile. Only tiles that this encoder has not seen are embedded.",
     storage=frozenset({"pytorch"}),
     facts=EmbeddingsFacts,

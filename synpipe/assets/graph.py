@@ -31,12 +31,12 @@ from synpipe.assets.asset import Asset, Task, facts_as_json
 from synpipe.assets.manifest import Manifest, find_manifest, read_manifest, write_manifest
 from synpipe.datasets import Dataset, record_bulk
 from synpipe.embeddings.cache import LostVectors
-from synpipe.embeddings.compression import branch_name
+from synpipe.embeddings.registry import branch_name
 from synpipe.errors import SynpipeError
 from synpipe.progress import Log
 from synpipe.specs import Spec, digest
 from synpipe.store.objects import BulkPath
-from synpipe.store.streams import read_parts
+from synpipe.store.streams import read_batches
 from synpipe.tiles.parts import damaged_parts
 
 # Every kind of asset, in the order of the data flow.
@@ -307,7 +307,7 @@ def find_lost_part(dataset: Dataset, path: Path, damaged: Collection[BulkPath]) 
     """The first of these damaged parts that a Parquet file with a column `file` names, or None."""
     if not damaged:
         return None
-    named = {name for part in read_parts(path, ["file"]) for name in part["file"].unique().to_pylist()}
+    named = {name for part in read_batches(path, ["file"]) for name in part["file"].unique().to_pylist()}
     return next((part for part in damaged if str(part).removeprefix(f"{dataset.bulk_folder}/") in named), None)
 
 

@@ -18,8 +18,8 @@ from synpipe.assets.manifest import Manifest, data_version_of, read_manifest
 from synpipe.assets.rgb_tiles import class_by_synapse, open_tiles
 from synpipe.assets.volume import find_viewer
 from synpipe.datasets import Dataset
-from synpipe.store.objects import listed
-from synpipe.store.streams import read_parts
+from synpipe.store.objects import list_paths
+from synpipe.store.streams import read_batches
 
 if TYPE_CHECKING:
     from synpipe.index.search import Neighbour, SynapseIndex
@@ -88,7 +88,7 @@ def choose_example_queries(dataset: Dataset, encoder: str) -> list[int]:
     """A synapse of each class to search with: the first one whose tile is whole."""
     columns = ["synapse_id", "neurotransmitter", "pad_fraction", "missing_sections"]
     example_by_class: dict[str, int] = {}
-    for part in read_parts(dataset.table_path(encoder), columns):
+    for part in read_batches(dataset.table_path(encoder), columns):
         whole = part.filter(pc.and_(pc.equal(part["pad_fraction"], 0), pc.equal(part["missing_sections"], 0)))
         for name in dataset.spec.classes:
             members = whole.filter(pc.equal(whole["neurotransmitter"], name))
@@ -128,7 +128,7 @@ def draw_example_neighbours(dataset: Dataset, encoder: str, tile_px: int = 64) -
 
 def find_leftovers(dataset: Dataset, _fresh: bool) -> Iterator[Leftover]:
     """Versions that no tag names, with what interrupted builds left behind, and tables without any tag."""
-    tables = listed(dataset.lancedb_folder, "*.lance")
+    tables = list_paths(dataset.lancedb_folder, "*.lance")
     if not tables:
         return
     from synpipe.index import versions

@@ -16,7 +16,7 @@ from synpipe.datasets import Dataset
 from synpipe.embeddings.cache import EmbeddingCache
 from synpipe.progress import Log
 from synpipe.store.files import read_table, write_table
-from synpipe.store.streams import SmallestHashes, by_shard, column_of, in_blocks, read_parts
+from synpipe.store.streams import SmallestHashes, by_shard, column_of, read_batches, rebatch
 
 CODE_VERSION = "1"
 TILE_COLUMNS = ["synapse_id", "shard", "content_hash"]
@@ -55,7 +55,7 @@ def _place_tiles(
     # The smallest hashes are a random sample that stays mostly the same when synapses are added.
     smallest = SmallestHashes(["content_hash", "synapse_id"], projection.FIT_ROWS)
     count = 0
-    for part in read_parts(dataset.tiles_path, TILE_COLUMNS):
+    for part in read_batches(dataset.tiles_path, TILE_COLUMNS):
         smallest.add(part)
         count += len(part)
     sample = smallest.rows().sort_by("synapse_id")
@@ -63,12 +63,10 @@ def _place_tiles(
     sample_places, place = projection.fit_map(read_vectors_of(cache, sample), spec)
     ids, places = [sample["synapse_id"].to_numpy()], [np.asarray(sample_places, np.float32)]
 
-    def place_block(rows: pa.Table) -> None:
+    for rows in rebatch(_tiles_beside(dataset, sample["synapse_id"]), TRANSFORM_ROWS):
         ids.append(rows["synapse_id"].to_numpy())
         places.append(place(read_vectors_of(cache, rows)))
         log(f"{sum(map(len, ids)):,} of {count:,} placed")
-
-    in_blocks(_tiles_beside(dataset, sample["synapse_id"]), TRANSFORM_ROWS, place_block)
     together = np.concatenate(ids)
     order = np.argsort(together)
     return together[order], np.concatenate(places)[order]
@@ -77,7 +75,7 @@ def _place_tiles(
 def _tiles_beside(dataset: Dataset, sample_ids: pa.ChunkedArray) -> Iterator[pa.Table]:
     """The tiles that are not in the sample, shard by shard, by hash."""
     known = sample_ids.combine_chunks()
-    for _, rows in by_shard(read_parts(dataset.tiles_path, TILE_COLUMNS)):
+    for _, rows in by_shard(read_batches(dataset.tiles_path, TILE_COLUMNS)):
         others = rows.filter(pc.invert(pc.is_in(rows["synapse_id"], value_set=known)))
         yield others.sort_by([("content_hash", "ascending"), ("synapse_id", "ascending")])
 

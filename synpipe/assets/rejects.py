@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from synpipe.annotations.convert import REJECT_SCHEMA
+from synpipe.annotations.schema import REJECT_SCHEMA
 from synpipe.assets.asset import (
     Asset,
     Finding,
@@ -26,7 +26,7 @@ from synpipe.assets.synapses import REJECT_COLUMNS
 from synpipe.assets.volume import find_viewer
 from synpipe.datasets import Dataset
 from synpipe.store.files import read_table, write_table
-from synpipe.store.streams import read_parts
+from synpipe.store.streams import read_batches
 
 CODE_VERSION = "2"
 SHOWN_LINKS = 10
@@ -38,10 +38,10 @@ def make(task: Task) -> Made[NoFacts]:
     # Rejects are held in memory as a whole; everything else passes a part at a time.
     stacks = pa.concat_tables(
         part.filter(pc.is_valid(part["reason"]))
-        for part in read_parts(dataset.stacks_path, ["synapse_id", "reason", "detail"])
+        for part in read_batches(dataset.stacks_path, ["synapse_id", "reason", "detail"])
     )
     synapse_count, matching = 0, []
-    for part in read_parts(dataset.synapses_path):
+    for part in read_batches(dataset.synapses_path):
         synapse_count += len(part)
         matching.append(part.filter(pc.is_in(part["synapse_id"], value_set=stacks["synapse_id"].combine_chunks())))
     without_tile = stacks.join(pa.concat_tables(matching), "synapse_id", join_type="inner")
@@ -65,7 +65,7 @@ def are_few(dataset: Dataset, _encoder: str) -> Finding:
     """The share of rejected synapses is at most `max_reject_share` of the data set."""
     # Nothing lies downstream of the rejects. A failure here fails the run, so that nobody overlooks what was lost.
     reason_counts: Counter[str] = Counter()
-    for part in read_parts(dataset.rejects_path, ["reason"]):
+    for part in read_batches(dataset.rejects_path, ["reason"]):
         reason_counts.update(part["reason"].to_pylist())
     rejected = reason_counts.total()
     total = count_rows(dataset.synapses_path) + count_rows(dataset.synapse_rejects_path)

@@ -9,7 +9,7 @@ import pyarrow.compute as pc
 from PIL import Image
 
 from synpipe.analysis.pictures import MAX_CLASSES, sheet
-from synpipe.annotations.columns import UNLABELLED
+from synpipe.annotations.schema import UNLABELLED
 from synpipe.assets import synapse_stacks
 from synpipe.assets.asset import (
     Asset, Finding, Leftover, Made, Task, View, always, file_leftover, list_complete, view_of_figures,
@@ -18,7 +18,7 @@ from synpipe.assets.manifest import Manifest, data_version_of, file_metadata
 from synpipe.assets.synapse_stacks import STACKS_SCHEMA, read_ids
 from synpipe.datasets import Dataset
 from synpipe.store.files import read_table, table_writer
-from synpipe.store.streams import by_shard, column_of, read_parts
+from synpipe.store.streams import by_shard, column_of, read_batches
 from synpipe.tiles.parts import damaged_parts, mark_of
 from synpipe.tiles.tile import SECTIONS, TILE_PX, TileReader, content_hashes
 
@@ -39,7 +39,7 @@ def make(task: Task) -> Made[TilesFacts]:
     rows = padded = with_missing_sections = 0
     schema = pa.schema([column for column in STACKS_SCHEMA if column.name not in ("reason", "detail")])
     with table_writer(dataset.tiles_path, schema, file_metadata(dataset, version, task.inputs)) as writer:
-        for _, stacks in by_shard(read_parts(dataset.stacks_path)):
+        for _, stacks in by_shard(read_batches(dataset.stacks_path)):
             tiles = stacks.filter(pc.is_null(stacks["reason"])).select(schema.names)
             if stacking == "grey":
                 hashes = content_hashes(TileReader(tiles, dataset.bulk_folder, stacking), len(tiles))
@@ -75,7 +75,7 @@ def open_tiles(dataset: Dataset, synapse_ids: Sequence[int] | None = None) -> Ti
     if synapse_ids is None:
         return TileReader(read_table(dataset.tiles_path), dataset.bulk_folder, stacking)
     wanted = pa.array(synapse_ids, pa.int64())
-    parts = (part.filter(pc.is_in(part["synapse_id"], value_set=wanted)) for part in read_parts(dataset.tiles_path))
+    parts = (part.filter(pc.is_in(part["synapse_id"], value_set=wanted)) for part in read_batches(dataset.tiles_path))
     return TileReader(pa.concat_tables(parts), dataset.bulk_folder, stacking)
 
 
@@ -92,7 +92,7 @@ class TilePlaces:
 def read_places(dataset: Dataset) -> TilePlaces:
     """The places of all tiles."""
     ids, starts, step = [], [], 1
-    for part in read_parts(dataset.tiles_path, ["synapse_id", "z_index", "start_z", "start_y", "start_x"]):
+    for part in read_batches(dataset.tiles_path, ["synapse_id", "z_index", "start_z", "start_y", "start_x"]):
         ids.append(part["synapse_id"].to_numpy())
         starts.append(np.stack([part[f"start_{axis}"].to_numpy() for axis in "zyx"], axis=1))
         # The middle section of a stack is as far from its first section as from its last.

@@ -27,8 +27,8 @@ from synpipe.datasets import Dataset
 from synpipe.errors import SynpipeError
 from synpipe.progress import Progress
 from synpipe.store.files import read_table, table_writer
-from synpipe.store.sorting import SetAside
-from synpipe.store.streams import ContentDigest, read_parts
+from synpipe.store.sorting import SpillFile
+from synpipe.store.streams import ContentDigest, read_batches
 from synpipe.tiles.extraction import extract_shards
 from synpipe.tiles.tile import CUT_OUT_VERSION, PART_SCHEMA
 from synpipe.volumes.volume import Volume
@@ -72,7 +72,7 @@ def make(task: Task) -> Made[NoFacts]:
     del positions
     started = time.monotonic()
     content, rejected, shards = ContentDigest(), 0, 0
-    with Volume(dataset.spec.volume, dataset.base) as volume, SetAside(STACKS_SCHEMA, dataset.folder) as stacks:
+    with Volume(dataset.spec.volume, dataset.base) as volume, SpillFile(STACKS_SCHEMA, dataset.folder) as stacks:
         starts = volume.window_starts(positions_nm_zyx, spec.window_zyx(volume.voxel_size_nm_zyx))
         progress = Progress(task.log, len(starts), "cut-outs")
         folder = dataset.cut_outs_folder / recipe
@@ -123,7 +123,7 @@ def match_synapses(dataset: Dataset, _encoder: str) -> Finding:
 
 def read_ids(path: Path) -> np.ndarray:
     """The column `synapse_id` of a Parquet file of the store, int64 (n,)."""
-    return np.concatenate([part["synapse_id"].to_numpy() for part in read_parts(path, ["synapse_id"])])
+    return np.concatenate([part["synapse_id"].to_numpy() for part in read_batches(path, ["synapse_id"])])
 
 
 SAMPLE_COLUMNS = ("synapse_id", "shard", "start_z", "start_y", "start_x", "pad_fraction", "missing_sections", "reason")

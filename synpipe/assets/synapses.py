@@ -4,7 +4,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from synpipe.annotations.convert import REJECT_SCHEMA, SYNAPSE_SCHEMA, convert_annotations
+from synpipe.annotations.bounds import VolumeBounds
+from synpipe.annotations.convert import AnnotationInputs, convert_annotations
+from synpipe.annotations.schema import REJECT_SCHEMA, SYNAPSE_SCHEMA
 from synpipe.assets.asset import Asset, Made, Task, View, always, no_leftovers, view_of_figures
 from synpipe.assets.manifest import data_version_of, file_metadata
 from synpipe.datasets import Dataset
@@ -58,13 +60,11 @@ def make(task: Task) -> Made[SynapsesFacts]:
         table_writer(dataset.synapse_rejects_path, REJECT_SCHEMA) as rejects,
     ):
         summary = convert_annotations(
-            dataset.spec.annotations,
-            dataset.base,
+            AnnotationInputs(
+                dataset.spec.annotations, dataset.base, dataset.spec.classes, VolumeBounds(*bounds, voxel_size)
+            ),
             synapses.write_table,
             rejects.write_table,
-            bounds_nm_zyx=bounds,
-            classes=dataset.spec.classes,
-            voxel_size_nm_zyx=voxel_size,
             scratch=dataset.folder,
         )
     task.log(f"{summary.synapses:,} synapses, {summary.rejects:,} rejects")

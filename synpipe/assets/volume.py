@@ -11,13 +11,13 @@ from synpipe.assets.manifest import Manifest
 from synpipe.datasets import Dataset
 from synpipe.errors import SynpipeError
 from synpipe.store.files import remove_leftovers
-from synpipe.store.fingerprints import status
+from synpipe.store.fingerprints import size_and_mtime
 from synpipe.synthetic.demo import make_demo
 from synpipe.volumes.neuroglancer import Viewer, image_layer
 from synpipe.volumes.volume import Volume
 
 FileStatus = list[list[Any]]
-"""Path, and what `fingerprints.status` says of it, for each file."""
+"""Path, and what `fingerprints.size_and_mtime` says of it, for each file."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class VolumeFacts:
 
 def status_of_files(files: Iterable[Path]) -> FileStatus:
     """The status of each file or folder that exists. While it stays the same, the content is not read again."""
-    return [[str(file), *status(file)] for file in files if file.exists()]
+    return [[str(file), *size_and_mtime(file)] for file in files if file.exists()]
 
 
 def make(task: Task) -> Made[VolumeFacts]:

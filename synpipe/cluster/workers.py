@@ -17,8 +17,8 @@ import pyarrow as pa
 from synpipe.cluster.engines import Work, connect
 from synpipe.embeddings import embed as embedding
 from synpipe.embeddings.cache import EmbeddingCache
-from synpipe.embeddings.descriptors import DescriptorSpec
-from synpipe.embeddings.encoders import Encoder, EncoderSpec, open_encoder, weights_file
+from synpipe.embeddings.encoder_specs import TileEncoderSpec
+from synpipe.embeddings.encoders import Encoder, open_encoder, weights_file
 from synpipe.errors import SynpipeError
 from synpipe.progress import Log
 from synpipe.store.objects import BulkPath
@@ -90,7 +90,7 @@ def prepare_cutting(plan: Cutting) -> Work:
 class Embedding:
     """What is embedded, and by what. weights: the content of the file, None where there is none. bulk: where tiles lie."""
 
-    spec: EncoderSpec | DescriptorSpec
+    spec: TileEncoderSpec
     weights: bytes | None
     suffix: str
     fingerprint: str
@@ -109,7 +109,7 @@ def embed(
     stacking: str,
     progress: Callable[[int], None],
     log: Log,
-) -> embedding.Embedded:
+) -> embedding.EmbedStats:
     """Embed tiles that are in no part yet.
 
     weights_base: where the encoder's relative paths start. shards: `count` of them, each with the index of its tiles and those
@@ -117,7 +117,7 @@ def embed(
     Raises `SynpipeError` where a shard failed, after all others have been embedded.
     """
     cluster = connect()
-    on_gpus = isinstance(encoder.spec, EncoderSpec) and cluster.has_gpus()
+    on_gpus = encoder.spec.is_network and cluster.has_gpus()
     path = weights_file(encoder.spec, weights_base)
     plan = Embedding(
         spec=encoder.spec,
@@ -132,7 +132,7 @@ def embed(
     needs = (
         (shard_name(shard), (shard_name(shard), index.select(NEEDED_COLUMNS), rows)) for shard, index, rows in shards
     )
-    embedded, failed = embedding.Embedded(), {}
+    embedded, failed = embedding.EmbedStats(), {}
     for name, result in cluster.run(prepare_embedding, plan, needs, count, log, on_gpus):
         if isinstance(result, SynpipeError):
             failed[name] = result
@@ -164,7 +164,7 @@ def prepare_embedding(plan: Embedding) -> Work:
         )
     encoder = replace(opened, spec=plan.spec)  # parts say what made them, and not where its weights lay for a moment
 
-    def work(needs: tuple[str, pa.Table, np.ndarray], again: bool) -> embedding.Embedded:
+    def work(needs: tuple[str, pa.Table, np.ndarray], again: bool) -> embedding.EmbedStats:
         shard, index, rows = needs
         hashes, reader = index["content_hash"].to_pylist(), TileReader(index, plan.bulk, plan.stacking)
         # Whoever was at it before may have finished some parts.

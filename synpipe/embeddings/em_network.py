@@ -1,16 +1,18 @@
-"""`d4resnet`: a small residual network for EM tiles in which turning or mirroring the tile changes nothing.
+"""The network `d4resnet`: a small residual network for EM tiles whose vectors do not change when a tile is turned or mirrored.
 
-In: tiles as float (n, 3, h, w), any brightness and contrast. Out: vectors (n, 256). Importing this module makes the network
-known to timm, so that registries name it like any other. Guarantee: the eight turns and mirrorings of a tile give the same
-vector (to rounding), where `size / shrink` is odd, as with the default crop of 194 px.
+Input: tiles as float (n, 3, h, w), of any brightness and contrast. Output: vectors, float (n, 256). Importing this module
+registers the network with timm, so that `encoders.yaml` can name it like any other. The eight turns and mirrorings of a
+tile give the same vector up to rounding if `size / shrink` is odd, as with the default crop of 194 px.
 
-Sections have no upper side, so an encoder that was shown one orientation must learn the others one by one. A group
-convolution (Cohen & Welling, ICML 2016, arXiv:1602.07576) has that built in: each filter is applied in eight poses, those of
-the symmetry group of the square, D4. Angles between quarter turns remain to be learned.
+Sections have no preferred orientation, so an ordinary network must learn each orientation separately. A group convolution
+(Cohen & Welling, ICML 2016, arXiv:1602.07576) has this symmetry built in: it applies each filter in the eight poses of D4,
+the symmetry group of the square. Angles between quarter turns remain to be learned.
 
-Pixels are averaged `shrink` × `shrink` first, exactly and at a known scale: of 4–5 nm pixels that leaves 8–9 nm, enough for
-membranes and vesicles, at a quarter of the work. Each section is standardised by its own mean and deviation, because
-brightness and contrast of EM belong to the section, not to the tissue.
+The network first averages `shrink` × `shrink` pixels. This turns pixels of 4–5 nm into pixels of 8–9 nm, which still resolve
+membranes and vesicles, at a quarter of the work. It then standardises each section by its own mean and standard deviation,
+because brightness and contrast in EM are properties of the section, not of the tissue.
+
+After a change that alters vectors, raise `NETWORK_METHOD` in `encoder_specs`.
 """
 
 from typing import Any
@@ -22,12 +24,12 @@ from torch import Tensor, nn
 
 POSES = 8
 DIM = 256
-STRIDE = 16  # pixels, after shrinking, from one point of the final map to the next
+STRIDE = 16  # distance between points of the final map, in pixels after shrinking
 CENTRE_SIGMAS_PX = (9.0, 23.0)
-"""Widths of the centre's weights (standard deviations, in pixels after shrinking): about 80 and 210 nm of 4.6 nm pixels, what
-is at the very centre and a synapse with its surroundings."""
+"""Standard deviations of the Gaussian weights around the centre, in pixels after shrinking. With tiles of 4.6 nm pixels they
+are about 80 nm (the very centre) and 210 nm (a synapse with its surroundings)."""
 MIN_STD = 1 / 255
-"""A section that varies less than by a grey value is left near zero and not blown up."""
+"""Lower limit for the standard deviation of a section, one grey value, so that the noise of a uniform section stays small."""
 
 default_cfgs = {
     "d4resnet": {
@@ -52,14 +54,14 @@ def pose(image: Tensor, number: int) -> Tensor:
 
 
 def _relative_poses() -> Tensor:
-    """For poses g and h, which pose g⁻¹h is: int64 (8, 8)."""
-    example = torch.arange(16.0).view(4, 4)
-    looks = [pose(example, g) for g in range(POSES)]
+    """The number of the pose g⁻¹h for each pair of poses g and h: int64 (8, 8)."""
+    image = torch.arange(16.0).view(4, 4)  # looks different in each pose
+    posed = [pose(image, g) for g in range(POSES)]
 
-    def number_of(look: Tensor) -> int:
-        return next(g for g in range(POSES) if torch.equal(look, looks[g]))
+    def number_of(transformed: Tensor) -> int:
+        return next(g for g in range(POSES) if torch.equal(transformed, posed[g]))
 
-    products = [[number_of(pose(looks[h], g)) for h in range(POSES)] for g in range(POSES)]
+    products = [[number_of(pose(posed[h], g)) for h in range(POSES)] for g in range(POSES)]
     return torch.tensor([[products[products[g].index(0)][h] for h in range(POSES)] for g in range(POSES)])
 
 
@@ -67,9 +69,9 @@ RELATIVE_POSES = _relative_poses()
 
 
 class GroupConv(nn.Module):
-    """Convolution with each filter in eight poses: (n, fields_in·8, h, w) to (n, fields_out·8, h', w'), poses innermost.
+    """A convolution that applies each filter in eight poses: (n, fields_in·8, h, w) to (n, fields_out·8, h', w').
 
-    `lift`: the input is an image without poses, (n, fields_in, h, w).
+    Poses are the fastest axis of the channels. lift: the input is an image without poses, (n, fields_in, h, w).
     """
 
     def __init__(self, fields_in: int, fields_out: int, size: int, stride: int = 1, lift: bool = False):
@@ -114,7 +116,7 @@ class FieldNorm(nn.Module):
         return out
 
 
-class Block(nn.Module):
+class ResidualBlock(nn.Module):
     """Two 3 × 3 convolutions and a shortcut (He et al., CVPR 2016)."""
 
     def __init__(self, fields_in: int, fields_out: int, stride: int):
@@ -131,7 +133,8 @@ class Block(nn.Module):
 
 
 class D4ResNet(nn.Module):
-    """See the top of this file. `width` multiplies the fields, `depth` the blocks; 1 and 1 have 0.19 million parameters."""
+    """See the docstring of this module. width: factor for the fields. depth: residual blocks per stage. With 1 and 1, the
+    network has 0.19 million parameters."""
 
     def __init__(
         self, num_classes: int = 0, in_chans: int = 3, width: int = 1, depth: int = 1, shrink: int = 2, **_: Any
@@ -143,12 +146,12 @@ class D4ResNet(nn.Module):
         blocks = []
         for stage, wider in enumerate((8 * width, 16 * width, 32 * width)):
             for number in range(depth):
-                blocks.append(Block(fields, wider, stride=2 if stage and not number else 1))
+                blocks.append(ResidualBlock(fields, wider, stride=2 if stage and not number else 1))
                 fields = wider
         self.blocks = nn.Sequential(*blocks)
         self.last, self.last_norm = GroupConv(fields, 128, 1), FieldNorm(128)
         self.pooled = (len(CENTRE_SIGMAS_PX) + 1) * 2 * 128
-        # Set once, after the training, see `pretraining.py`; until then it takes vectors as they are.
+        # Pretraining sets this layer once, at its end (`pretraining._whiten`). Until then it is the identity.
         self.whitening = nn.Linear(self.pooled, DIM).requires_grad_(False)
         nn.init.eye_(self.whitening.weight)
         nn.init.zeros_(self.whitening.bias)
@@ -163,7 +166,7 @@ class D4ResNet(nn.Module):
         return self.fc
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """Maps of what does not depend on the pose, the mean and the maximum over poses: (n, 256, h / 32, w / 32)."""
+        """Maps that do not depend on the pose, the mean and the maximum over poses: (n, 256, h / 32, w / 32)."""
         x = F.avg_pool2d(x, self.shrink) if self.shrink > 1 else x
         x = standardise(x)
         x = F.max_pool2d(F.relu(self.stem_norm(self.stem(x))), 3, stride=2, padding=1)
@@ -171,11 +174,11 @@ class D4ResNet(nn.Module):
         return torch.cat([x.mean(2), x.amax(2)], 1)
 
     def pool(self, x: Tensor) -> Tensor:
-        """What is at the centre, near it, and all around: weighted means and the plain mean over the map, (n, 768)."""
+        """Pool maps into vectors (n, 768): a mean weighted towards the centre for each width, and the plain mean."""
         x = x.float()
         means = []
         for sigma in CENTRE_SIGMAS_PX:
-            rows, columns = (_bell(size, sigma / STRIDE, x.device) for size in x.shape[-2:])
+            rows, columns = (_gaussian_weights(size, sigma / STRIDE, x.device) for size in x.shape[-2:])
             means.append((x * rows[:, None] * columns).sum((2, 3)))
         return torch.cat([*means, x.mean((2, 3))], 1)
 
@@ -188,17 +191,19 @@ class D4ResNet(nn.Module):
 
 
 def standardise(x: Tensor) -> Tensor:
-    """Each section to mean 0 and standard deviation 1."""
+    """Scale each section of x, (n, sections, h, w), to mean 0 and standard deviation 1."""
     std, mean = torch.std_mean(x, (2, 3), keepdim=True)
     return (x - mean) / std.clamp_min(MIN_STD)
 
 
-def _bell(size: int, sigma: float, device: torch.device) -> Tensor:
-    place = torch.arange(size, device=device) - (size - 1) / 2
-    weight = torch.exp(-(place**2) / (2 * sigma**2))
-    return weight / weight.sum()
+def _gaussian_weights(size: int, sigma: float, device: torch.device) -> Tensor:
+    """A Gaussian around the middle of an axis, with sum 1: (size,)."""
+    offset = torch.arange(size, device=device) - (size - 1) / 2
+    weights = torch.exp(-(offset**2) / (2 * sigma**2))
+    return weights / weights.sum()
 
 
 @register_model
 def d4resnet(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """The entry point that timm calls."""
     return build_model_with_cfg(D4ResNet, "d4resnet", pretrained, **kwargs)

@@ -1,12 +1,12 @@
-"""Tiles to vectors: shards of tiles go through an encoder, and what is computed once is never computed again.
+"""Embeds tiles: shards of tiles go through an encoder, and no vector is computed twice.
 
-In: an `Encoder`, on one device or several, and functions that read rows of shards. Out: float32 vectors in the order asked
-for, in the cache. Guarantees: a vector in the cache is finite and was made by exactly that encoder from exactly those
-pixels; work that is killed loses, a device, the part that is being computed and the one that is being written: less than a
-shard.
+Input: an `Encoder`, on one device or several, and functions that read rows of shards. Output: float32 vectors in the
+requested order, in the cache. Every vector in the cache is finite and was computed by exactly that encoder from exactly those
+pixels. If the process is killed, each device loses at most the part that it was computing and the part that was being
+written, which is less than a shard.
 
-The device is what is scarce. So threads read the next batches while one is computed, and another thread writes the vectors
-of those before it; a device waits only where reading or writing is slower than it is, and `Embedded` says for how long.
+The device is the scarce resource. So several threads read the next batches while the device computes, and another thread
+writes finished vectors. A device waits only if reading or writing is slower than computing; `EmbedStats` says for how long.
 """
 
 import json
@@ -31,17 +31,22 @@ from synpipe.errors import SynpipeError
 logger = logging.getLogger(__name__)
 
 ROWS_PER_PART = {"cpu": 512, "cuda": 1024}
-READERS = {"cpu": 1, "cuda": 8}  # a CPU that computes has nothing to spare for reading far ahead
-LAUNCHED_AHEAD = {"cpu": 0, "cuda": 1}  # so that the copy of a batch runs beside the computation of the one before
+READERS = {"cpu": 1, "cuda": 8}  # a busy CPU has no time to read far ahead
+LAUNCHED_AHEAD = {
+    "cpu": 0,
+    "cuda": 1,
+}  # on a GPU, the copy of a batch overlaps with the computation of the previous one
 
 ReadTiles = Callable[[np.ndarray], np.ndarray]
-"""Row numbers (n,) of a shard to its tiles, uint8 (n, 3, 256, 256); `__getitem__` of an array or memmap is one."""
+"""Row numbers (n,) of a shard to its tiles, uint8 (n, 3, 256, 256). `__getitem__` of an array or memmap qualifies."""
 
 
 @dataclass(frozen=True)
 class Shard:
-    """Tiles that lie together; row i of it has the i-th content hash. rows: those to embed; None: those that the cache lacks,
-    which is then asked."""
+    """Tiles that are stored together. Row i has the i-th content hash.
+
+    rows: the rows to embed. None: those that the cache lacks.
+    """
 
     name: str
     content_hashes: Sequence[str]
@@ -50,9 +55,12 @@ class Shard:
 
 
 @dataclass
-class Embedded:
-    """What has been done. waited_s: seconds for which the devices, all together, waited for tiles, and for the disk that takes
-    the vectors; computed_s: for which this process waited for the devices, or was one."""
+class EmbedStats:
+    """What was embedded, and where the time went.
+
+    waited_s: seconds that the devices, added up, waited for tiles and for the disk that stores the vectors. computed_s:
+    seconds that this process waited for the devices or, on a CPU, computed. gpu_bytes: the most GPU memory in use.
+    """
 
     tiles: int = 0
     bytes_read: int = 0
@@ -60,7 +68,7 @@ class Embedded:
     computed_s: float = 0.0
     gpu_bytes: int = 0
 
-    def add(self, other: "Embedded") -> None:
+    def add(self, other: "EmbedStats") -> None:
         self.tiles += other.tiles
         self.bytes_read += other.bytes_read
         self.computed_s += other.computed_s
@@ -76,22 +84,22 @@ def embed_shard(
     batch_size: int | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> np.ndarray:
-    """Embed rows 0 … n-1, whose tiles have the n `content_hashes`; float32 (n, dim) in that order.
+    """Embed rows 0 … n-1, whose tiles have the n `content_hashes`. Returns float32 (n, dim) in that order.
 
-    On a CPU a vector depends on `batch_size` by less than 1e-5 of its length (measured: 7e-7 in fp32, 5e-6 in bf16, and
-    zero as a rule). A batch that does not fit into the GPU's memory is halved, and so are those after it. `progress` is
-    called with the number of tiles of each finished batch. Raises `SynpipeError` where a value is not finite.
+    On a CPU, `batch_size` changes a vector by less than 1e-5 of its length (measured: 7e-7 in fp32, 5e-6 in bf16, and
+    usually zero). A batch that does not fit into GPU memory is halved, and so are the later ones. `progress` receives the
+    number of tiles of each finished batch. Raises `SynpipeError` if a value is not finite.
     """
     size = batch_size or encoder.batch_size
     rows = np.arange(len(content_hashes))
     batches = [rows[start : start + size] for start in range(0, len(rows), size)]
-    found = [np.empty((0, encoder.dim), np.float32)]
-    for vectors in _stream(encoder, (partial(read_tiles, batch) for batch in batches), size, Embedded()):
-        found.append(vectors)
+    embedded = [np.empty((0, encoder.dim), np.float32)]
+    for batch_vectors in _stream(encoder, (partial(read_tiles, batch) for batch in batches), size, EmbedStats()):
+        embedded.append(batch_vectors)
         if progress:
-            progress(len(vectors))
-    vectors = np.concatenate(found)
-    _check(encoder, vectors, content_hashes)
+            progress(len(batch_vectors))
+    vectors = np.concatenate(embedded)
+    _check_finite(encoder, vectors, content_hashes)
     return vectors
 
 
@@ -101,34 +109,34 @@ def embed_missing(
     shards: Iterable[Shard],
     batch_size: int | None = None,
     progress: Callable[[int], None] | None = None,
-) -> Embedded:
-    """Embed the tiles of all shards that the cache lacks, each content of a shard once; or those that a shard names.
+) -> EmbedStats:
+    """Embed the tiles of all shards that the cache lacks, or the rows that a shard names. Equal tiles of a shard count once.
 
-    encoders: the same one on each device that is to work; each takes the next part when it is through with one. Where one
-    fails, the others end the part that they are at, and all that is whole is kept.
+    encoders: the same encoder on each device. A device takes the next part when it has finished one. If a device fails, the
+    others finish their current parts, and all complete parts are kept. `progress` receives the number of tiles of each
+    finished batch. Raises `SynpipeError` if a value is not finite.
     """
     if any(cache.fingerprint != encoder.fingerprint for encoder in encoders):
         raise ValueError("the cache belongs to another encoder")
-    done = Embedded()
-    parts = _Shared(_parts(cache, shards, ROWS_PER_PART[encoders[0].device_kind]))
+    parts = _SharedParts(_split_into_parts(cache, shards, ROWS_PER_PART[encoders[0].device_kind]))
     with ThreadPoolExecutor(1, "synpipe-write") as writer:
-        work = partial(_embed_parts, cache=cache, parts=parts, writer=writer, size=batch_size, tell=progress, done=done)
+        queue = _EmbedQueue(cache, parts, writer, batch_size, progress)
         if len(encoders) == 1:
-            work(encoders[0])
+            queue.work_off(encoders[0])
         else:
             with ThreadPoolExecutor(len(encoders), "synpipe-device") as devices:
-                running = [devices.submit(work, encoder) for encoder in encoders]
+                running = [devices.submit(queue.work_off, encoder) for encoder in encoders]
                 try:
-                    for one in running:
-                        one.result()
+                    for device in running:
+                        device.result()
                 finally:
                     parts.end()
-    return done
+    return queue.stats
 
 
 @dataclass
 class _Part:
-    """Rows of a shard whose vectors are written at once."""
+    """Rows of a shard whose vectors are written together."""
 
     shard: Shard
     rows: np.ndarray
@@ -138,27 +146,31 @@ class _Part:
     def hashes(self) -> list[str]:
         return [self.shard.content_hashes[row] for row in self.rows.tolist()]
 
+    @property
+    def complete(self) -> bool:
+        return sum(map(len, self.vectors)) == len(self.rows)
 
-def _parts(cache: EmbeddingCache, shards: Iterable[Shard], most: int) -> Iterator[_Part]:
+
+def _split_into_parts(cache: EmbeddingCache, shards: Iterable[Shard], max_rows: int) -> Iterator[_Part]:
     for shard in shards:
         rows = shard.rows
         if rows is None:
-            rows = cache.lacking(shard.name, shard.content_hashes, verify=False)
-        for start in range(0, len(rows), most):
-            yield _Part(shard, rows[start : start + most])
+            rows = cache.missing_rows(shard.name, shard.content_hashes, verify=False)
+        for start in range(0, len(rows), max_rows):
+            yield _Part(shard, rows[start : start + max_rows])
 
 
-class _Shared:
-    """Parts for several devices: each goes to one of them, and there are none after an end."""
+class _SharedParts:
+    """Parts for several devices. Each part goes to one device. After `end`, there are none left."""
 
     def __init__(self, parts: Iterator[_Part]) -> None:
         self._parts = parts
-        self.lock = threading.Lock()
+        self._lock = threading.Lock()
         self._ended = False
 
     def __iter__(self) -> Iterator[_Part]:
         while True:
-            with self.lock:
+            with self._lock:
                 part = None if self._ended else next(self._parts, None)
             if part is None:
                 return
@@ -168,68 +180,73 @@ class _Shared:
         self._ended = True
 
 
-def _embed_parts(
-    encoder: Encoder,
-    cache: EmbeddingCache,
-    parts: _Shared,
-    writer: ThreadPoolExecutor,
-    size: int | None,
-    tell: Callable[[int], None] | None,
-    done: Embedded,
-) -> None:
-    """The work of one device."""
-    size = size or encoder.batch_size
-    metadata = {
-        "encoder": json.dumps(encoder.spec.model_dump(mode="json")),
-        "preprocessing": json.dumps(encoder.preprocessing),
-        "synpipe": __version__,
-    }
-    at_work: deque[_Part] = deque()
-    written: Future[Any] | None = None
-    mine = Embedded()
+@dataclass
+class _EmbedQueue:
+    """The work that the devices share, and what they have done."""
 
-    def wait_until_written() -> None:
-        started = time.perf_counter()
-        if written is not None:
-            written.result()
-        mine.waited_s["for the disk"] += time.perf_counter() - started
+    cache: EmbeddingCache
+    parts: _SharedParts
+    writer: ThreadPoolExecutor
+    batch_size: int | None
+    progress: Callable[[int], None] | None
+    stats: EmbedStats = field(default_factory=EmbedStats)
+    stats_lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def reads() -> Iterator[Callable[[], np.ndarray]]:
-        for part in parts:
-            at_work.append(part)
+    def work_off(self, encoder: Encoder) -> None:
+        """Embed parts on the device of `encoder` until there are none left."""
+        size = encoder.batch_size if self.batch_size is None else self.batch_size
+        metadata = {
+            "encoder": json.dumps(encoder.spec.model_dump(mode="json")),
+            "preprocessing": json.dumps(encoder.preprocessing),
+            "synpipe": __version__,
+        }
+        started_parts: deque[_Part] = deque()
+        write: Future[Any] | None = None
+        stats = EmbedStats()
+        try:
+            for vectors in _stream(encoder, self._reads(started_parts, size), size, stats):
+                part = started_parts[0]
+                part.vectors.append(vectors)
+                stats.tiles += len(vectors)
+                if self.progress:
+                    self.progress(len(vectors))
+                if part.complete:
+                    started_parts.popleft()
+                    part_vectors = np.concatenate(part.vectors)
+                    _check_finite(encoder, part_vectors, part.hashes)
+                    _wait_for(write, stats)
+                    write = self.writer.submit(self.cache.add, part.shard.name, part.hashes, part_vectors, metadata)
+            _wait_for(write, stats)
+        except BaseException:
+            self.parts.end()
+            raise
+        finally:
+            if encoder.device.type == "cuda":
+                import torch
+
+                stats.gpu_bytes = torch.cuda.max_memory_allocated(encoder.device)
+            with self.stats_lock:
+                self.stats.add(stats)
+
+    def _reads(self, started_parts: deque[_Part], size: int) -> Iterator[Callable[[], np.ndarray]]:
+        """A function per batch that reads its tiles. Each part is added to `started_parts` before its first batch."""
+        for part in self.parts:
+            started_parts.append(part)
             for start in range(0, len(part.rows), size):
                 yield partial(part.shard.read_tiles, part.rows[start : start + size])
 
-    try:
-        for vectors in _stream(encoder, reads(), size, mine):
-            part = at_work[0]
-            part.vectors.append(vectors)
-            mine.tiles += len(vectors)
-            if tell:
-                tell(len(vectors))
-            if sum(map(len, part.vectors)) == len(part.rows):
-                at_work.popleft()
-                found = np.concatenate(part.vectors)
-                _check(encoder, found, part.hashes)
-                wait_until_written()
-                written = writer.submit(cache.add, part.shard.name, part.hashes, found, metadata)
-        wait_until_written()
-    except BaseException:
-        parts.end()
-        raise
-    finally:
-        if encoder.device.type == "cuda":
-            import torch
 
-            mine.gpu_bytes = torch.cuda.max_memory_allocated(encoder.device)
-        with parts.lock:
-            done.add(mine)
+def _wait_for(write: Future[Any] | None, stats: EmbedStats) -> None:
+    started = time.perf_counter()
+    if write is not None:
+        write.result()
+    stats.waited_s["for the disk"] += time.perf_counter() - started
 
 
 def _stream(
-    encoder: Encoder, reads: Iterable[Callable[[], np.ndarray]], size: int, done: Embedded
+    encoder: Encoder, reads: Iterable[Callable[[], np.ndarray]], size: int, stats: EmbedStats
 ) -> Iterator[np.ndarray]:
-    """Vectors of batch after batch, each read by a function of `reads` in another thread while others are computed."""
+    """Yield the vectors of each batch in turn. Other threads call the functions of `reads` while the device computes."""
     readers, launched_ahead = READERS[encoder.device_kind], LAUNCHED_AHEAD[encoder.device_kind]
     launched: deque[list[Finish]] = deque()
     launch = _Launch(encoder, size)
@@ -241,15 +258,15 @@ def _stream(
     def finish() -> np.ndarray:
         started = time.perf_counter()
         vectors = [wait() for wait in launched.popleft()]
-        done.computed_s += time.perf_counter() - started
+        stats.computed_s += time.perf_counter() - started
         return vectors[0] if len(vectors) == 1 else np.concatenate(vectors)
 
     with ThreadPoolExecutor(readers, "synpipe-read") as pool:
         ahead: deque[Future[tuple[Any, int]]] = deque()
-        left = iter(reads)
+        remaining = iter(reads)
         try:
             while True:
-                while len(ahead) <= readers and (read := next(left, None)) is not None:
+                while len(ahead) <= readers and (read := next(remaining, None)) is not None:
                     ahead.append(pool.submit(stage, read))
                 if not ahead:
                     break
@@ -257,15 +274,15 @@ def _stream(
                 staged, size_bytes = ahead.popleft().result()
                 waited = time.perf_counter()
                 launched.append(launch(staged))
-                done.waited_s["for tiles"] += waited - started
-                done.computed_s += time.perf_counter() - waited
-                done.bytes_read += size_bytes
+                stats.waited_s["for tiles"] += waited - started
+                stats.computed_s += time.perf_counter() - waited
+                stats.bytes_read += size_bytes
                 if len(launched) > launched_ahead:
                     yield finish()
         except GeneratorExit:
             raise
         except BaseException:
-            while launched:  # what was read and computed before something failed, or somebody stopped it
+            while launched:  # keep the batches that were launched before a failure or an interrupt
                 yield finish()
             raise
         finally:
@@ -276,7 +293,7 @@ def _stream(
 
 
 class _Launch:
-    """Begins forward passes, in halves from where a batch did not fit into the device's memory."""
+    """Launches batches. After one did not fit into the memory of the device, it splits that one and all later ones."""
 
     def __init__(self, encoder: Encoder, size: int) -> None:
         self._encoder, self._size = encoder, size
@@ -284,33 +301,33 @@ class _Launch:
     def __call__(self, staged: Any) -> list[Finish]:
         import torch
 
-        begun: list[Finish] = []
+        launched: list[Finish] = []
         start = 0
         while start < len(staged):
             size = self._size
             try:
-                begun.append(self._encoder.forward.launch(staged[start : start + size], size))
+                launched.append(self._encoder.forward.launch(staged[start : start + size], size))
             except torch.OutOfMemoryError as error:
                 if size == 1:
                     raise SynpipeError(
                         f"One tile does not fit into the memory of {self._encoder.device} with {self._encoder.spec.model}: "
-                        "close what else uses that device, choose a smaller encoder, or run on the CPU."
+                        "close other programs that use that device, choose a smaller encoder, or run on the CPU."
                     ) from error
                 self._size = min(size, len(staged) - start) // 2 or 1
                 torch.cuda.empty_cache()
                 logger.warning(
-                    "%s is out of memory: going on with batches of %d tiles", self._encoder.device, self._size
+                    "%s is out of memory: continuing with batches of %d tiles", self._encoder.device, self._size
                 )
                 continue
             start += size
-        return begun
+        return launched
 
 
-def _check(encoder: Encoder, vectors: np.ndarray, content_hashes: Sequence[str]) -> None:
+def _check_finite(encoder: Encoder, vectors: np.ndarray, content_hashes: Sequence[str]) -> None:
     bad = np.flatnonzero(~np.isfinite(vectors).all(axis=1))
     if len(bad):
         examples = ", ".join(f"{content_hashes[row]} (row {row})" for row in bad[:3])
         raise SynpipeError(
-            f"{encoder.spec.model} gave NaN or infinite values for {len(bad)} of {len(vectors)} tiles, the first being "
+            f"{encoder.spec.model} gave NaN or infinite values for {len(bad)} of {len(vectors)} tiles, for example "
             f"{examples}. None of them was kept. Try `precision: fp32`; if that does not help, its weights are damaged."
         )

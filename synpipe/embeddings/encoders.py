@@ -1,167 +1,54 @@
-"""Encoders: a registry entry says which network, which weights and which preprocessing; here it becomes a model.
+"""Opens encoders: turns a spec into a network, its weights and its preprocessing on a device.
 
-In: `data/encoders.yaml`, an `EncoderSpec` per name, or a `DescriptorSpec`. Out: an `Encoder` that turns uint8 tiles into vectors.
-Guarantee: everything that changes a number is in the encoder's fingerprint (architecture and its arguments, the bytes
-of the weights, crop, mean, std, precision, torch and timm), so vectors with one fingerprint may be compared and cached.
+Input: an `EncoderSpec` or a `DescriptorSpec`. Output: an `Encoder`, which turns uint8 tiles into vectors. Everything that
+affects the numbers is part of the encoder's fingerprint: architecture and arguments, the bytes of the weights, crop, mean,
+standard deviation, precision, torch and timm. So vectors with the same fingerprint may be compared and cached.
 
-Preprocessing, the same for every encoder and only here: the centre `crop_px` of the tile at its native scale, then the
-model's own mean and standard deviation (timm's data config). Cropped and never resized, because EM is calibrated: a
-vesicle of 40 nm is 10 pixels wide in every tile of 4 nm pixels, and an interpolation would blur the smallest structures
-and bring in an implementation of its own. The synapse stays in the centre.
+All networks share one preprocessing: the centre `crop_px` of the tile at its native scale, then the mean and standard
+deviation of the model (timm's data config). Tiles are cropped and never resized, because EM is calibrated: a vesicle of 40 nm
+is 10 pixels wide in every tile of 4 nm pixels. Interpolation would blur the smallest structures, and its result would depend
+on the implementation. The synapse stays in the centre.
 
-torch and timm take about ten seconds to import, and registries are read whenever Dagster loads the code, so this module
-imports them inside `open_encoder` only.
+torch and timm take about ten seconds to import, so this module imports them inside functions only.
+
+After a change that alters vectors, raise `NETWORK_METHOD` in `encoder_specs`.
 """
 
 import difflib
-import hashlib
 import logging
 import os
 from dataclasses import dataclass, field
-from functools import lru_cache
-from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from pydantic import Field, field_validator, model_validator
 
 from synpipe.embeddings import descriptors
-from synpipe.embeddings.compression import CompressedSpec
-from synpipe.embeddings.descriptors import DescriptorSpec
-from synpipe.embeddings.forward import BATCH_SIZE, Computed, Forward, NetworkForward
-from synpipe.errors import SynpipeError
-from synpipe.specs import Spec, digest, read_yaml
+from synpipe.embeddings.encoder_specs import DescriptorSpec, EncoderSpec, TileEncoderSpec
+from synpipe.embeddings.forward import BATCH_SIZE, Forward, FunctionForward, NetworkForward
+from synpipe.errors import SynpipeError, one_line
+from synpipe.store.fingerprints import file_sha256
+from synpipe.tiles.tile import TILE_PX
 
 if TYPE_CHECKING:
     import torch
 
 logger = logging.getLogger(__name__)
 
-TILE_PX = 256
-"""Height and width of a tile in pixels."""
-
 _CROP_OF_LARGE_MODELS_PX = 224  # for a network whose own input is larger than a tile; a multiple of 14, 16 and 32
-_METHOD = 1  # raise it when a change in this file, or in em_network.py, changes the vectors
 _HUB_TIMEOUT_S = 5.0
-_WEIGHT_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
 
-# Read by huggingface_hub when it is imported.
+# huggingface_hub reads this when it is imported.
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-
-
-class EncoderSpec(Spec):
-    """One entry of the registry, without its name.
-
-    Two specs that differ only in `description`, or in where the same weights file lies, have the same identity.
-    """
-
-    model: str = Field(pattern=r"^\w+(\.\w+)?$")
-    """timm's name, `architecture.weights_tag`, such as `xcit_nano_12_p16_224.fb_in1k`."""
-    weights: str
-    """`hub` (Hugging Face), `random` (needs `seed`), or a weights file, relative to the registry's folder."""
-    seed: int | None = Field(None, ge=0)
-    args: dict[str, bool | int | float | str] = Field(default_factory=dict)
-    """Further arguments of the architecture, for `timm.create_model`."""
-    crop_px: int | None = Field(None, ge=32, le=TILE_PX, multiple_of=2)
-    """Centre crop shown to the model. Default: the model's own input size, or 224 where that exceeds the tile."""
-    precision: Literal["bf16", "fp32"] = "bf16"
-    """bf16 (autocast) moves a vector by at most about 1 % and is twice as fast on a CPU that has it (AVX512-BF16, AMX). One
-    that has not emulates it, 2 to 10 times slower than fp32; `open_encoder` then warns."""
-    compile: bool = False
-    """Whether `torch.compile` makes kernels for this network, which takes minutes at every start and a C++ compiler. They round
-    otherwise, so it is of the fingerprint."""
-    description: str = ""
-
-    @field_validator("weights")
-    @classmethod
-    def _known_source(cls, weights: str) -> str:
-        if weights not in ("hub", "random") and not weights.endswith(_WEIGHT_SUFFIXES):
-            raise ValueError(f"`hub`, `random` or a file that ends with {', '.join(_WEIGHT_SUFFIXES)}")
-        return weights
-
-    @model_validator(mode="after")
-    def _seed_only_with_random(self) -> Self:
-        if (self.seed is None) == (self.weights == "random"):
-            raise ValueError("`seed` belongs to `weights: random`, and to nothing else")
-        return self
-
-
-class _Registry(Spec):
-    encoders: dict[str, Any] = Field(min_length=1)
-
-    @field_validator("encoders")
-    @classmethod
-    def _names(cls, encoders: dict[str, Any]) -> dict[str, Any]:
-        for name in encoders:
-            if not (name.isascii() and name.isidentifier() and name == name.lower() and name[0] != "_"):
-                raise ValueError(f"the name `{name}` must consist of a-z, 0-9 and _ and begin with a letter")
-        return encoders
-
-
-def load_registry(path: Path) -> dict[str, EncoderSpec | DescriptorSpec | CompressedSpec]:
-    """Read the encoders in the order of the file. Raises `SynpipeError` naming file, entry and valid keys."""
-    entries = _Registry.parse(read_yaml(path), str(path)).encoders
-    return {name: _kind(entry).parse(entry, f"{path}, encoder `{name}`") for name, entry in entries.items()}
-
-
-def _kind(entry: Any) -> type[EncoderSpec] | type[DescriptorSpec] | type[CompressedSpec]:
-    """A network, a hand-made descriptor, or what is fitted on the vectors of another encoder."""
-    keys = entry if isinstance(entry, dict) else ()
-    return DescriptorSpec if "descriptor" in keys else CompressedSpec if "base" in keys else EncoderSpec
-
-
-def identity(spec: EncoderSpec | DescriptorSpec, base: Path) -> str:
-    """What the encoder is declared to be, without importing torch, opening the model or asking the hub.
-
-    For Dagster's `code_version`. The vectors' cache key is `Encoder.fingerprint`, which also covers the bytes that the
-    hub delivered. A weights file that does not exist is no error here: the other encoders can still be listed and run.
-    """
-    if isinstance(spec, DescriptorSpec):
-        return spec.fingerprint()
-    path = base / spec.weights
-    if spec.weights == "hub":
-        weights = f"hub:{spec.model}"
-    elif spec.weights == "random":
-        weights = f"random:{spec.seed}"
-    else:
-        weights = f"sha256:{_sha256(path)}" if path.is_file() else f"missing:{spec.weights}"
-    return digest({**_declaration(spec), "weights": weights, "crop_px": spec.crop_px})
-
-
-def _declaration(spec: EncoderSpec) -> dict[str, Any]:
-    declared = {
-        "model": spec.model,
-        "args": spec.args,
-        "precision": spec.precision,
-        "method": _METHOD,
-        "torch": _version("torch"),
-        "timm": _version("timm"),
-    }
-    return declared | ({"compile": True} if spec.compile else {})
-
-
-_version = lru_cache(version)  # it reads a file for 6 ms, and `status` asks for every step of every encoder
-
-
-def _sha256(path: Path) -> str:
-    status = path.stat()
-    return _sha256_of_version(path.resolve(), status.st_size, status.st_mtime_ns)
-
-
-@lru_cache(maxsize=64)
-def _sha256_of_version(path: Path, size: int, mtime_ns: int) -> str:
-    with open(path, "rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
 @dataclass(frozen=True)
 class Encoder:
-    """A model ready to embed; made by `open_encoder`."""
+    """A model ready to embed. `open_encoder` makes it."""
 
-    spec: EncoderSpec | DescriptorSpec
+    spec: TileEncoderSpec
     weights: str
-    """Identity of the weights that were loaded: `sha256:` and the digest of the file, `random:` and the seed, or `none`."""
+    """The weights that were loaded: `sha256:` and the digest of the file, `random:` and the seed, or `none`."""
     fingerprint: str
     dim: int
     device: "torch.device"
@@ -175,64 +62,66 @@ class Encoder:
         return np.concatenate([self.forward.launch(batch, self.batch_size)() for batch in batches])
 
     def stage(self, tiles: np.ndarray) -> Any:
-        """What `forward.launch` wants of tiles; in any thread."""
+        """Prepare tiles for `forward.launch`. Any thread may call this. Raises ValueError for a wrong dtype or shape."""
         if tiles.dtype != np.uint8 or tiles.shape[1:] != (3, TILE_PX, TILE_PX):
             raise ValueError(f"tiles must be uint8 (n, 3, {TILE_PX}, {TILE_PX}), not {tiles.dtype} {tiles.shape}")
         return self.forward.stage(tiles)
 
     @property
     def device_kind(self) -> str:
-        """Of the kinds that sizes are known for the device's own, else `cpu`."""
+        """`cuda` or `cpu`: the key of `BATCH_SIZE` and similar tables. Other devices count as `cpu`."""
         return self.device.type if self.device.type in BATCH_SIZE else "cpu"
 
     @property
     def batch_size(self) -> int:
-        """Tiles that go to the device at once."""
+        """The number of tiles that go to the device at once."""
         return BATCH_SIZE[self.device_kind]
 
 
-def open_encoder(spec: EncoderSpec | DescriptorSpec, base: Path, device: str = "auto") -> Encoder:
-    """Build the network, load its weights and put it on `device` (`auto`: the GPU if there is one; `cpu`, `cuda:1` …).
+def open_encoder(spec: TileEncoderSpec, weights_base: Path, device: str = "auto") -> Encoder:
+    """Build the network, load its weights and move it to `device`.
 
-    `base` is the folder that a relative weights file starts from. Raises `SynpipeError` where the model, the device or
-    the weights are not to be had; it never falls back to other weights. A descriptor is computed on the CPU in any case.
+    weights_base: the folder where a relative weights path starts. device: `auto` (the GPU if there is one), `cpu`, `cuda:1` …;
+    descriptors always run on the CPU. Raises `SynpipeError` if the model, the device or the weights are unavailable; it
+    never falls back to other weights.
     """
-    if isinstance(spec, DescriptorSpec):
+    if not spec.is_network:
         return _open_descriptor(spec)
     target = find_device(device)
     if spec.precision == "bf16" and target.type == "cpu" and not cpu_has_bf16():
         logger.warning(
-            "This CPU emulates bf16, slowly: `precision: fp32` in the registry is faster for %s here", spec.model
+            "This CPU emulates bf16, which is slow: with `precision: fp32` in the registry, %s runs faster here",
+            spec.model,
         )
-    model, weights, preprocessing = open_network(spec, base)
+    model, weights, preprocessing = open_network(spec, weights_base)
     forward = NetworkForward(model, preprocessing, target, spec.precision, spec.compile, TILE_PX)
     try:
         dim = forward.launch(forward.stage(np.zeros((1, 3, TILE_PX, TILE_PX), np.uint8)))().shape[1]
     except (RuntimeError, AssertionError) as error:
         raise SynpipeError(
-            f"Encoder {spec.model} cannot take tiles of {preprocessing['crop_px']} px ({_shorten(error)}): set another "
+            f"Encoder {spec.model} cannot process crops of {preprocessing['crop_px']} px ({_shorten(error)}): set another "
             "`crop_px`."
         ) from None
-    fingerprint = digest({**_declaration(spec), "weights": weights, "preprocessing": preprocessing})
-    return Encoder(spec, weights, fingerprint, dim, target, preprocessing, forward)
+    return Encoder(spec, weights, spec.fingerprint(weights, preprocessing), dim, target, preprocessing, forward)
 
 
-def weights_file(spec: EncoderSpec | DescriptorSpec, base: Path) -> Path | None:
-    """The file that the weights are read from, downloaded if need be; None where there is none. Raises as `open_encoder`."""
-    if isinstance(spec, DescriptorSpec) or spec.weights == "random":
+def weights_file(spec: TileEncoderSpec, weights_base: Path) -> Path | None:
+    """The file with the weights, downloaded if necessary; None if the encoder has none. Raises as `open_encoder` does."""
+    if not spec.is_network or spec.weights == "random":
         return None
-    return _hub_file(spec, _pretrained_config(spec.model)) if spec.weights == "hub" else base / spec.weights
+    return _hub_file(spec, _pretrained_config(spec.model)) if spec.weights == "hub" else weights_base / spec.weights
 
 
-def open_network(spec: EncoderSpec, base: Path) -> tuple["torch.nn.Module", str, dict[str, Any]]:
-    """The network itself, on the CPU, the identity of its weights, and its preprocessing, for training it further.
+def open_network(spec: EncoderSpec, weights_base: Path) -> tuple["torch.nn.Module", str, dict[str, Any]]:
+    """Build the network on the CPU and load its weights, to embed with it or to train it further.
 
-    preprocessing: `crop_px`, and per channel `mean` and `std` of grey values from 0 to 1. Raises as `open_encoder` does.
+    Returns the network, its weights (see `Encoder.weights`) and its preprocessing: `crop_px`, and per channel the `mean` and
+    `std` of grey values from 0 to 1. Raises as `open_encoder` does.
     """
     import timm
     import torch
 
-    import synpipe.embeddings.em_network  # noqa: F401  # makes `d4resnet` known to timm
+    import synpipe.embeddings.em_network  # noqa: F401  # registers `d4resnet` with timm
 
     config = _pretrained_config(spec.model)
     native_px = config.input_size[-1]
@@ -241,16 +130,16 @@ def open_network(spec: EncoderSpec, base: Path) -> tuple["torch.nn.Module", str,
     if config.fixed_input_size and crop_px != native_px:
         args["img_size"] = crop_px  # position embeddings are built for, and resampled to, this size
 
-    # Initialisation must be the same in every process and leave the caller's random numbers alone.
+    # Initialisation must be the same in every process and must not disturb the random numbers of the caller.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(spec.seed or 0)
         if spec.weights == "random":
             weights = f"random:{spec.seed}"
             model = _create(spec, args)
         else:
-            path = _hub_file(spec, config) if spec.weights == "hub" else base / spec.weights
+            path = _hub_file(spec, config) if spec.weights == "hub" else weights_base / spec.weights
             model = _create_with_weights(spec, args, config, path)
-            weights = f"sha256:{_sha256(path)}"
+            weights = f"sha256:{file_sha256(path)}"
 
     data = timm.data.resolve_model_data_config(model)
     preprocessing = {"crop_px": crop_px, "resize": "none", "mean": list(data["mean"]), "std": list(data["std"])}
@@ -264,20 +153,22 @@ def _open_descriptor(spec: DescriptorSpec) -> Encoder:
         return descriptors.describe(spec.descriptor, tiles)
 
     dim = describe(np.zeros((1, 3, TILE_PX, TILE_PX), np.uint8)).shape[1]
-    seen = {"crop_px": descriptors.CROPS_PX[spec.descriptor], "resize": "none"}
-    return Encoder(spec, "none", spec.fingerprint(), dim, torch.device("cpu"), seen, Computed(describe))
+    preprocessing = {"crop_px": descriptors.CROPS_PX[spec.descriptor], "resize": "none"}
+    forward = FunctionForward(describe)
+    return Encoder(spec, "none", spec.fingerprint(), dim, torch.device("cpu"), preprocessing, forward)
 
 
-def open_on_all_devices(spec: EncoderSpec | DescriptorSpec, base: Path) -> list[Encoder]:
-    """The same encoder on each GPU of this machine, or once on its CPU. Raises as `open_encoder` does."""
+def open_on_all_devices(spec: TileEncoderSpec, weights_base: Path) -> list[Encoder]:
+    """Open the encoder on each GPU of this machine, or once on its CPU. Raises as `open_encoder` does."""
     import torch
 
-    gpus = 0 if isinstance(spec, DescriptorSpec) else torch.cuda.device_count()
-    return [open_encoder(spec, base, f"cuda:{gpu}") for gpu in range(gpus)] or [open_encoder(spec, base, "cpu")]
+    gpus = torch.cuda.device_count() if spec.is_network else 0
+    devices = [f"cuda:{gpu}" for gpu in range(gpus)] or ["cpu"]
+    return [open_encoder(spec, weights_base, device) for device in devices]
 
 
 def find_device(device: str = "auto") -> "torch.device":
-    """The device of that name; `auto`: the GPU if there is one. Raises `SynpipeError` where it cannot be used."""
+    """The device of that name; `auto` means the GPU if there is one. Raises `SynpipeError` if it cannot be used."""
     import torch
 
     if device == "auto":
@@ -293,7 +184,7 @@ def find_device(device: str = "auto") -> "torch.device":
 
 
 def cpu_has_bf16() -> bool:
-    """Whether it computes in bf16; one that has not emulates it slowly."""
+    """Whether the CPU has instructions for bf16. Other CPUs emulate it slowly."""
     import torch
 
     capabilities = torch.cpu.get_capabilities()
@@ -301,7 +192,7 @@ def cpu_has_bf16() -> bool:
 
 
 def _pretrained_config(model: str) -> Any:
-    """timm's `PretrainedCfg`: input size, mean, std, address on the hub."""
+    """timm's `PretrainedCfg`: input size, mean, standard deviation, address on the hub. Raises `SynpipeError` if unknown."""
     import timm
 
     try:
@@ -311,7 +202,7 @@ def _pretrained_config(model: str) -> Any:
     if config is None:
         close = difflib.get_close_matches(model, [*timm.list_models(), *timm.list_pretrained()], n=4)
         hint = f" Did you mean {', '.join(close)}?" if close else ""
-        raise SynpipeError(f"timm {timm.__version__} knows no model `{model}`.{hint} timm.list_pretrained() lists all.")
+        raise SynpipeError(f"timm {timm.__version__} has no model `{model}`.{hint} timm.list_pretrained() lists all.")
     return config
 
 
@@ -335,17 +226,17 @@ def _create_with_weights(spec: EncoderSpec, args: dict[str, Any], config: Any, p
         raise SynpipeError(
             f"The weights file {path} of encoder {spec.model} does not exist: correct `weights` in the registry."
         ) from None
-    except Exception as error:  # whatever safetensors, pickle, zipfile and torch raise on a file that is something else
+    except Exception as error:  # safetensors, pickle, zipfile and torch raise many types
         raise SynpipeError(
             f"The weights file {path} of encoder {spec.model} cannot be read ({_first_line(error)}). It must be "
-            "safetensors, or a torch checkpoint that holds tensors only: code in a checkpoint is never run."
+            "safetensors, or a torch checkpoint that contains tensors only: code in a checkpoint is never run."
         ) from None
     classifiers = (config.classifier,) if isinstance(config.classifier, str) else config.classifier or ()
     features = {key: value for key, value in state.items() if not key.startswith(tuple(f"{c}." for c in classifiers))}
     try:
         if not features:
-            raise RuntimeError("it holds no weights")
-        # With `num_classes` equal on both sides timm loads strictly; else it accepts missing layers in silence.
+            raise RuntimeError("it contains no weights")
+        # With equal `num_classes` on both sides timm loads strictly; otherwise it silently accepts missing layers.
         overlay = {"state_dict": features, "num_classes": 0, "label_offset": 0}
         model = _create(spec, args, pretrained=True, pretrained_cfg_overlay=overlay)
     except (RuntimeError, KeyError, ValueError, AttributeError) as error:
@@ -358,9 +249,9 @@ def _create_with_weights(spec: EncoderSpec, args: dict[str, Any], config: Any, p
 
 
 def _hub_file(spec: EncoderSpec, config: Any) -> Path:
-    """Path of the weights in the Hugging Face cache, downloaded if they are not there.
+    """Path of the weights in the Hugging Face cache, downloaded if they are missing there.
 
-    What is in the cache is used without asking the hub: a change there cannot change vectors here unnoticed.
+    Cached weights are used without contacting the hub, so a change on the hub cannot silently change vectors here.
     """
     import huggingface_hub as hub
 
@@ -377,19 +268,19 @@ def _hub_file(spec: EncoderSpec, config: Any) -> Path:
                 return Path(cached)
         for name in names:
             try:
-                # hf_hub_download would retry for minutes on a machine without network; this asks once.
+                # Without a network, hf_hub_download would retry for minutes. This request fails after one timeout.
                 url = hub.hf_hub_url(repository, name, revision=revision or None)
                 hub.get_hf_file_metadata(url, timeout=_HUB_TIMEOUT_S)
                 return Path(hub.hf_hub_download(repository, name, revision=revision or None))
             except hub.errors.EntryNotFoundError:
                 continue
         raise FileNotFoundError(f"the repository has neither {' nor '.join(names)}")
-    except Exception as error:  # whatever the hub's client, its HTTP library and the disk raise
+    except Exception as error:  # the hub's client, its HTTP library and the disk raise many types
         raise SynpipeError(
             f"Encoder {spec.model} needs {repository} from {hub.constants.ENDPOINT}, which failed "
-            f"({type(error).__name__}: {_first_line(error)}). With network: `hf download {repository} {names[0]}`, "
-            "then copy that file here and set `weights` to its path, or copy the Hugging Face cache folder; or use an "
-            "encoder whose weights are here (`weights: random` or a file)."
+            f"({type(error).__name__}: {_first_line(error)}). On a machine with a network, run `hf download {repository} "
+            f"{names[0]}`, then copy that file here and set `weights` to its path, or copy the Hugging Face cache folder. Or "
+            "use an encoder that needs no download (`weights: random` or a file)."
         ) from None
 
 
@@ -398,5 +289,5 @@ def _first_line(error: BaseException) -> str:
 
 
 def _shorten(error: BaseException, limit: int = 400) -> str:
-    text = " ".join(str(error).split())
+    text = one_line(error)
     return text if len(text) <= limit else text[: limit - 2].rsplit(" ", 1)[0] + " …"

@@ -1,10 +1,10 @@
-"""A network on a device: bytes of tiles go in, vectors come out, and nobody waits who has something else to do.
+"""The forward pass of an encoder on one device, in two halves, so that reading, copying and computing overlap.
 
-In: tiles, uint8 (n, 3, 256, 256). Out: vectors, float32 (n, dim). What happens where: the crop is cut out where the tile is
-read, in whichever thread that is; the bytes travel as they are, from page-locked memory and beside the computation; they
-become floats, and are normalised, on the device; vectors travel back while the next batch is computed.
+Input: tiles, uint8 (n, 3, 256, 256). Output: vectors, float32 (n, dim). The thread that reads a tile cuts out the crop. The
+crop travels to the device as bytes, from page-locked memory, while the device computes. The device converts it to floats
+and normalises it. Vectors travel back while the next batch is computed.
 
-Only torch and numpy are imported here, and torch late: it takes seconds.
+This module depends on torch and numpy only. It imports torch inside functions, because that takes seconds.
 """
 
 from collections.abc import Callable, Mapping
@@ -17,26 +17,30 @@ if TYPE_CHECKING:
     import torch
 
 Finish = Callable[[], np.ndarray]
-"""Waits for the vectors of a batch that was launched: float32 (n, dim)."""
+"""Waits for the vectors of a launched batch and returns them: float32 (n, dim)."""
 
-# Measured on a CPU: twice as many take a tenth longer a tile, for their activations come from the system page by page each time.
+# Measured on a CPU: twice as many tiles take a tenth longer per tile, because the system then provides the memory for their
+# activations page by page every time.
 BATCH_SIZE = {"cpu": 16, "cuda": 512}
 
 
 class Forward(Protocol):
-    """The two halves of a forward pass: `stage` may be called in any thread, `launch` in one only."""
+    """The two halves of a forward pass. Any thread may call `stage`; only one thread may call `launch`."""
 
     def stage(self, tiles: np.ndarray) -> Any:
-        """What is to travel to the device, of tiles uint8 (n, 3, 256, 256): a sequence of n."""
+        """Prepare tiles, uint8 (n, 3, 256, 256), for the device. Returns a sequence of length n."""
 
     def launch(self, staged: Any, pad_to: int = 0) -> Finish:
-        """Begin the computation. pad_to: tiles that a compiled network is filled up to, since it is compiled for a number of
-        them; 0: as it is, not compiled."""
+        """Start the computation.
+
+        pad_to: a compiled network is compiled for one batch size, and a smaller batch is padded to this size. With 0 the
+        network runs uncompiled and without padding.
+        """
 
 
 @dataclass(frozen=True)
-class Computed:
-    """The forward pass of what is no network: a function of tiles, uint8 (n, 3, 256, 256), to float32 (n, dim)."""
+class FunctionForward:
+    """The forward pass of an encoder without a network: a function of tiles, uint8 (n, 3, 256, 256), to float32 (n, dim)."""
 
     function: Callable[[np.ndarray], np.ndarray]
 
@@ -49,10 +53,10 @@ class Computed:
 
 
 class NetworkForward:
-    """The forward pass of a network, whose weights it moves to the device.
+    """The forward pass of a network. The constructor moves the weights to the device.
 
-    preprocessing: `crop_px`, and per channel `mean` and `std` of grey values from 0 to 1. compiled: by `torch.compile`, for
-    one number of tiles at a time.
+    preprocessing: `crop_px`, and per channel the `mean` and `std` of grey values from 0 to 1. compiled: whether to use
+    `torch.compile`, which compiles for one batch size at a time.
     """
 
     def __init__(
@@ -71,14 +75,14 @@ class NetworkForward:
         self._crop = slice((tile_px - crop_px) // 2, (tile_px + crop_px) // 2)
         self._device = device
         self._on_gpu = device.type == "cuda"
-        self._copies = torch.cuda.Stream(device) if self._on_gpu else None
+        self._copy_stream = torch.cuda.Stream(device) if self._on_gpu else None
         mean, std = (torch.tensor(preprocessing[key], device=device).view(1, 3, 1, 1) * 255 for key in ("mean", "std"))
 
         def normalise(pixels: "torch.Tensor") -> "torch.Tensor":
             return pixels.to(torch.float32, memory_format=torch.channels_last).sub_(mean).div_(std)
 
         def normalise_rows(pixels: "torch.Tensor") -> "torch.Tensor":
-            """The same to the last bit, in a third of the time of a CPU: pixels beside each other are, as they lie in memory."""
+            """Bit for bit the same as `normalise`, in a third of the time on a CPU: it walks the pixels in memory order."""
             interleaved = pixels.permute(0, 2, 3, 1)
             rows = interleaved.reshape(-1, 3 * crop_px).to(torch.float32).sub_(mean_row).div_(std_row)
             return rows.view(interleaved.shape).permute(0, 3, 1, 2)
@@ -100,7 +104,7 @@ class NetworkForward:
         import torch
 
         crops = tiles[:, :, self._crop, self._crop]
-        if self._on_gpu:  # which puts the channels beside each other faster than a CPU does
+        if self._on_gpu:  # the GPU reorders the channels, which it does faster than a CPU
             staged = torch.empty(crops.shape, dtype=torch.uint8, pin_memory=True)
             np.copyto(staged.numpy(), crops)
             return staged
@@ -111,7 +115,7 @@ class NetworkForward:
 
         count = len(staged)
         with torch.inference_mode():
-            pixels = self._travel(staged)
+            pixels = self._to_device(staged)
             compute = self._compute
             if self._compiled is not None and pad_to:
                 compute = self._compiled
@@ -119,43 +123,45 @@ class NetworkForward:
             vectors = compute(pixels)[:count]
             if not self._on_gpu:
                 return lambda: vectors.numpy()
-            back = torch.empty(vectors.shape, dtype=torch.float32, pin_memory=True)
-            back.copy_(vectors, non_blocking=True)
-            done = torch.cuda.Event()
-            done.record(torch.cuda.current_stream(self._device))
+            on_host = torch.empty(vectors.shape, dtype=torch.float32, pin_memory=True)
+            on_host.copy_(vectors, non_blocking=True)
+            copied = torch.cuda.Event()
+            copied.record(torch.cuda.current_stream(self._device))
 
         def finish() -> np.ndarray:
-            done.synchronize()
-            return back.numpy()
+            copied.synchronize()
+            return on_host.numpy()
 
         return finish
 
     def bare(self, tiles: np.ndarray) -> Callable[[], None]:
-        """A function that passes one batch through the network and waits for it, and does nothing else: the batch lies on the
-        device and is normalised. What every loop around the network is held against."""
+        """A function that passes one batch through the network and waits for the result, as a reference for benchmarks.
+
+        The batch already lies on the device and is normalised, so nothing but the network is timed.
+        """
         import torch
 
         with torch.inference_mode():
-            ready = self._normalise(self._travel(self.stage(tiles)))
+            normalised = self._normalise(self._to_device(self.stage(tiles)))
         network = torch.compile(self._network, dynamic=False) if self._compiled is not None else self._network
 
-        def once() -> None:
+        def run_once() -> None:
             with torch.inference_mode():
-                network(ready)
+                network(normalised)
             if self._on_gpu:
                 torch.cuda.synchronize(self._device)
 
-        return once
+        return run_once
 
-    def _travel(self, staged: "torch.Tensor") -> "torch.Tensor":
-        """To the device, on a stream of its own there, so that a copy runs beside the batch before it."""
+    def _to_device(self, staged: "torch.Tensor") -> "torch.Tensor":
+        """Copy to the device on a separate stream, so that the copy overlaps with the computation of the previous batch."""
         import torch
 
-        if self._copies is None:
+        if self._copy_stream is None:
             return staged
         computing = torch.cuda.current_stream(self._device)
-        with torch.cuda.stream(self._copies):
+        with torch.cuda.stream(self._copy_stream):
             pixels = staged.to(self._device, non_blocking=True)
-        computing.wait_stream(self._copies)
-        pixels.record_stream(computing)  # else its memory could be given away while it is computed with
+        computing.wait_stream(self._copy_stream)
+        pixels.record_stream(computing)  # otherwise its memory could be reused during the computation
         return pixels

@@ -16,7 +16,7 @@ import pyarrow as pa
 from synpipe.assets.graph import states, steps
 from synpipe.assets.manifest import find_manifest, find_version, read_manifest
 from synpipe.datasets import Dataset
-from synpipe.embeddings.cache import open_part
+from synpipe.embeddings.cache import open_vector_part
 from synpipe.store.files import DAMAGED, TEMPORARY_PREFIX, read_table
 from synpipe.store.objects import BulkPath, list_paths, move_tree, remove_tree
 from synpipe.tiles.parts import damaged_parts, mark_of
@@ -164,7 +164,7 @@ def _embeddings(dataset: Dataset) -> list[Leftover]:
             found.append(_leftover(path, "vectors of an encoder no longer used"))
             continue
         try:
-            content = open_part(path).read(["content_hash"])["content_hash"]
+            content = open_vector_part(path).read(["content_hash"])["content_hash"]
         except (pa.ArrowException, OSError):
             continue  # damaged: whoever embeds next moves it aside
         if hashes.isdisjoint(content.to_pylist()):

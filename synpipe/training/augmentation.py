@@ -1,8 +1,8 @@
-"""Tiles as they might as well have looked: turned, mirrored, a little aside, brighter, noisier; never larger or smaller.
+"""Augments tiles at random for fine-tuning: turned, mirrored, shifted, brighter or noisier, but never rescaled.
 
-In: uint8 tiles on any device, and a seed. Out: the centre crop that the encoder is shown, as float32 grey values 0 to 255.
-Guarantee: the same tiles and seed give the same crops; every pixel is one of the tile's, so that a nanometre stays as long as
-it was: EM is calibrated, and the diameter of a vesicle tells transmitters apart.
+Input: uint8 tiles on any device, and a seed. Output: the centre crop that the encoder sees, as float32 grey values from 0 to
+255. The same tiles and seed give the same crops. Pixels are moved but never interpolated, so a nanometre keeps its length in
+pixels. This matters because EM is calibrated, and the diameter of vesicles helps to tell transmitters apart.
 """
 
 from typing import TYPE_CHECKING
@@ -19,10 +19,11 @@ NOISE = 8.0  # largest standard deviation, grey values
 
 
 def augment(tiles: "torch.Tensor", crop_px: int, seed: list[int]) -> "torch.Tensor":
-    """uint8 (n, 3, t, t) to float32 (n, 3, crop_px, crop_px).
+    """Augment tiles, uint8 (n, 3, t, t), to crops, float32 (n, 3, crop_px, crop_px).
 
-    One of the eight symmetries of the square and, evenly, the sections in reverse; the centre moved by up to `MAX_SHIFT_PX`
-    along each axis; contrast, brightness and noise of each tile on its own, evenly up to the limits above.
+    Each tile gets one of the eight symmetries of the square, reversed sections with probability one half, a shift of up to
+    `MAX_SHIFT_PX` along each axis, and its own contrast, brightness and noise. All values are drawn uniformly up to the limits
+    above.
     """
     import torch
 
@@ -30,29 +31,29 @@ def augment(tiles: "torch.Tensor", crop_px: int, seed: list[int]) -> "torch.Tens
     count, _, tile_px, _ = tiles.shape
     device = tiles.device
 
-    def drawn(values: np.ndarray) -> "torch.Tensor":
+    def to_device(values: np.ndarray) -> "torch.Tensor":
         return torch.from_numpy(values).to(device)
 
-    reach = min(MAX_SHIFT_PX, (tile_px - crop_px) // 2)
-    start = (tile_px - crop_px) // 2 + random.integers(-reach, reach + 1, (2, count, 1))
-    places = start + np.arange(crop_px)
+    max_shift = min(MAX_SHIFT_PX, (tile_px - crop_px) // 2)
+    start = (tile_px - crop_px) // 2 + random.integers(-max_shift, max_shift + 1, (2, count, 1))
+    indices = start + np.arange(crop_px)
     flipped = random.random((2, count, 1)) < 0.5
-    rows, columns = (drawn(axis) for axis in np.where(flipped, places[:, :, ::-1], places))
+    rows, columns = (to_device(axis) for axis in np.where(flipped, indices[:, :, ::-1], indices))
     sections = np.where(random.random((count, 1)) < 0.5, np.arange(2, -1, -1), np.arange(3))
-    picked = tiles[
+    crops = tiles[
         torch.arange(count, device=device)[:, None, None, None],
-        drawn(sections)[:, :, None, None],
+        to_device(sections)[:, :, None, None],
         rows[:, None, :, None],
         columns[:, None, None, :],
     ].float()
-    turned = drawn(random.random((count, 1, 1, 1)) < 0.5)
-    picked = torch.where(turned, picked.transpose(2, 3), picked)
+    transposed = to_device(random.random((count, 1, 1, 1)) < 0.5)
+    crops = torch.where(transposed, crops.transpose(2, 3), crops)
 
-    contrast = drawn(1 + random.uniform(-CONTRAST, CONTRAST, (count, 1, 1, 1)).astype(np.float32))
-    brightness = drawn(random.uniform(-BRIGHTNESS, BRIGHTNESS, (count, 1, 1, 1)).astype(np.float32))
-    noise = drawn(random.uniform(0, NOISE, (count, 1, 1, 1)).astype(np.float32))
+    contrast = to_device(1 + random.uniform(-CONTRAST, CONTRAST, (count, 1, 1, 1)).astype(np.float32))
+    brightness = to_device(random.uniform(-BRIGHTNESS, BRIGHTNESS, (count, 1, 1, 1)).astype(np.float32))
+    noise = to_device(random.uniform(0, NOISE, (count, 1, 1, 1)).astype(np.float32))
     generator = torch.Generator(device).manual_seed(int(random.integers(2**62)))
-    mean = picked.mean(dim=(1, 2, 3), keepdim=True)
-    picked = (picked - mean) * contrast + mean + brightness
-    picked += noise * torch.randn(picked.shape, device=device, generator=generator)
-    return picked.clamp_(0, 255)
+    mean = crops.mean(dim=(1, 2, 3), keepdim=True)
+    crops = (crops - mean) * contrast + mean + brightness
+    crops += noise * torch.randn(crops.shape, device=device, generator=generator)
+    return crops.clamp_(0, 255)

@@ -1,7 +1,7 @@
-"""Curves of a training run: TensorBoard in the run's folder, and Weights & Biases where that is configured.
+"""Records the curves of a training run in TensorBoard and, if it is configured, in Weights & Biases.
 
-In: numbers by name and step. Out: files that `tensorboard --logdir FOLDER` shows. Guarantee: Weights & Biases is imported
-and reached only where WANDB_API_KEY is set and the package is installed; whatever it does, training goes on.
+Input: numbers by name and step. Output: files in the folder of the run, which `tensorboard --logdir FOLDER` shows. Weights &
+Biases is imported and contacted only if WANDB_API_KEY is set. If it cannot be started, training continues without it.
 """
 
 import logging
@@ -10,13 +10,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from synpipe.errors import one_line
+
 logger = logging.getLogger(__name__)
 
 
-class TrainingLog:
+class TrainingCurves:
+    """The curves of one training run. Call `close` at its end."""
+
     def __init__(self, folder: Path, step: int, settings: Mapping[str, Any]):
-        """step: the next to be made; what an interrupted run logged of it and of later ones is left out of the curves.
-        settings: of the run, for Weights & Biases."""
+        """step: the next step. Values that an interrupted run logged for it and for later steps are hidden.
+        settings: the settings of the run, for Weights & Biases.
+        """
         from torch.utils.tensorboard import SummaryWriter
 
         self._writer = SummaryWriter(str(folder), purge_step=step)
@@ -35,7 +40,7 @@ class TrainingLog:
 
 
 def _wandb_run(folder: Path, settings: Mapping[str, Any]) -> Any:
-    """A run of Weights & Biases, None where it is not configured or cannot be started. A resumed training is one run."""
+    """A run of Weights & Biases, or None if it is not configured or cannot be started. A resumed training stays one run."""
     if not os.environ.get("WANDB_API_KEY"):
         return None
     try:
@@ -46,5 +51,5 @@ def _wandb_run(folder: Path, settings: Mapping[str, Any]) -> Any:
             project="synpipe", id=name, name=name, dir=str(folder.parent), resume="allow", config=dict(settings)
         )
     except Exception as error:  # no package, no network, a wrong key …
-        logger.warning("Weights & Biases is left out: %s", error)
+        logger.warning("Training continues without Weights & Biases: %s", one_line(error))
         return None

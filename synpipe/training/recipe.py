@@ -1,7 +1,7 @@
-"""What an encoder is to learn from, and how long: recipes for `synpipe pretrain`.
+"""Reads recipes for `synpipe pretrain`: what an encoder learns from, and for how long.
 
-In: a YAML file, or names of data sets. Out: a `PretrainSpec`. Imports neither torch nor a volume: a mistake in a recipe is
-told at once.
+Input: a YAML file, or the names of data sets. Output: a `PretrainSpec`. This module imports no torch and opens no volume, so
+mistakes in a recipe are reported at once.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,10 +17,11 @@ from synpipe.synthetic.demo import SyntheticSpec
 from synpipe.volumes.volume import VolumeSpec
 
 
-class Source(Spec):
-    """A volume to learn from: a data set of the project, a volume described here, or one that is made up on the spot.
+class TrainingSource(Spec):
+    """A volume to learn from: one of a data set of the project, one that is described here, or a synthetic one.
 
-    title: for people. share: of the places, relative to the other sources'. licence: what it asks of weights trained on it.
+    title: the name in reports. share: of the places, relative to the other sources. licence: the conditions for weights that
+    are trained on it.
     """
 
     title: str = ""
@@ -33,8 +34,8 @@ class Source(Spec):
 
     @model_validator(mode="after")
     def _one_of_three(self) -> Self:
-        if sum(given is not None for given in (self.dataset, self.volume, self.synthetic)) != 1:
-            raise ValueError("give one of `dataset`, `volume` and `synthetic`")
+        if sum(origin is not None for origin in (self.dataset, self.volume, self.synthetic)) != 1:
+            raise ValueError("give exactly one of `dataset`, `volume` and `synthetic`")
         return self
 
     @property
@@ -45,10 +46,13 @@ class Source(Spec):
 
 
 class PretrainSpec(Spec):
-    """sources: what to learn from. steps: of `places` pairs of views each. blocks: of all sources, drawn once; a block holds
-    several places. width, depth: see `em_network.D4ResNet`; larger ones ask for a GPU."""
+    """A recipe.
 
-    sources: tuple[Source, ...] = Field(min_length=1)
+    steps: training steps, of `places` pairs of views each. blocks: drawn once, from all sources together; a block contains
+    several places. width, depth: see `em_network.D4ResNet`; larger values need a GPU.
+    """
+
+    sources: tuple[TrainingSource, ...] = Field(min_length=1)
     steps: int = Field(4000, ge=1)
     places: int = Field(128, ge=2)
     blocks: int = Field(7500, ge=16)
@@ -60,12 +64,14 @@ class PretrainSpec(Spec):
 
 
 def read_recipe(path: Path | None, datasets: Sequence[str], settings: Mapping[str, Any]) -> tuple[PretrainSpec, Path]:
-    """The recipe in a YAML file, or one for these data sets, and the folder where relative paths in it start.
+    """Read the recipe in a YAML file, or make one for these data sets. Also returns the folder where its relative paths start.
 
-    settings: what replaces the recipe's own; None does not. Raises `SynpipeError` where both or neither are given.
+    settings: values that replace those of the recipe, unless they are None. Raises `SynpipeError` if both or neither of `path`
+    and `datasets` are given, or the recipe is invalid.
     """
     if (path is None) == (not datasets):
-        raise SynpipeError("Say what to learn from: either --dataset, once or more, or --recipe.")
+        raise SynpipeError("Say what to learn from: give either --dataset, once or more, or --recipe.")
     content = {"sources": [{"dataset": name} for name in datasets]} if path is None else expand(read_yaml(path))
-    given = {name: value for name, value in settings.items() if value is not None}
-    return PretrainSpec.parse({**content, **given}, str(path or "pretrain")), (path or Path("x")).resolve().parent
+    replaced = {name: value for name, value in settings.items() if value is not None}
+    base = Path.cwd() if path is None else path.resolve().parent
+    return PretrainSpec.parse({**content, **replaced}, str(path or "pretrain")), base

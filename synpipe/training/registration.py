@@ -1,7 +1,7 @@
-"""A new encoder in the registry: a network that was trained here gets a name.
+"""Adds an encoder to the registry: a trained network gets a name.
 
-In: the registry's file, a name, an `EncoderSpec`. Out: the entry as text, or the file with the entry at its end. Guarantee:
-comments and other entries stay as they are; a file that would not say what is meant is not written.
+Input: the file of the registry, a name and an `EncoderSpec`. Output: the entry as text, or the file with the entry at its end.
+Comments and other entries stay as they are. The file is written only if it then parses to the intended content.
 """
 
 import textwrap
@@ -10,38 +10,39 @@ from pathlib import Path
 import yaml
 
 from synpipe.datasets import NAME
-from synpipe.embeddings.encoders import EncoderSpec, load_registry
+from synpipe.embeddings.encoder_specs import EncoderSpec
+from synpipe.embeddings.registry import load_registry
 from synpipe.errors import SynpipeError
 from synpipe.store.files import write_text
 
 
 def check_new_name(path: Path, name: str) -> None:
-    """Raises `SynpipeError` where no encoder can have that name in the registry `path`, or one has it."""
+    """Raise `SynpipeError` if the name is invalid or the registry `path` already has it."""
     if not NAME.fullmatch(name):
         raise SynpipeError(f"{name!r} cannot be the name of an encoder: use a-z, 0-9 and _, and begin with a letter.")
     if name in load_registry(path):
-        raise SynpipeError(f"{path} has an encoder {name!r} already: choose another name.")
+        raise SynpipeError(f"{path} already has an encoder {name!r}: choose another name.")
 
 
 def as_yaml(name: str, spec: EncoderSpec) -> str:
-    """The entry as it stands in a registry, two spaces in."""
+    """The entry as text for a registry, indented by two spaces."""
     entry = {name: spec.model_dump(mode="json", exclude_defaults=True)}
     return textwrap.indent(yaml.safe_dump(entry, sort_keys=False, allow_unicode=True, width=1000), "  ")
 
 
 def register(path: Path, name: str, spec: EncoderSpec) -> None:
-    """Add the entry at the end of the registry `path`. Raises `SynpipeError` where that is laid out in another way."""
+    """Append the entry to the registry `path`. Raises `SynpipeError` if the layout of the file does not allow that."""
     check_new_name(path, name)
     before = path.read_text(encoding="utf-8")
     after = f"{before.rstrip()}\n\n{as_yaml(name, spec)}"
-    meant = yaml.safe_load(before)
-    meant["encoders"][name] = spec.model_dump(mode="json", exclude_defaults=True)
+    intended = yaml.safe_load(before)
+    intended["encoders"][name] = spec.model_dump(mode="json", exclude_defaults=True)
     try:
-        same = yaml.safe_load(after) == meant
+        as_intended = yaml.safe_load(after) == intended
     except yaml.YAMLError:
-        same = False
-    if not same:
+        as_intended = False
+    if not as_intended:
         raise SynpipeError(
-            f"{path} does not end with its encoders, indented by two spaces: add the entry by hand, or without `--register`."
+            f"{path} does not end with its encoders, indented by two spaces: run without `--register`, and add the entry by hand."
         )
     write_text(path, after)

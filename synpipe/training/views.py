@@ -1,12 +1,12 @@
-"""Two views of one place: what an encoder must learn to see past, done to batches of blocks on any device.
+"""Draws randomly altered views of places, for batches of blocks on any device.
 
-In: blocks uint8 (n, 5, side, side), places in them, and a random generator. Out: views float (n, 3, crop, crop), three
-neighbouring sections as in a tile. Guarantee: the generator alone decides, so a seed gives the same views on one device.
+Input: blocks, uint8 (n, 5, side, side), the places in them, and a random generator. Output: views, float (n, 3, crop, crop):
+three neighbouring sections, as in a tile. On one device, the same generator state gives the same views.
 
-What is altered is what differs between two pictures of the same tissue, and nothing that would be other tissue: any turn
-and mirroring, a shift of up to 8 px, one section up or down, sections misaligned by a pixel, a neighbouring section
-missing, brightness, contrast and gamma, shading, blur, shot noise, saturation. Scale varies only as far as the pixel sizes
-of the volumes do that the encoder is made for; shape by 6 %, which is what cutting compresses a section by.
+The alterations are those that can occur between two images of the same tissue: any turn and mirroring, a shift of up to 8 px,
+one section up or down, sections misaligned by a pixel, a missing neighbouring section, brightness, contrast and gamma,
+shading, blur, shot noise, and saturation. Scale varies only within the pixel sizes that the encoder is made for. Shape varies
+by 6 %, the compression that cutting causes in a section.
 """
 
 import math
@@ -18,7 +18,7 @@ from torch import Generator, Tensor
 from synpipe.embeddings.em_network import standardise
 
 SHIFT_PX = 8.0
-"""At the pixel size at which the encoder works, about 9 nm: 16 px of a tile of 4–5 nm pixels."""
+"""In pixels of the working size, about 9 nm. They correspond to 16 px of a tile with 4–5 nm pixels."""
 
 
 def draw_views(
@@ -29,11 +29,11 @@ def draw_views(
     crop_px: int,
     generator: Generator,
 ) -> Tensor:
-    """One view per block.
+    """Draw one view per block: float (n, 3, crop_px, crop_px), in units of the standard deviation of each section.
 
-    blocks: uint8 (n, 5, side, side); centres_yx: pixels (n, 2); zoom: least and greatest number of block pixels per pixel
-    of the view, (n,) each; mirror_z: which views have their sections in reverse order, bool (n,), to be the same for both
-    views of a pair: reversing turns an obliquely cut structure into another one.
+    blocks: uint8 (n, 5, side, side). centres_yx: pixels, (n, 2). zoom: the smallest and largest number of block pixels per
+    pixel of the view, (n,) each. mirror_z: whether the sections are reversed, bool (n,). Both views of a pair need the same
+    value, because reversing turns an obliquely cut structure into a different one.
     """
     views = _cut(blocks, centres_yx, zoom, crop_px, generator)
     views = torch.where(mirror_z[:, None, None, None], views.flip(1), views)
@@ -45,6 +45,7 @@ def _uniform(count: int, low: float, high: float, generator: Generator) -> Tenso
 
 
 def _cut(blocks: Tensor, centres_yx: Tensor, zoom: tuple[Tensor, Tensor], crop_px: int, generator: Generator) -> Tensor:
+    """Three sections of each block, turned, shifted and scaled: float (n, 3, crop_px, crop_px), grey values."""
     count, device, side = len(blocks), blocks.device, blocks.shape[-1]
     offset = torch.randint(-1, 2, (count,), generator=generator, device=device)
     sections = 2 + offset[:, None] + torch.arange(-1, 2, device=device)
@@ -82,6 +83,7 @@ def _cut(blocks: Tensor, centres_yx: Tensor, zoom: tuple[Tensor, Tensor], crop_p
 
 
 def _alter_pixels(x: Tensor, generator: Generator) -> Tensor:
+    """Drop neighbours, standardise, and change gamma, sharpness, shading, noise and saturation."""
     count, device, size = len(x), x.device, x.shape[-1]
 
     def uniform(low: float, high: float) -> Tensor:
@@ -90,7 +92,7 @@ def _alter_pixels(x: Tensor, generator: Generator) -> Tensor:
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator, device=device)
 
-    # A missing neighbour: the pipeline puts the middle section in its place.
+    # In place of a missing neighbour, the pipeline puts the middle section.
     side = torch.randint(0, 2, (count,), generator=generator, device=device) * 2
     order = torch.arange(3, device=device).repeat(count, 1)
     missing = (order == side[:, None]) & (uniform(0, 1)[:, :, 0, 0] < 0.1)
@@ -106,10 +108,10 @@ def _alter_pixels(x: Tensor, generator: Generator) -> Tensor:
 
 
 def _blur(x: Tensor, sigma_px: Tensor) -> Tensor:
-    """Each view (n, 3, h, w) by a Gaussian of its own width (n,)."""
+    """Blur views, (n, 3, h, w), each with a Gaussian of its own standard deviation, (n,)."""
     count, channels, height, width = x.shape
-    place = torch.arange(-3, 4, device=x.device)
-    kernel = torch.exp(-(place**2) / (2 * sigma_px[:, None] ** 2))
+    offset = torch.arange(-3, 4, device=x.device)
+    kernel = torch.exp(-(offset**2) / (2 * sigma_px[:, None] ** 2))
     kernel = (kernel / kernel.sum(1, keepdim=True)).repeat_interleave(channels, 0)
     flat = x.reshape(1, count * channels, height, width)
     flat = F.conv2d(F.pad(flat, (3, 3, 0, 0), mode="replicate"), kernel[:, None, None, :], groups=len(kernel))

@@ -21,9 +21,10 @@ import pyarrow as pa
 import torch
 from PIL import Image
 
-from synpipe.embeddings.encoders import TILE_PX, EncoderSpec, find_device, open_encoder, open_network
+from synpipe.embeddings.encoder_specs import EncoderSpec
+from synpipe.embeddings.encoders import find_device, open_encoder, open_network
 from synpipe.embeddings.profiling import profile, report
-from synpipe.tiles.tile import TileReader
+from synpipe.tiles.tile import TILE_PX, TileReader
 from synpipe_tests.bench.bars import row
 
 TILES_PER_PART = 512

@@ -19,8 +19,10 @@ import torch
 from synpipe.assets.manifest import read_manifest
 from synpipe.datasets import Project
 from synpipe.defs.run import materialize
-from synpipe.embeddings.encoders import EncoderSpec, load_registry, open_encoder
+from synpipe.embeddings.encoder_specs import EncoderSpec
+from synpipe.embeddings.encoders import open_encoder
 from synpipe.embeddings.profiling import Profile, profile
+from synpipe.embeddings.registry import load_registry
 from synpipe.index.build import SAMPLE_RATE, partitions_for
 from synpipe.index.publish import publish
 from synpipe_tests.bench import extraction as bench_extraction

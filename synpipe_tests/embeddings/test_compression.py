@@ -11,8 +11,10 @@ from synpipe.assets.derived_steps import open_branch
 from synpipe.assets.graph import states
 from synpipe.assets.manifest import read_manifest
 from synpipe.assets.pipeline import open_tiles
-from synpipe.embeddings.compression import CompressedSpec, chosen_encoders, fit, load
-from synpipe.embeddings.encoders import load_registry, open_encoder
+from synpipe.embeddings.compression import fit, load
+from synpipe.embeddings.encoder_specs import CompressedSpec
+from synpipe.embeddings.encoders import open_encoder
+from synpipe.embeddings.registry import chosen_encoders, load_registry
 from synpipe.errors import SynpipeError
 from synpipe.index.search import SynapseIndex
 from synpipe.reports.housekeeping import leftovers, remove

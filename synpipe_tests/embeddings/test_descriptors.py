@@ -7,8 +7,10 @@ import pytest
 from scipy import ndimage
 
 from synpipe.embeddings import descriptors
-from synpipe.embeddings.descriptors import DescriptorSpec, describe
-from synpipe.embeddings.encoders import identity, load_registry, open_encoder
+from synpipe.embeddings.descriptors import describe
+from synpipe.embeddings.encoder_specs import DescriptorSpec
+from synpipe.embeddings.encoders import open_encoder
+from synpipe.embeddings.registry import load_registry
 from synpipe.errors import SynpipeError
 from synpipe_tests.conftest import REPOSITORY
 
@@ -30,7 +32,7 @@ def cosine(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return (a * b).sum(axis=1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)
 
 
-@pytest.mark.parametrize("name", descriptors.NAMES)
+@pytest.mark.parametrize("name", descriptors.CROPS_PX)
 def test_a_descriptor_is_an_encoder(name: str, tiles: np.ndarray):
     encoder = open_encoder(DescriptorSpec(descriptor=name), REPOSITORY)
     vectors = encoder.embed(tiles)
@@ -43,13 +45,13 @@ def test_a_descriptor_is_an_encoder(name: str, tiles: np.ndarray):
         encoder.embed(tiles.astype(float))
 
 
-@pytest.mark.parametrize("name", descriptors.NAMES)
+@pytest.mark.parametrize("name", descriptors.CROPS_PX)
 def test_turning_a_tile_changes_only_what_has_a_direction(name: str, tiles: np.ndarray):
     vectors, turned = describe(name, tiles), describe(name, np.rot90(tiles, axes=(2, 3)))
     assert (cosine(vectors, turned).min() > 0.9999) == (name in ROTATION)
 
 
-@pytest.mark.parametrize("name", descriptors.NAMES)
+@pytest.mark.parametrize("name", descriptors.CROPS_PX)
 def test_brightness_and_contrast_change_the_histogram_only(name: str, tiles: np.ndarray):
     paler = np.round((tiles.astype(float) - 128) * 0.7 + 140).astype(np.uint8)
     same = cosine(describe(name, tiles), describe(name, paler)).min()
@@ -88,8 +90,8 @@ def test_entries_of_the_registry(tmp_path: Path):
     )
     found = load_registry(path)
     assert found["lines"] == DescriptorSpec(descriptor="hog", description="mine")
-    assert identity(found["lines"], tmp_path) == identity(DescriptorSpec(descriptor="hog"), tmp_path)
-    assert identity(found["lines"], tmp_path) != identity(DescriptorSpec(descriptor="lbp"), tmp_path)
+    assert found["lines"].identity(tmp_path, {}) == DescriptorSpec(descriptor="hog").identity(tmp_path, {})
+    assert found["lines"].identity(tmp_path, {}) != DescriptorSpec(descriptor="lbp").identity(tmp_path, {})
     path.write_text("encoders: {lines: {descriptor: sift}}")
     with pytest.raises(SynpipeError, match=r"lines.*'hog'"):
         load_registry(path)

@@ -18,8 +18,9 @@ import torch
 from synpipe.embeddings import embed as embedding
 from synpipe.embeddings.cache import EmbeddingCache
 from synpipe.embeddings.embed import Shard, embed_missing, embed_shard
-from synpipe.embeddings.encoders import Encoder, EncoderSpec, open_encoder
-from synpipe.embeddings.forward import Computed
+from synpipe.embeddings.encoder_specs import EncoderSpec
+from synpipe.embeddings.encoders import Encoder, open_encoder
+from synpipe.embeddings.forward import FunctionForward
 from synpipe.errors import SynpipeError
 
 TINY = "test_resnet.r160_in1k"
@@ -87,7 +88,7 @@ def test_values_that_are_not_finite_stop_the_shard_and_are_not_kept(
     cache = EmbeddingCache(tmp_path, broken.fingerprint)
     with pytest.raises(SynpipeError, match=f"infinite values for 23 of 23 tiles.*{hashes[0]}.*fp32"):
         embed_missing([broken], cache, [Shard("s0", hashes, tiles.__getitem__)])
-    assert cache.known("s0") == set()
+    assert cache.known_hashes("s0") == set()
 
 
 def test_too_little_memory_halves_the_batch_and_goes_on(
@@ -101,14 +102,16 @@ def test_too_little_memory_halves_the_batch_and_goes_on(
         sizes.append(len(batch))
         return encoder.embed(batch)
 
-    small = dataclasses.replace(encoder, forward=Computed(lambda batch: limited(batch, 4)))
+    small = dataclasses.replace(encoder, forward=FunctionForward(lambda batch: limited(batch, 4)))
     vectors = embed_shard(small, tiles.__getitem__, hashes, batch_size=16)
     assert sizes == [4, 4, 4, 4, 4, 3]
     np.testing.assert_allclose(vectors, encoder.embed(tiles), rtol=1e-4, atol=1e-6)
     assert "batches of 4 tiles" in caplog.text
     with pytest.raises(SynpipeError, match="One tile does not fit"):
         embed_shard(
-            dataclasses.replace(encoder, forward=Computed(lambda batch: limited(batch, 0))), tiles.__getitem__, hashes
+            dataclasses.replace(encoder, forward=FunctionForward(lambda batch: limited(batch, 0))),
+            tiles.__getitem__,
+            hashes,
         )
 
 
@@ -128,10 +131,10 @@ def test_only_what_is_missing_is_embedded_and_each_content_once(
     assert embed_missing([encoder], cache, [Shard("s0", hashes, reader)]).tiles == 0
     assert len(reader.rows) == 20
 
-    assert cache.known("s0") == set(hashes)
+    assert cache.known_hashes("s0") == set(hashes)
     np.testing.assert_allclose(cache.read("s0", hashes[::-1]), encoder.embed(tiles[::-1]), rtol=1e-4, atol=1e-6)
     np.testing.assert_array_equal(cache.read("s0", first)[0], cache.read("s0", first)[2])
-    assert cache.known("s") == cache.known("s1") == set()
+    assert cache.known_hashes("s") == cache.known_hashes("s1") == set()
 
 
 def test_encoders_do_not_see_each_others_vectors(
@@ -169,7 +172,8 @@ def test_several_devices_share_the_parts(
         return encoder.embed(batch)
 
     devices = [
-        dataclasses.replace(encoder, forward=Computed(partial(second_waits_for_first, device))) for device in (0, 1)
+        dataclasses.replace(encoder, forward=FunctionForward(partial(second_waits_for_first, device)))
+        for device in (0, 1)
     ]
     assert embed_missing(devices, together, shards).tiles == sum(at_work) == len(tiles)
     assert all(at_work)
@@ -187,10 +191,10 @@ def test_a_device_that_fails_costs_only_what_it_was_at(
     def fails(batch: np.ndarray) -> np.ndarray:
         raise RuntimeError("the device fell off the bus")
 
-    broken = dataclasses.replace(encoder, forward=Computed(fails))
+    broken = dataclasses.replace(encoder, forward=FunctionForward(fails))
     with pytest.raises(RuntimeError, match="fell off"):
         embed_missing([encoder, broken], cache, [Shard("s0", hashes, tiles.__getitem__)])
-    there = cache.known("s0")
+    there = cache.known_hashes("s0")
     assert embed_missing([encoder], cache, [Shard("s0", hashes, tiles.__getitem__)]).tiles == len(tiles) - len(there)
 
 
@@ -207,7 +211,7 @@ def test_interrupted_work_keeps_the_finished_parts(
 
     with pytest.raises(KeyboardInterrupt):
         embed_missing([encoder], cache, [Shard("s0", hashes, interrupted)])
-    assert cache.known("s0") == set(hashes[:16])
+    assert cache.known_hashes("s0") == set(hashes[:16])
     assert embed_missing([encoder], cache, [Shard("s0", hashes, tiles.__getitem__)]).tiles == 7
 
 
@@ -238,7 +242,7 @@ def test_damaged_part_is_named_moved_aside_and_computed_again(
     part.write_bytes(content)
 
     with caplog.at_level(logging.WARNING):
-        assert cache.known("s0") == set(hashes[10:])
+        assert cache.known_hashes("s0") == set(hashes[10:])
     assert str(part) in caplog.text
     assert part.with_suffix(".damaged").exists()
     with pytest.raises(SynpipeError, match=r"lacks the vectors of 10 tiles of shard s0.*materialise"):
@@ -268,7 +272,7 @@ def test_embeddings_of_real_tissue_tell_structures_apart(real_em: Path) -> None:
 
     import h5py
 
-    from synpipe.embeddings.encoders import load_registry
+    from synpipe.embeddings.registry import load_registry
 
     path = Path(__file__).parents[2] / "data" / "encoders.yaml"
     encoder = open_encoder(next(iter(load_registry(path).values())), path.parent)

@@ -18,8 +18,9 @@ import safetensors.torch
 import timm
 import torch
 
-from synpipe.embeddings.descriptors import DescriptorSpec
-from synpipe.embeddings.encoders import EncoderSpec, identity, load_registry, open_encoder
+from synpipe.embeddings.encoder_specs import EncoderSpec
+from synpipe.embeddings.encoders import open_encoder
+from synpipe.embeddings.registry import load_registry
 from synpipe.errors import SynpipeError
 
 ROOT = Path(__file__).parents[2]
@@ -50,7 +51,8 @@ class FreshProcess:
 import json, sys, time, numpy as np, timm
 from pathlib import Path
 from synpipe.embeddings import encoders
-from synpipe.embeddings.encoders import EncoderSpec, open_encoder
+from synpipe.embeddings.encoder_specs import EncoderSpec
+from synpipe.embeddings.encoders import open_encoder
 from synpipe.errors import SynpipeError
 encoders._HUB_TIMEOUT_S = float(sys.argv[1])
 tile = np.random.default_rng(0).integers(0, 256, (1, 3, 256, 256), dtype=np.uint8)
@@ -107,14 +109,14 @@ def test_shipped_registry_begins_with_an_encoder_that_needs_no_network() -> None
     registry = load_registry(REGISTRY)
     assert next(iter(registry)) == "em_d4"
     assert {"xcit_nano", "deit3_base", "resnet18", "dinov2_small", "dinov3_small"} <= registry.keys()
-    assert len({identity(spec, REGISTRY.parent) for spec in registry.values()}) == len(registry)
+    assert len({spec.identity(REGISTRY.parent, registry) for spec in registry.values()}) == len(registry)
 
 
 def test_every_model_of_the_shipped_registry_is_known_to_timm_with_weights() -> None:
     import synpipe.embeddings.em_network  # noqa: F401  # makes `d4resnet` known to timm
 
     for name, spec in load_registry(REGISTRY).items():
-        if isinstance(spec, DescriptorSpec):
+        if not spec.is_network:
             continue
         config = timm.models.get_pretrained_cfg(spec.model)
         assert config is not None, name
@@ -152,10 +154,11 @@ def test_name_that_cannot_be_part_of_an_asset_key_is_refused(tmp_path: Path, nam
 
 def test_registry_and_identities_are_read_without_importing_torch() -> None:
     code = (
-        "import sys; from pathlib import Path; from synpipe.embeddings.encoders import *; import synpipe.embeddings.embed\n"
+        "import sys; from pathlib import Path; import synpipe.embeddings.encoders, synpipe.embeddings.embed\n"
         f"path = Path({str(REGISTRY)!r})\n"
-        "from synpipe.embeddings.encoders import load_registry, identity\n"
-        "[identity(spec, path.parent) for spec in load_registry(path).values()]\n"
+        "from synpipe.embeddings.registry import load_registry\n"
+        "registry = load_registry(path)\n"
+        "[spec.identity(path.parent, registry) for spec in registry.values()]\n"
         "print([name for name in ('torch', 'timm', 'huggingface_hub') if name in sys.modules])"
     )
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True).stdout == "[]\n"
@@ -173,8 +176,8 @@ def test_identity_changes_with_what_changes_vectors_and_not_with_the_description
         spec_of(args={"global_pool": "max"}),
     ]
     specs.append(file_spec("w.safetensors"))
-    assert len({identity(spec, tmp_path) for spec in specs}) == len(specs)
-    assert identity(spec_of(description="another"), tmp_path) == identity(spec_of(), tmp_path)
+    assert len({spec.identity(tmp_path, {}) for spec in specs}) == len(specs)
+    assert spec_of(description="another").identity(tmp_path, {}) == spec_of().identity(tmp_path, {})
 
 
 def test_fingerprints_differ_with_crop_and_seed_and_agree_across_defaults(tmp_path: Path) -> None:
@@ -194,10 +197,10 @@ def test_weights_file_counts_by_content_not_by_name(tmp_path: Path, state: dict[
     assert first.fingerprint == second.fingerprint
     content = (tmp_path / "a.safetensors").read_bytes()
     assert first.weights == second.weights == f"sha256:{hashlib.sha256(content).hexdigest()}"
-    before = identity(file_spec("a.safetensors"), tmp_path)
-    assert before == identity(file_spec("b.safetensors"), tmp_path)
+    before = file_spec("a.safetensors").identity(tmp_path, {})
+    assert before == file_spec("b.safetensors").identity(tmp_path, {})
     safetensors.torch.save_file({**state, "conv1.0.weight": state["conv1.0.weight"] * 2}, tmp_path / "a.safetensors")
-    assert identity(file_spec("a.safetensors"), tmp_path) != before
+    assert file_spec("a.safetensors").identity(tmp_path, {}) != before
     assert open_encoder(file_spec("a.safetensors"), tmp_path).fingerprint != first.fingerprint
 
 
@@ -352,7 +355,7 @@ def test_unreadable_weights_are_named_and_code_in_them_never_runs(
     assert not (tmp_path / "exploded").exists()
     with pytest.raises(SynpipeError, match=r"absent.pth .*does not exist"):
         open_encoder(file_spec("absent.pth"), tmp_path)
-    assert identity(file_spec("absent.pth"), tmp_path)  # the registry can still be listed
+    assert file_spec("absent.pth").identity(tmp_path, {})  # the registry can still be listed
 
 
 # The hub: a server on this machine that speaks its protocol

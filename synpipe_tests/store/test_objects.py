@@ -186,7 +186,7 @@ def test_what_the_store_refuses_is_said_within_seconds(server: str, monkeypatch:
     with pytest.raises(SynpipeError, match="Cannot write s3://nowhere/prefix/file"):
         (nowhere / "file").write_bytes(b"something")
     with pytest.raises(SynpipeError, match="Cannot list s3://nowhere/prefix/embeddings/f"):
-        EmbeddingCache(nowhere / "embeddings", "f").known("00000")
+        EmbeddingCache(nowhere / "embeddings", "f").known_hashes("00000")
     ROOT.check()
     (ObjectPath(f"s3://{BUCKET}/empty")).check()
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
@@ -267,7 +267,7 @@ def test_vectors_on_an_object_store(
     cache.add("00003", hashes[2:], vectors[2:])
     for reader in (cache, EmbeddingCache(ROOT / "embeddings", "f" * 32)):
         np.testing.assert_array_equal(reader.read("00003", hashes[::-1]), vectors[::-1])
-        assert reader.known("00002") == set()
+        assert reader.known_hashes("00002") == set()
     flipped = bytearray(first.read_bytes())
     flipped[len(flipped) // 2] ^= 1
     first.write_bytes(flipped)
@@ -276,7 +276,7 @@ def test_vectors_on_an_object_store(
     assert lacking(verify=False).tolist() == [0] and not first.with_suffix(".damaged").exists()
     first.write_bytes(first.read_bytes()[:-20])
     assert lacking(verify=False).tolist() == [0, 1, 2]
-    assert EmbeddingCache(ROOT / "embeddings", "f" * 32).known("00003") == set(hashes[2:])
+    assert EmbeddingCache(ROOT / "embeddings", "f" * 32).known_hashes("00003") == set(hashes[2:])
     assert str(first) in caplog.text and first.with_suffix(".damaged").exists() and not first.exists()
 
 

@@ -13,9 +13,9 @@ import numpy as np
 import torch
 
 from synpipe.analysis.classifier import FinetuneSpec
-from synpipe.embeddings.encoders import EncoderSpec
+from synpipe.embeddings.encoder_specs import EncoderSpec
 from synpipe.training import finetuning
-from synpipe.training.finetuning import Examples, finetune
+from synpipe.training.finetuning import Examples, FinetuneTask, finetune
 
 SPEC = FinetuneSpec(epochs=3, batch_size=8, learning_rate=2e-3)
 ENCODER = EncoderSpec(model="test_resnet", weights="random", seed=0, crop_px=64, precision="fp32")
@@ -46,7 +46,8 @@ def run(folder: Path, said: list[str] | None = None, **changes: Any) -> dict[str
     training, validation = (Examples(rows, CODES[rows]) for rows in parts)
     spec = SPEC.model_copy(update=changes)
     log = (lambda line: None) if said is None else said.append
-    return finetune(spec, ENCODER, folder, read, training, validation, 3, folder, log, device="cpu")
+    task = FinetuneTask(spec, ENCODER, folder, read, training, validation, 3, folder)
+    return finetune(task, log, device="cpu")
 
 
 def kill_while_saving(number: int) -> None:

@@ -16,7 +16,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from synpipe.assets.manifest import read_manifest
 from synpipe.datasets import Project
-from synpipe.embeddings.encoders import EncoderSpec, load_registry
+from synpipe.embeddings.encoder_specs import EncoderSpec
+from synpipe.embeddings.registry import load_registry
 from synpipe.errors import SynpipeError
 from synpipe.reports.housekeeping import leftovers
 from synpipe.store.files import read_table
@@ -83,7 +84,7 @@ def test_a_kill_in_the_middle_changes_nothing(undisturbed: Path, tmp_path: Path,
     checkpoint = tmp_path / "checkpoint.pt"
     said: list[str] = []
     report = run(tmp_path, said=said)
-    assert f"on from epoch {epoch + 1}, step {step}" in said[0]
+    assert f"continuing from epoch {epoch + 1}, step {step}" in said[0]
     assert not any("epoch 1 of" in line for line in said)
     assert report == json.loads((undisturbed / "report.json").read_text())
     for name in (finetuning.WEIGHTS, finetuning.HEAD):

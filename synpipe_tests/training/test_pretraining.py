@@ -16,11 +16,13 @@ from scipy import ndimage
 
 from synpipe.datasets import Project
 from synpipe.embeddings.em_network import POSES, D4ResNet, pose
-from synpipe.embeddings.encoders import EncoderSpec, load_registry, open_encoder
+from synpipe.embeddings.encoder_specs import EncoderSpec
+from synpipe.embeddings.encoders import open_encoder
+from synpipe.embeddings.registry import load_registry
 from synpipe.errors import SynpipeError
-from synpipe.training.blocks import SIDE_PX, draw_blocks, open_source
+from synpipe.training.blocks import SIDE_PX, draw_blocks, open_training_volume
 from synpipe.training.pretraining import pretrain
-from synpipe.training.recipe import PretrainSpec, Source, read_recipe
+from synpipe.training.recipe import PretrainSpec, TrainingSource, read_recipe
 from synpipe_tests.conftest import REPOSITORY, Command, environment, write_project
 
 SMALL = {"synthetic": {"seed": 3, "shape_zyx": [10, 1024, 1280], "n_synapses": 60, "n_neurons": 15}}
@@ -33,8 +35,10 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def learn(store: Path, out: Path, **settings):
     spec = PretrainSpec.parse({"sources": [SMALL], "blocks": 200, "places": 32, **settings}, "test")
-    sources = [open_source(source, Project(store, store), store, lambda message: None) for source in spec.sources]
-    return pretrain(spec, sources, out, device="cpu")
+    volumes = [
+        open_training_volume(source, Project(store, store), store, lambda message: None) for source in spec.sources
+    ]
+    return pretrain(spec, volumes, out, device="cpu")
 
 
 def test_every_pose_of_a_tile_has_the_same_vector():
@@ -112,7 +116,9 @@ def test_a_checkpoint_of_another_recipe_is_not_carried_on(store: Path, tmp_path:
 
 
 def test_blocks_depend_on_the_seed_and_leave_the_held_out_part_alone(store: Path):
-    source = open_source(Source.parse(SMALL, "test"), Project(store, store), store, lambda message: None)
+    source = open_training_volume(
+        TrainingSource.parse(SMALL, "test"), Project(store, store), store, lambda message: None
+    )
     one, same, other = (draw_blocks([source], 20, seed) for seed in (1, 1, 2))
     assert one.pixels.shape == (20, 5, SIDE_PX, SIDE_PX)
     assert (one.pixels == same.pixels).all() and (one.pixels != other.pixels).any()
@@ -143,7 +149,7 @@ def test_a_volume_that_is_too_small_is_named(tmp_path: Path):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("sources: [{volume: {path: little.h5}}]")
     spec, base = read_recipe(recipe, (), {})
-    source = open_source(spec.sources[0], Project(tmp_path, tmp_path), base, lambda message: None)
+    source = open_training_volume(spec.sources[0], Project(tmp_path, tmp_path), base, lambda message: None)
     with pytest.raises(SynpipeError, match=r"little.h5 is too small"):
         draw_blocks([source], 1, 0)
 
