@@ -30,7 +30,18 @@ from synpipe.analysis.classifier_scores import (
 )
 from synpipe.analysis.splits import TRAIN, VALIDATION
 from synpipe.assets import embeddings
-from synpipe.assets.asset import Asset, Finding, Leftover, Made, Table, Task, View, file_leftover, list_complete, view_of_figures
+from synpipe.assets.asset import (
+    Asset,
+    Finding,
+    Leftover,
+    Made,
+    Table,
+    Task,
+    View,
+    file_leftover,
+    list_complete,
+    view_of_figures,
+)
 from synpipe.assets.embeddings import embed_tiles, find_missing
 from synpipe.assets.manifest import Manifest, data_version_of, file_has_version, file_metadata
 from synpipe.assets.rgb_tiles import open_tiles

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 
 from synpipe.analysis import drift
@@ -37,6 +36,7 @@ TABLE_SCHEMA_VERSION = 3
 
 # Assets whose `table_columns` the table takes over, in the order of the columns.
 CONTRIBUTORS: tuple[Asset[Any], ...] = (classifier.ASSET, projection.ASSET)
+DERIVED_FIELDS = tuple(field for asset in CONTRIBUTORS for field in asset.table_columns)
 
 # Rounding in the table and another batch size change vectors by .004 of the distance between two tiles (see `drift`); bf16 of
 # another version of torch by .05; another network, or weights trained further, by .5 and more.

@@ -28,7 +28,7 @@ from synpipe.cluster.engines import on_cluster
 from synpipe.cluster.workers import shard_name
 from synpipe.datasets import Dataset
 from synpipe.embeddings import embed
-from synpipe.embeddings.cache import EmbeddingCache, open_part
+from synpipe.embeddings.cache import EmbeddingCache, open_vector_part
 from synpipe.embeddings.encoders import Encoder, open_on_all_devices
 from synpipe.errors import SynpipeError
 from synpipe.progress import Log, Progress
@@ -213,7 +213,7 @@ def find_leftovers(dataset: Dataset, fresh: bool) -> Iterator[Leftover]:
             yield file_leftover(path, "vectors of an encoder no longer used")
             continue
         try:
-            content = open_part(path).read(["content_hash"])["content_hash"]
+            content = open_vector_part(path).read(["content_hash"])["content_hash"]
         except (pa.ArrowException, OSError):
             continue  # damaged: the next run that reads it moves it aside
         if hashes.isdisjoint(content.to_pylist()):

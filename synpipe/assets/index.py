@@ -16,7 +16,6 @@ from synpipe.assets import embedding_table, embeddings
 from synpipe.assets.asset import Asset, Finding, Leftover, Made, Task, View, file_leftover, no_files, view_of_figures
 from synpipe.assets.manifest import Manifest, data_version_of, read_manifest
 from synpipe.assets.rgb_tiles import class_by_synapse, open_tiles
-from synpipe.assets.volume import find_viewer
 from synpipe.datasets import Dataset
 from synpipe.store.objects import list_paths
 from synpipe.store.streams import read_batches

@@ -21,9 +21,9 @@ from pydantic import TypeAdapter
 
 from synpipe import __version__
 from synpipe.datasets import Dataset
-from synpipe.errors import SynpipeError, one_line
+from synpipe.errors import SynpipeError
 from synpipe.specs import digest
-from synpipe.store.files import damaged, read_json, write_json
+from synpipe.store.files import read_json, set_aside_as_damaged, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -80,7 +80,9 @@ def read_manifest(dataset: Dataset, asset: str) -> Manifest:
     """Like `find_manifest`, but raises `SynpipeError` if the asset has not been made."""
     manifest = find_manifest(dataset, asset)
     if manifest is None:
-        raise SynpipeError(f"{dataset.name}/{asset} has not been made. Run `synpipe materialize --dataset {dataset.name}`.")
+        raise SynpipeError(
+            f"{dataset.name}/{asset} has not been made. Run `synpipe materialize --dataset {dataset.name}`."
+        )
     return manifest
 
 
@@ -131,7 +133,7 @@ def _read(path: Path) -> Manifest | None:
             "choose another store with --store."
         ) from None
     except (TypeError, ValueError, AttributeError, KeyError) as error:
-        logger.warning("%s", damaged(path, one_line(error)))
+        logger.warning("%s", set_aside_as_damaged(path, error))
         return None
 
 

@@ -12,7 +12,16 @@ from synpipe.analysis.pictures import MAX_CLASSES, sheet
 from synpipe.annotations.schema import UNLABELLED
 from synpipe.assets import synapse_stacks
 from synpipe.assets.asset import (
-    Asset, Finding, Leftover, Made, Task, View, always, file_leftover, list_complete, view_of_figures,
+    Asset,
+    Finding,
+    Leftover,
+    Made,
+    Task,
+    View,
+    always,
+    file_leftover,
+    list_complete,
+    view_of_figures,
 )
 from synpipe.assets.manifest import Manifest, data_version_of, file_metadata
 from synpipe.assets.synapse_stacks import STACKS_SCHEMA, read_ids
@@ -98,9 +107,7 @@ def read_places(dataset: Dataset) -> TilePlaces:
         # The middle section of a stack is as far from its first section as from its last.
         step = (part["z_index"][0].as_py() - part["start_z"][0].as_py()) if len(part) else step
     order = np.argsort(together := np.concatenate(ids))
-    return TilePlaces(
-        together[order], np.concatenate(starts)[order], ((SECTIONS - 1) * step + 1, TILE_PX, TILE_PX)
-    )
+    return TilePlaces(together[order], np.concatenate(starts)[order], ((SECTIONS - 1) * step + 1, TILE_PX, TILE_PX))
 
 
 def class_by_synapse(dataset: Dataset, synapse_ids: Iterable[int]) -> dict[int, str]:
@@ -130,11 +137,11 @@ def find_leftovers(dataset: Dataset, fresh: bool) -> Iterable[Leftover]:
     if not fresh:
         return
     used: set[str] = set()
-    for path in (dataset.stacks_path, dataset.tiles_path):
-        used.update(read_table(path, ["file"])["file"].unique().to_pylist())
-    for path in damaged_parts(dataset.cut_outs_folder):
-        if f"tiles/{path.parent.name}/{path.name}" not in used:
-            yield file_leftover(mark_of(path), "mark of damaged tiles of no synapse")
+    for index in (dataset.stacks_path, dataset.tiles_path):
+        used.update(read_table(index, ["file"])["file"].unique().to_pylist())
+    for part in damaged_parts(dataset.cut_outs_folder):
+        if f"tiles/{part.parent.name}/{part.name}" not in used:
+            yield file_leftover(mark_of(part), "mark of damaged tiles of no synapse")
     # `<part>.h5`, its index `<part>.parquet`, and the mark `<part>.h5.suspect` of a former version, which means nothing now.
     for path in list_complete(dataset.cut_outs_folder, "*/*.*"):
         if path.suffix == ".suspect" or f"tiles/{path.parent.name}/{path.stem}.h5" not in used:

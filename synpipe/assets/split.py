@@ -74,7 +74,9 @@ def sides_are_apart(dataset: Dataset, _encoder: str) -> Finding:
             problems.append(f"by {scheme}, {len(groups):,} groups stand on two sides, the first being {groups[0]}")
         if len(overlapping):
             first = places.synapse_ids[overlapping[0]]
-            problems.append(f"by {scheme}, {len(overlapping):,} tiles overlap one of another side, the first of {first}")
+            problems.append(
+                f"by {scheme}, {len(overlapping):,} tiles overlap one of another side, the first of {first}"
+            )
     if problems:
         return Finding(False, f"{'; '.join(problems)}.")
     return Finding(True, "Every group and every tile stands on one side.", {"synapses": len(places.synapse_ids)})

@@ -13,8 +13,8 @@ from collections.abc import Collection, Mapping, Sequence
 import dagster as dg
 
 from synpipe.assets.graph import nodes, states
-from synpipe.datasets import Dataset, Project
 from synpipe.assets.volume import status_of_files
+from synpipe.datasets import Dataset, Project
 from synpipe.defs.assets import asset_key
 from synpipe.defs.locks import DIED, fail_dead_runs
 from synpipe.errors import SynpipeError

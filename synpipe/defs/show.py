@@ -37,7 +37,9 @@ def _as_value(name: str, entry: Any) -> Any:
     if isinstance(entry, Table):
         return dg.MetadataValue.md(format_table(entry.headers, entry.rows, markdown=True))
     if isinstance(entry, Links):
-        return dg.MetadataValue.md("\n".join(f"- [{text}]({address}): {remark}" for text, address, remark in entry.items))
+        return dg.MetadataValue.md(
+            "\n".join(f"- [{text}]({address}): {remark}" for text, address, remark in entry.items)
+        )
     return list(entry) if isinstance(entry, tuple) else entry
 
 

@@ -16,6 +16,7 @@ import json
 import math
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,20 +36,16 @@ ReadVectors = Callable[[int, list[str]], np.ndarray]
 """Shard and content hashes (n) to vectors, float32 (n, d)."""
 
 
-# Columns that other assets derive from the vectors. They are null if the asset is switched off or has no value for a synapse.
-DERIVED_FIELDS = (
-    pa.field("predicted_neurotransmitter", pa.string()),  # the label is in `neurotransmitter`; see `classifier_scores`
-    pa.field("predicted_probability", pa.float32()),
-    # In the order of `classes` in the `dataset_spec` of the metadata. The list has no fixed size, so that the schema is the
-    # same for every data set and a null takes no space.
-    pa.field("class_probabilities", pa.list_(pa.float32())),
-    pa.field("split", pa.string()),  # side of the split when the classifier was trained
-    pa.field("map_x", pa.float32()),  # position on the map of this encoder; see `projection`
-    pa.field("map_y", pa.float32()),
-)
+@dataclass(frozen=True)
+class Derived:
+    """Columns that another asset derived from the vectors. fields: their names and types. batches: a table with `synapse_id` and
+    these columns, in pieces; None if the asset is switched off, and the columns are null."""
+
+    fields: Sequence[pa.Field]
+    batches: Iterable[pa.Table] | None
 
 
-def table_schema(dimensions: int) -> pa.Schema:
+def table_schema(dimensions: int, derived_fields: Sequence[pa.Field]) -> pa.Schema:
     """The columns of the embedding table for vectors of `dimensions` components, in Parquet and in LanceDB."""
     return pa.schema(
         [
@@ -58,7 +55,7 @@ def table_schema(dimensions: int) -> pa.Schema:
             pa.field("missing_sections", pa.uint8()),
             pa.field("vector", pa.list_(pa.float32(), dimensions), nullable=False),  # of unit length, rounded
             pa.field("norm", pa.float32(), nullable=False),  # length of the vector that the encoder computed
-            *DERIVED_FIELDS,
+            *derived_fields,
             pa.field("encoder", pa.string(), nullable=False),
             pa.field("encoder_fingerprint", pa.string(), nullable=False),
             pa.field("dataset_version", pa.string(), nullable=False),
@@ -72,13 +69,13 @@ def write_embedding_table(
     tiles: Iterable[pa.Table],
     read_vectors: ReadVectors,
     provenance: dict[str, Any],
-    derived: Sequence[Iterable[pa.Table]] = (),
+    derived: Sequence[Derived] = (),
 ) -> int:
     """Join, normalise and write the rows. Returns their number. Each table is passed as an iterable of pieces.
 
     tiles: `synapse_id`, `shard`, `content_hash`, `pad_fraction`, `missing_sections`; the rows of a shard are consecutive.
     provenance: goes into the metadata of the schema under `synpipe` as JSON; its `encoder`, `encoder_fingerprint` and
-    `dataset_version` are also columns. derived: tables with `synapse_id` and some of `DERIVED_FIELDS`.
+    `dataset_version` are also columns. derived: columns of other assets, in the order in which the table has them.
     Raises `SynpipeError` if there are no tiles, the synapse of a tile is unknown, or the length of a vector is zero or not
     finite. The former file then stays as it is.
     """
@@ -87,7 +84,10 @@ def write_embedding_table(
     with ExitStack() as stack:
         temporary = stack.enter_context(atomic_path(path))
         by_id = stack.enter_context(RowsById(synapses, path.parent))
-        derived_by_id = [stack.enter_context(RowsById(pieces, path.parent)) for pieces in derived]
+        lookups = [
+            None if each.batches is None else stack.enter_context(RowsById(each.batches, path.parent)) for each in derived
+        ]
+        fields = [field for each in derived for field in each.fields]
         for shard, rows in by_shard(tiles):
             ids = rows["synapse_id"].to_numpy()
             unknown = ids[~by_id.knows(ids)]
@@ -96,9 +96,10 @@ def write_embedding_table(
                     f"{len(unknown)} tiles belong to no synapse of this version, in shard {shard}, the first one to synapse "
                     f"{unknown[0]}: materialise synapse_stacks and rgb_tiles again."
                 )
-            rows = add_derived_columns(rows, derived_by_id)
+            for each, lookup in zip(derived, lookups, strict=True):
+                rows = add_derived_columns(rows, each.fields, lookup)
             vectors = read_vectors(shard, rows["content_hash"].to_pylist())
-            group = _row_group(by_id.take(ids), rows, vectors, provenance)
+            group = _row_group(by_id.take(ids), rows, vectors, provenance, fields)
             if writer is None:
                 schema = group.schema.with_metadata(metadata)
                 # Rounding bounds the dictionary, which stays far below the default limit of 1 MB, a quarter of a million values.
@@ -111,11 +112,10 @@ def write_embedding_table(
     return count
 
 
-def add_derived_columns(rows: pa.Table, derived: Sequence[RowsById]) -> pa.Table:
-    """Append `DERIVED_FIELDS`, looked up by `synapse_id` in the table of `derived` that has the column; otherwise null."""
-    tables = [rows_by_id.take(rows["synapse_id"].to_numpy()) for rows_by_id in derived]
-    for field in DERIVED_FIELDS:
-        table = next((table for table in tables if field.name in table.column_names), None)
+def add_derived_columns(rows: pa.Table, fields: Sequence[pa.Field], lookup: RowsById | None) -> pa.Table:
+    """Append columns, looked up by `synapse_id`; null without a lookup."""
+    table = None if lookup is None else lookup.take(rows["synapse_id"].to_numpy())
+    for field in fields:
         column = pa.nulls(len(rows), field.type) if table is None else table[field.name].cast(field.type)
         rows = rows.append_column(field, column)
     return rows
@@ -127,7 +127,13 @@ def round_vectors(vectors: np.ndarray) -> np.ndarray:
     return np.round(vectors * steps) / steps
 
 
-def _row_group(synapses: pa.Table, tiles: pa.Table, vectors: np.ndarray, provenance: dict[str, Any]) -> pa.Table:
+def _row_group(
+    synapses: pa.Table,
+    tiles: pa.Table,
+    vectors: np.ndarray,
+    provenance: dict[str, Any],
+    derived_fields: Sequence[pa.Field],
+) -> pa.Table:
     """The rows of one shard. synapses: those of the tiles, in the same order."""
     norms = np.linalg.norm(vectors, axis=1)
     bad = np.flatnonzero(~((norms > 0) & np.isfinite(norms)))
@@ -142,7 +148,7 @@ def _row_group(synapses: pa.Table, tiles: pa.Table, vectors: np.ndarray, provena
         **{name: tiles[name] for name in ("content_hash", "pad_fraction", "missing_sections")},
         "vector": vector_column(unit),
         "norm": pa.array(norms, pa.float32()),
-        **{field.name: tiles[field.name] for field in DERIVED_FIELDS},
+        **{field.name: tiles[field.name] for field in derived_fields},
         **{
             name: pa.repeat(pa.scalar(provenance[name]), len(vectors))
             for name in ("encoder", "encoder_fingerprint", "dataset_version")
