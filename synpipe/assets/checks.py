@@ -150,7 +150,7 @@ def vectors_have_not_drifted(dataset: Dataset, encoder: str) -> Finding:
     path = dataset.former_table_path(encoder)
     if not path.exists():
         return Finding(True, "The first version: there is nothing to compare it with.")
-    found = drift.compare(read_table(path), drift.take_sample(dataset.table_path(encoder)))
+    found = drift.compare_samples(read_table(path), drift.take_sample(dataset.table_path(encoder)))
     shown: dict[str, Any] = {"matched rows": found.matched, "same encoder": found.same_encoder}
     if found.change is not None:
         shown |= {"mean cosine": found.mean_cosine, "cosine, 1st percentile": found.low_cosine, "change": found.change}

@@ -16,8 +16,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from synpipe.analysis.classifier import MAX_ROWS, FinetuneSpec, LinearSpec, Probe, fit_linear, sample_rows
-from synpipe.analysis.classifier_report import interval_text
+from synpipe.analysis.classifier import FinetuneSpec, LinearSpec
+from synpipe.analysis.classifier_report import format_interval
 from synpipe.analysis.classifier_scores import (
     PREDICTIONS,
     SIDE_NAMES,
@@ -26,6 +26,7 @@ from synpipe.analysis.classifier_scores import (
     predictions_table,
     score_test_side,
 )
+from synpipe.analysis.linear_probe import MAX_ROWS, Probe, fit_probe, sample_rows
 from synpipe.analysis.splits import TRAIN, VALIDATION
 from synpipe.assets.manifest import read_manifest
 from synpipe.assets.pipeline import (
@@ -86,7 +87,7 @@ def make_classifier(dataset: Dataset, name: str, inputs: Inputs, log: Log) -> Ma
             few_neurons(scores["recalls"]) if scores else ["No labelled synapse stands on the test side: no figures."]
         )
         if scores:
-            log(f"balanced accuracy on the test side: {interval_text(scores, 'balanced_accuracy')}")
+            log(f"balanced accuracy on the test side: {format_interval(scores, 'balanced_accuracy')}")
     return Made(version, {"rows": rows, "by": dataset.spec.split.by} | counts, notes)
 
 
@@ -133,7 +134,7 @@ class _Learning:
         made = read_manifest(self._dataset, f"embeddings_{self._name}").counts
         self._fingerprint, self._dimensions = made["encoder_fingerprint"], made["dimensions"]
         (training, codes), (validation, validation_codes) = map(self._sample, (self._training, self._validation))
-        probe = fit_linear(
+        probe = fit_probe(
             training,
             codes,
             validation,

@@ -12,7 +12,8 @@ import numpy as np
 import pyarrow as pa
 
 from synpipe.analysis import evaluation, splits
-from synpipe.analysis.instance_retrieval import instance_retrieval
+from synpipe.analysis.instance_retrieval import EmbeddedTiles, retrieve_instances
+from synpipe.analysis.metrics import estimate
 from synpipe.assets.derived_steps import open_branch
 from synpipe.assets.manifest import read_manifest
 from synpipe.assets.pipeline import CODE_VERSIONS, Inputs, Made, metadata_of, version_of
@@ -87,7 +88,8 @@ def make_scores(dataset: Dataset, name: str, inputs: Inputs, log: Log) -> Made:
         "precision_at_10": spread(found.precision, queries, len(labels)),
     }
     for scheme in splits.SCHEMES:
-        tested = evaluation.probe(vectors, labels, column_of(dataset.split_path, ids, scheme), spec)
+        sides = column_of(dataset.split_path, ids, scheme)
+        tested = evaluation.probe_test_side(vectors, labels, sides, dataset.spec.classes, spec)
         rows[f"probe_{scheme}"] = spread(tested[1], tested[0], len(labels)) if tested else np.full(len(labels), np.nan)
     log("linear probes are fitted")
 
@@ -98,16 +100,16 @@ def make_scores(dataset: Dataset, name: str, inputs: Inputs, log: Log) -> Made:
         )
     grey = read_manifest(dataset, "rgb_tiles").counts["stacking"] == "grey"
     with Volume(dataset.spec.volume, dataset.base) as volume:
-        again = instance_retrieval(
-            volume,
-            dataset.spec.tiles,
-            lambda tiles: embed_shard(encoder, tiles.__getitem__, [f"view {place}" for place in range(len(tiles))]),
-            (lambda tile: np.broadcast_to(tile[1], tile.shape)) if grey else (lambda tile: tile),
-            vectors,
-            starts,
-            window,
-            spec,
+        tiles = EmbeddedTiles(
+            volume=volume,
+            tile_spec=dataset.spec.tiles,
+            stack_view=(lambda tile: np.broadcast_to(tile[1], tile.shape)) if grey else (lambda tile: tile),
+            embed=lambda views: embed_shard(encoder, views.__getitem__, [f"view {row}" for row in range(len(views))]),
+            vectors=vectors,
+            starts_zyx=starts,
+            window_zyx=window,
         )
+        again = retrieve_instances(tiles, spec)
     rows["instance_rank"] = spread(again.ranks, again.places, len(labels))
     log(f"{len(again.places):,} places have been looked for")
 
@@ -130,9 +132,7 @@ def make_scores(dataset: Dataset, name: str, inputs: Inputs, log: Log) -> Made:
         "alterations": {
             alteration: {
                 f"recall_at_{k}": asdict(
-                    evaluation.estimate(
-                        (ranks <= k).astype(float), np.full(len(ranks), None), groups[: len(ranks)], spec.seed
-                    )
+                    estimate((ranks <= k).astype(float), np.full(len(ranks), None), groups[: len(ranks)], spec.seed)
                 )
                 for k in (1, 5)
             }

@@ -39,7 +39,7 @@ from synpipe.embeddings.compression import CompressedSpec
 from synpipe.embeddings.encoders import Encoder, open_on_all_devices
 from synpipe.errors import SynpipeError
 from synpipe.progress import Log, Progress
-from synpipe.reports.links import find_viewer, image_layer
+from synpipe.reports.links import find_viewer
 from synpipe.specs import digest
 from synpipe.store.files import is_whole, read_table, remove_leftovers, set_aside, table_writer, write_table
 from synpipe.store.fingerprints import file_sha256, status
@@ -49,6 +49,7 @@ from synpipe.store.streams import ContentDigest, by_shard, read_parts
 from synpipe.synthetic.demo import make_demo
 from synpipe.tiles import tile as tiles
 from synpipe.tiles.extraction import extract_shards
+from synpipe.volumes.neuroglancer import image_layer
 from synpipe.volumes.volume import Volume
 
 Inputs = Mapping[str, str]  # data version by asset
@@ -416,7 +417,7 @@ def make_embedding_table(dataset: Dataset, name: str, inputs: Inputs, log: Log) 
         )
     file = pq.ParquetFile(path)
     vectors = file.schema_arrow.field("vector").type.list_size * file.metadata.num_rows
-    kind = drift.figures(drift.take_sample(path))
+    kind = drift.measure_vectors(drift.take_sample(path))
     counts = {
         "rows": file.metadata.num_rows,
         "dimensions": file.schema_arrow.field("vector").type.list_size,

@@ -12,16 +12,20 @@ import dagster as dg
 import pyarrow.parquet as pq
 from PIL import Image
 
-from synpipe.analysis import compare
-from synpipe.analysis.classifier_report import confusion_picture, confusion_rows, markdown, recall_rows
-from synpipe.analysis.evaluation import Estimate
+from synpipe.analysis.charts import draw_confusion, draw_figures
+from synpipe.analysis.classifier_report import confusion_table, recall_table
+from synpipe.analysis.compare import encoder_table, format_figure
+from synpipe.analysis.metrics import Estimate
+from synpipe.analysis.pictures import data_uri, draw_section
 from synpipe.analysis.splits import SCHEMES
 from synpipe.assets.graph import Step
 from synpipe.assets.manifest import Manifest
 from synpipe.datasets import Dataset
 from synpipe.errors import SynpipeError
-from synpipe.reports.pictures import data_uri, nearest_neighbours, section_picture, tiles_by_class, vector_map
+from synpipe.reports.comparison import read_encoder_rows
+from synpipe.reports.pictures import nearest_neighbours, tiles_by_class, vector_map
 from synpipe.store.files import read_json
+from synpipe.text import format_table
 from synpipe.volumes.volume import Volume
 
 SAMPLE_ROWS = 10
@@ -125,7 +129,7 @@ def describe(step: Step) -> str:
 def volume(dataset: Dataset, manifest: Manifest) -> dict[str, Any]:
     with Volume(dataset.spec.volume, dataset.base) as opened:
         try:
-            picture = section_picture(opened)
+            picture = draw_section(opened)
         except SynpipeError:
             picture = None  # nothing is stored there, or its server fails just now: no reason to make nothing else
     return _picture("middle_section", picture) | _figures(manifest)
@@ -181,7 +185,7 @@ def classifier(dataset: Dataset, manifest: Manifest) -> dict[str, Any]:
     columns = ["synapse_id", "split", "neurotransmitter", "predicted_neurotransmitter", "predicted_probability"]
     shown = _figures(manifest)
     if "confusion" in manifest.counts:
-        picture = confusion_picture(manifest.counts, f"{dataset.name}, {encoder}, split by {manifest.counts['by']}")
+        picture = draw_confusion(manifest.counts, f"{dataset.name}, {encoder}, split by {manifest.counts['by']}")
         shown = _picture("confusion_matrix", picture) | shown
     return shown | _parquet(dataset.predictions_path(encoder), columns)
 
@@ -217,18 +221,16 @@ def scores(dataset: Dataset, manifest: Manifest) -> dict[str, Any]:
 
 def _estimates(head: str, rows: Mapping[str, Mapping[str, Any]]) -> str:
     names = list(next(iter(rows.values()), {}))
-    lines = [f"| {head} | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
-    for key, row in rows.items():
-        lines.append(f"| {key} | {' | '.join(compare.format_figure(Estimate(**row[name])) for name in names)} |")
-    return "\n".join(lines)
+    cells = [[key, *(format_figure(Estimate(**row[name])) for name in names)] for key, row in rows.items()]
+    return format_table([head, *names], cells, markdown=True)
 
 
 def evaluation(dataset: Dataset, manifest: Manifest) -> dict[str, Any]:
-    rows = compare.encoders_table(dataset)
-    report = {"report": dg.MetadataValue.md(compare.markdown(rows))}
+    rows = read_encoder_rows(dataset)
+    report = {"report": dg.MetadataValue.md(format_table(*encoder_table(rows), markdown=True))}
     figures = ["instance_recall_at_1", "knn_balanced_accuracy", "map"]
     columns = ["encoder", "dimensions", *figures, "index_recall", "bytes_per_vector"]
-    return _picture("figures", compare.chart(rows)) | report | _parquet(dataset.evaluation_path, columns)
+    return _picture("figures", draw_figures(rows)) | report | _parquet(dataset.evaluation_path, columns)
 
 
 # Counts for the next steps only.
@@ -268,9 +270,9 @@ def _figure(name: str, value: Any, counts: Mapping[str, Any]) -> Any:
         rows = (f"| {key} | {count:,} |" for key, count in value.items())
         return dg.MetadataValue.md("\n".join([f"| {name} | rows |", "|---|---:|", *rows]))
     if name == "recalls":
-        return dg.MetadataValue.md(markdown(recall_rows(counts)))
+        return dg.MetadataValue.md(format_table(*recall_table(counts), markdown=True))
     if name == "confusion":
-        return dg.MetadataValue.md(markdown(confusion_rows(counts)))
+        return dg.MetadataValue.md(format_table(*confusion_table(counts), markdown=True))
     if name == "split":
         return dg.MetadataValue.md(_split_table(value))
     if name == "paths":

@@ -227,7 +227,7 @@ def _classes(dataset: Dataset) -> list[str]:
 
 
 def _open_index(dataset: Dataset, encoder: str) -> _Indexed:
-    index = SynapseIndex(dataset, encoder)
+    index = SynapseIndex(dataset, encoder, viewer=find_viewer(dataset))
     shown = index.columns(["region", "hemilineage"])
     values = {name: sorted(shown[name].unique().drop_null().to_pylist()) for name in shown.column_names}
     return _Indexed(

@@ -33,8 +33,9 @@ from synpipe.explorer.app import HEADERS, STATIC
 from synpipe.explorer.column_files import Files, as_column, metadata_columns, narrow
 from synpipe.explorer.quantised import measure_recall, quantise
 from synpipe.explorer.tile_packs import write_tiles
+from synpipe.index.distances import METRICS
 from synpipe.index.publish import open_current, read_provenance
-from synpipe.index.search import METRICS, UNLABELLED
+from synpipe.index.search import UNLABELLED
 from synpipe.progress import Log
 from synpipe.reports.links import find_viewer
 from synpipe.specs import digest

@@ -22,12 +22,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from synpipe import __version__
-from synpipe.analysis.projection import PALETTE
+from synpipe.analysis.charts import PALETTE
 from synpipe.assets.manifest import read_manifest
 from synpipe.datasets import Dataset
 from synpipe.errors import SynpipeError
-from synpipe.reports.links import Viewer, find_viewer
+from synpipe.reports.links import find_viewer
 from synpipe.store.files import atomic_folder, read_table
+from synpipe.volumes.neuroglancer import Viewer
 from synpipe.volumes.volume import REMOTE
 
 TYPE = "neuroglancer_annotations_v1"

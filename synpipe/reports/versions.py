@@ -23,7 +23,7 @@ from synpipe.datasets import Dataset
 from synpipe.embeddings.vectors import read_vectors
 from synpipe.errors import SynpipeError
 from synpipe.index.build import open_lance
-from synpipe.index.files import damaged
+from synpipe.index.files import find_damaged_files
 from synpipe.index.publish import CURRENT, connect, list_tags, open_current, read_provenance
 from synpipe.store.files import read_table
 from synpipe.store.objects import BulkPath, listed
@@ -136,7 +136,7 @@ def rollback(dataset: Dataset, encoder: str, which: str) -> Version:
     """
     found = open_version(dataset, encoder, which)
     number = found.version
-    if wrong := damaged(dataset.lancedb_folder / f"{encoder}.lance", found.schema):
+    if wrong := find_damaged_files(dataset.lancedb_folder / f"{encoder}.lance", found.schema):
         raise SynpipeError(f"Version {which} of {encoder} is damaged ({', '.join(wrong)}): choose another.")
     connect(dataset.lancedb_folder).open_table(encoder).tags.update(CURRENT, number)
     return next(version for version in versions(dataset, encoder) if version.current)

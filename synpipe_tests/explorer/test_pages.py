@@ -11,7 +11,7 @@ import pytest
 from matplotlib.path import Path as Polygon
 from playwright.sync_api import Browser, Page, Route, expect
 
-from synpipe.analysis.projection import PALETTE
+from synpipe.analysis.charts import PALETTE
 from synpipe.assets.pipeline import open_tiles
 from synpipe.datasets import Dataset
 from synpipe_tests.conftest import project_of

@@ -10,8 +10,9 @@ import pytest
 from synpipe.datasets import Dataset, DatasetSpec
 from synpipe.errors import SynpipeError
 from synpipe.index import search
+from synpipe.index.distances import METRICS
 from synpipe.index.publish import publish
-from synpipe.index.search import METRICS, UNLABELLED, SynapseIndex, parse_where
+from synpipe.index.search import UNLABELLED, SynapseIndex, parse_where
 from synpipe_tests.support.tables import clustered, embedding_table
 
 CLASSES = ("acetylcholine", "gaba", "serotonin", "octopamine")  # nobody is octopaminergic here
