@@ -138,10 +138,11 @@ def search(project: "Project", synapse_id: int, dataset: str, encoder: str | Non
       synpipe search 4005871 --metric l2 --per-class 8 --picture similar.png
       synpipe search 4005871 --where region=AL --json
     """
+    from synpipe.assets.volume import find_viewer
     from synpipe.index.search import SynapseIndex, parse_where
 
     chosen = project.dataset(dataset)
-    index = SynapseIndex(chosen, chosen.encoder(encoder))
+    index = SynapseIndex(chosen, chosen.encoder(encoder), viewer=find_viewer(chosen))
     answer = index.search(synapse_id, options["metric"], options["per_class"], parse_where(options["where"]))
     if options["picture"]:
         from synpipe.reports.pictures import neighbours_picture
@@ -285,7 +286,7 @@ def finetune(project: "Project", dataset: str, encoder: str | None, name: str, e
       tensorboard --logdir data/store/mydata/training
     """
     from synpipe.analysis.classifier import FinetuneSpec
-    from synpipe.assets.classifier_steps import finetuned_encoder
+    from synpipe.assets.classifier import finetune_encoder
     from synpipe.defs.run import materialize as run
     from synpipe.training.registration import as_yaml, check_new_name, register
 
@@ -296,7 +297,7 @@ def finetune(project: "Project", dataset: str, encoder: str | None, name: str, e
     if epochs:
         spec = spec.model_copy(update={"epochs": epochs})
     run(project, dataset, ["+split"])
-    entry = finetuned_encoder(chosen, base, name, spec, lambda line: click.echo(line, err=True))
+    entry = finetune_encoder(chosen, base, name, spec, lambda line: click.echo(line, err=True))
     click.echo(f"Weights: {_short(project.data / entry.weights)}")
     if add:
         register(registry, name, entry)
@@ -325,8 +326,10 @@ def confusion(
       synpipe confusion
       synpipe confusion -d mydata -e resnet18 --neurons --picture confusion.png
     """
-    from synpipe.analysis.classifier_report import aligned, confusion_picture, confusion_rows, recall_rows
+    from synpipe.analysis.charts import draw_confusion
+    from synpipe.analysis.classifier_report import confusion_table, recall_table
     from synpipe.assets.manifest import read_manifest
+    from synpipe.text import format_table
 
     chosen = project.dataset(dataset)
     name = chosen.encoder(encoder)
@@ -335,14 +338,13 @@ def confusion(
     if "confusion" not in figures:
         raise SynpipeError(f"The classifier of {dataset} and {name} has no figures. {' '.join(manifest.notes)}")
     if picture:
-        _save(picture, confusion_picture(figures, f"{dataset}, {name}, split by {figures['by']}"))
+        _save(picture, draw_confusion(figures, f"{dataset}, {name}, split by {figures['by']}"))
     if as_json:
         _print_json({"dataset": dataset, "encoder": name, **figures, "notes": manifest.notes})
         return
     click.echo(f"{dataset}, {name}: test side of the split by {figures['by']}, intervals of 95 % over neurons\n")
-    click.echo(
-        f"{aligned(recall_rows(figures))}\n\n{aligned(confusion_rows(figures, 'neurons' if neurons else 'synapses'))}"
-    )
+    click.echo(format_table(*recall_table(figures)))
+    click.echo(f"\n{format_table(*confusion_table(figures, 'neurons' if neurons else 'synapses'))}")
     for note in manifest.notes:
         click.echo(f"\n{note}")
 
@@ -381,7 +383,7 @@ def profile(project: "Project", dataset: str, encoder: str | None, tiles: int | 
 
     Beside the rate stands that of the network alone, on a batch that lies ready: what the device could do.
     """
-    from synpipe.assets.pipeline import open_tiles
+    from synpipe.assets.rgb_tiles import open_tiles
     from synpipe.embeddings.encoders import open_on_all_devices
     from synpipe.embeddings.profiling import profile as measure
     from synpipe.embeddings.profiling import report
@@ -454,13 +456,14 @@ def compare(project: "Project", a: str | None, b: str | None, dataset: str, as_j
       synpipe compare
       synpipe compare em_d4 filter_bank -d vnc_stack1
     """
-    from synpipe.analysis import compare as comparing
-    from synpipe.analysis.evaluation import FIGURES, Estimate
-    from synpipe.annotations.schema import UNLABELLED
+    from synpipe.analysis.compare import format_figure
+    from synpipe.analysis.evaluation import FIGURES
+    from synpipe.analysis.metrics import Estimate
+    from synpipe.reports.comparison import comparison_picture, read_comparison, read_encoder_rows
 
     chosen = project.dataset(dataset)
     if a is None:
-        rows = comparing.encoders_table(chosen)
+        rows = read_encoder_rows(chosen)
         if as_json:
             _print_json(rows)
             return
@@ -469,9 +472,7 @@ def compare(project: "Project", a: str | None, b: str | None, dataset: str, as_j
             click.echo(f"\n{FIGURES[name].title}")
             for row in rows:
                 figure = Estimate(row[name], row[f"{name}_low"], row[f"{name}_high"])
-                click.echo(
-                    f"  {row['encoder']:<24} {row['dimensions']:>5} dimensions  {comparing.format_figure(figure)}"
-                )
+                click.echo(f"  {row['encoder']:<24} {row['dimensions']:>5} dimensions  {format_figure(figure)}")
         click.echo(
             "\nindex: recall@10 against exact search, median time of a query; size of a vector in the Parquet file"
         )
@@ -483,9 +484,9 @@ def compare(project: "Project", a: str | None, b: str | None, dataset: str, as_j
         raise SynpipeError(
             f"Name two encoders to compare, {a} and one of {', '.join(chosen.encoders)}; or none, for all."
         )
-    found = comparing.compare(chosen, chosen.encoder(a), chosen.encoder(b))
+    found = read_comparison(chosen, chosen.encoder(a), chosen.encoder(b))
     picture = chosen.folder / "evaluation" / f"{found.a}-{found.b}.png"
-    image = comparing.picture(chosen, found, tile_px=128)
+    image = comparison_picture(chosen, found, tile_px=128)
     if image is not None:
         _save(picture, image)
     if as_json:
@@ -494,9 +495,9 @@ def compare(project: "Project", a: str | None, b: str | None, dataset: str, as_j
     click.echo(f"{'':<34} {found.a[:24]:<24} {found.b[:24]:<24} difference")
     for pair in found.figures.values():
         cells = [
-            comparing.format_figure(pair.a),
-            comparing.format_figure(pair.b),
-            comparing.format_figure(pair.difference, "+"),
+            format_figure(pair.a),
+            format_figure(pair.b),
+            format_figure(pair.difference, "+"),
         ]
         click.echo(f"{pair.title:<34} {cells[0]:<24} {cells[1]:<24} {cells[2]}")
     if found.overlap is not None:
@@ -505,9 +506,7 @@ def compare(project: "Project", a: str | None, b: str | None, dataset: str, as_j
             "queries. They differ most on:"
         )
     for query in found.differ_most:
-        precision = [
-            comparing.format_figure(Estimate(each)) for each in (query.average_precision_a, query.average_precision_b)
-        ]
+        precision = [format_figure(Estimate(each)) for each in (query.average_precision_a, query.average_precision_b)]
         click.echo(
             f"  {query.synapse_id:>20}  {query.label or UNLABELLED:<16} average precision {precision[0]} and {precision[1]}, "
             f"{query.overlap:.0%} in common"

@@ -1,7 +1,7 @@
-"""How good predictions are, per synapse and per neuron, and the vote of a neuron's synapses.
+"""Score predictions per synapse and per neuron, and let the synapses of a neuron vote.
 
-In: a predictions table (`PREDICTIONS`). Out: votes (`VOTES`), and figures of the test side, with intervals, beside those
-that were published. Guarantee: a figure is of synapses on the test side alone, and a neuron's of its synapses there.
+Input: a predictions table (`PREDICTIONS`), in parts. Outputs: a table of votes (`VOTES`), and figures of the test side with
+their intervals. Figures count synapses of the test side only; the figures of a neuron count its synapses on that side.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -11,17 +11,17 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from synpipe.analysis.evaluation import Estimate, estimate
+from synpipe.analysis.metrics import Estimate, confusion_matrix, estimate
 from synpipe.analysis.splits import GUARD, SIDES, TEST
 
 PREDICTIONS = pa.schema(
     [
         pa.field("synapse_id", pa.int64(), nullable=False),
         pa.field("neuron_id", pa.int64()),
-        pa.field("split", pa.string()),  # side on which the synapse stood; null: it had no part in it
-        pa.field("neurotransmitter", pa.string()),  # known
-        pa.field("predicted_neurotransmitter", pa.string()),  # null: nothing could be learned
-        pa.field("predicted_probability", pa.float32()),  # of that class
+        pa.field("split", pa.string()),  # side of the split; null where the synapse has no side
+        pa.field("neurotransmitter", pa.string()),  # annotated class
+        pa.field("predicted_neurotransmitter", pa.string()),  # null where nothing could be learned
+        pa.field("predicted_probability", pa.float32()),  # probability of the predicted class
         pa.field("class_probabilities", pa.list_(pa.float32())),  # in the order of the data set's classes
     ]
 )
@@ -29,21 +29,21 @@ VOTES = pa.schema(
     [
         pa.field("neuron_id", pa.int64(), nullable=False),
         pa.field("synapses", pa.int64(), nullable=False),
-        pa.field("split", pa.string()),  # where all of its synapses that have a side have the same
-        pa.field("neurotransmitter", pa.string()),  # known, of most of its synapses
+        pa.field("split", pa.string()),  # the side of the neuron's synapses; null where they have several sides or none
+        pa.field("neurotransmitter", pa.string()),  # annotated class of most of its synapses
         pa.field("predicted_neurotransmitter", pa.string()),
-        pa.field("vote_share", pa.float32()),  # synapses that voted for it
-        pa.field("confidence", pa.float32()),  # mean probability of it over the synapses
-        pa.field("class_probabilities", pa.list_(pa.float32())),  # mean over the synapses
+        pa.field("vote_share", pa.float32()),  # share of its synapses that voted for the predicted class
+        pa.field("confidence", pa.float32()),  # mean probability of the predicted class over its synapses
+        pa.field("class_probabilities", pa.list_(pa.float32())),  # mean over its synapses
     ]
 )
 
 SIDE_NAMES = (*SIDES, GUARD)
-MERGED_ROWS = 2**16  # neurons of single shards that wait to be added to those of all
+MERGED_ROWS = 2**16  # rows of per-part sums that are collected before they are merged into the totals
 
-# Recall per class, for results to be held against.
+# Published recall per class, shown beside the figures of a classifier.
 PUBLISHED = {
-    "Eckstein et al. 2024": {  # Cell 187; FAFB, 3-D network, neurons not seen in training
+    "Eckstein et al. 2024": {  # Cell 187; FAFB, 3-D network, neurons that were not seen in training
         "acetylcholine": 0.98,
         "gaba": 0.96,
         "glutamate": 0.75,
@@ -51,7 +51,7 @@ PUBLISHED = {
         "serotonin": 0.88,
         "octopamine": 0.71,
     },
-    "SynOminous, random split": {  # the same data, 2-D network; neurons stand on both sides, which flatters
+    "SynOminous, random split": {  # the same data, 2-D network; neurons occur on both sides, which inflates recall
         "acetylcholine": 0.96,
         "gaba": 0.95,
         "glutamate": 0.90,
@@ -65,8 +65,11 @@ PUBLISHED = {
 def predictions_table(
     synapses: pa.Table, sides: pa.Array | pa.ChunkedArray, probabilities: np.ndarray | None, classes: Sequence[str]
 ) -> pa.Table:
-    """synapses: `synapse_id`, `neuron_id`, `neurotransmitter`. sides: string (n,). probabilities: float32 (n, classes), None
-    where there is no classifier. Returns `PREDICTIONS`."""
+    """Build a table of `PREDICTIONS`.
+
+    synapses: `synapse_id`, `neuron_id`, `neurotransmitter`. sides: string (n,), null where a synapse has no side.
+    probabilities: float32 (n, classes); None where there is no classifier.
+    """
     columns = {name: synapses[name] for name in ("synapse_id", "neuron_id", "neurotransmitter")} | {"split": sides}
     if probabilities is not None:
         best = probabilities.argmax(axis=1)
@@ -81,31 +84,34 @@ def predictions_table(
 
 
 def read_probabilities(predictions: pa.Table) -> np.ndarray:
-    """float32 (n, classes) of a table in which every row has a prediction."""
+    """Return the class probabilities, float32 (n, classes), of a table in which every row has a prediction."""
     return pc.list_flatten(predictions["class_probabilities"]).to_numpy().reshape(len(predictions), -1)
 
 
 def votes_of_neurons(predictions: pa.Table, classes: Sequence[str]) -> pa.Table:
-    """The votes of the neurons of one table; see `NeuronVotes`."""
+    """Return the votes of the neurons of one table; see `NeuronVotes`."""
     votes = NeuronVotes(classes)
     votes.add(predictions)
     return votes.table()
 
 
 class NeuronVotes:
-    """The vote of every known neuron: the majority of its synapses, as in Eckstein et al. (Cell 2024); of classes with
-    equally many votes that of the highest mean probability. Memory grows with the neurons, not with their synapses.
+    """Collects the vote of every known neuron from parts of a predictions table.
+
+    The majority of a neuron's synapses decides, as in Eckstein et al. (Cell 2024). If several classes have the same number
+    of votes, the one with the highest mean probability wins. Memory grows with the number of neurons, not of synapses.
     """
 
     def __init__(self, classes: Sequence[str]):
         self._classes = classes
-        # By neuron, ids ascending: bits of the sides, then synapses, and by class the sum of probabilities, votes, known ones.
+        # One row per neuron, ids ascending. `_sides` has a bit per side. `_sums` holds the number of synapses and then, for
+        # each class, the sum of probabilities, the number of votes and the number of annotated synapses.
         self._ids, self._sides = np.zeros(0, np.int64), np.zeros(0, np.int64)
         self._sums = np.zeros((0, 1 + 3 * len(classes)))
         self._added: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
 
     def add(self, predictions: pa.Table) -> None:
-        """predictions: `PREDICTIONS`, with a prediction in every row."""
+        """Add a table of `PREDICTIONS` in which every row has a prediction."""
         known = predictions.filter(pc.is_valid(predictions["neuron_id"]))
         if not len(known):
             return
@@ -129,7 +135,7 @@ class NeuronVotes:
         self._added = []
 
     def table(self) -> pa.Table:
-        """`VOTES`, sorted by id."""
+        """Return a table of `VOTES`, sorted by neuron id."""
         self._merge()
         count, synapses = len(self._classes), self._sums[:, 0]
         mean, counted, truth = np.split(self._sums[:, 1:], [count, 2 * count], axis=1)
@@ -137,7 +143,7 @@ class NeuronVotes:
         rows = np.arange(len(self._ids))
         chosen = np.argmax(counted + mean / 2, axis=1) if len(rows) else np.empty(0, np.int64)
         names = pa.array(self._classes, pa.string())
-        # The side of a neuron that has one: of a power of two the place of its bit.
+        # A neuron has one side if exactly one bit is set; the position of that bit is the code of the side.
         one_side = (self._sides > 0) & (self._sides & (self._sides - 1) == 0)
         side = np.log2(np.maximum(self._sides, 1)).astype(np.int64)
         return pa.table(
@@ -155,7 +161,7 @@ class NeuronVotes:
 
 
 def _summed(ids: np.ndarray, bits: np.ndarray, sums: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Distinct ids, ascending, with their bits together and their sums (n, k)."""
+    """Group rows by id: distinct ids (ascending), bits combined with OR, and sums added up, (ids, k)."""
     distinct, places = np.unique(ids, return_inverse=True)
     all_bits, totals = np.zeros(len(distinct), np.int64), np.zeros((len(distinct), sums.shape[1]))
     np.bitwise_or.at(all_bits, places, bits)
@@ -164,74 +170,87 @@ def _summed(ids: np.ndarray, bits: np.ndarray, sums: np.ndarray) -> tuple[np.nda
 
 
 def score_test_side(parts: Iterable[pa.Table], classes: Sequence[str]) -> dict[str, Any]:
-    """Figures of the test side, for people and for JSON; an empty mapping where no synapse stands there.
+    """Score the labelled synapses of the test side; returns an empty mapping if there are none.
 
-    parts: of `PREDICTIONS`. `balanced_accuracy`, `neuron_balanced_accuracy` with `_low` and `_high`; `accuracy`,
-    `neuron_accuracy`; `recalls`, a mapping per class; `confusion`, counts with a row per true class. Intervals are those of
-    `evaluation.estimate`, which draws neurons, not synapses; of a class with one neuron there is none. Of a synapse of the
-    test side ten bytes are in memory.
+    parts: tables of `PREDICTIONS`. The result can be written as JSON:
+    `balanced_accuracy` and `neuron_balanced_accuracy`, each with `_low` and `_high`; `accuracy` and `neuron_accuracy`;
+    `recalls`, a mapping per class; `confusion`, counts with a row per true class.
+    Intervals are those of `metrics.estimate`, which resamples neurons and not synapses; a class with one neuron has no
+    interval. Ten bytes per synapse of the test side are kept in memory.
     """
-    neurons, tested = NeuronVotes(classes), []
+    votes, columns = _read_test_side(parts, classes)
+    truth, predicted, groups = columns
+    if not len(truth):
+        return {}
+    neurons = votes.table()
+    neuron_truth, neuron_predicted = _class_codes(neurons, classes)
+    synapse_figures, synapse_recalls, synapse_confusion = _score(truth, predicted, groups, classes, "")
+    neuron_figures, neuron_recalls, neuron_confusion = _score(
+        neuron_truth, neuron_predicted, neurons["neuron_id"].to_numpy(), classes, "neuron_"
+    )
+    recalls = {name: found | neuron_recalls.get(name, {}) for name, found in synapse_recalls.items()}
+    confusion = {"classes": list(classes), "synapses": synapse_confusion, "neurons": neuron_confusion}
+    return synapse_figures | neuron_figures | {"recalls": recalls, "confusion": confusion}
+
+
+def _read_test_side(
+    parts: Iterable[pa.Table], classes: Sequence[str]
+) -> tuple[NeuronVotes, tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Votes of the neurons of the test side, and of its labelled synapses the true class, predicted class and group."""
+    votes, collected = NeuronVotes(classes), [(np.zeros(0, np.int8), np.zeros(0, np.int8), np.zeros(0, np.int64))]
     for part in parts:
         test = part.filter(pc.fill_null(pc.equal(part["split"], TEST), False))
         test = test.filter(pc.is_valid(test["neurotransmitter"]))
-        neurons.add(test)
-        # A synapse of no known neuron is drawn by itself.
+        votes.add(test)
+        # A synapse without a known neuron is a group of its own.
         groups = pc.coalesce(test["neuron_id"], pc.negate(test["synapse_id"])).to_numpy()
-        tested.append((*_truth_and_prediction(test, classes), groups))
-    columns = [np.concatenate(column) for column in zip(*tested, strict=True)] if tested else [np.zeros(0)]
-    if not len(columns[0]):
-        return {}
-    votes = neurons.table()
-    figures: dict[str, Any] = {}
-    recalls: dict[str, dict[str, Any]] = {}
-    confusion: dict[str, Any] = {"classes": list(classes)}
-    of_neurons = (*_truth_and_prediction(votes, classes), votes["neuron_id"].to_numpy())
-    for unit, prefix, (truth, predicted, drawn) in (("synapses", "", columns), ("neurons", "neuron_", of_neurons)):
-        labels = np.array(classes, dtype=object)[truth]
-        right = (truth == predicted).astype(float)
-        confusion[unit] = _counted(truth, predicted, (len(classes), len(classes))).astype(int).tolist()
-        figures |= _told(f"{prefix}balanced_accuracy", estimate(right, labels, drawn))
-        figures[f"{prefix}accuracy"] = _round(float(right.mean())) if len(right) else None
-        for code, name in enumerate(classes):
-            rows = np.flatnonzero(truth == code)
-            if len(rows):
-                counted = {f"{prefix or 'synapse_'}count": len(rows)}
-                of_class = _told(f"{prefix}recall", estimate(right[rows], labels[rows], drawn[rows]))
-                recalls[name] = recalls.get(name, {}) | counted | of_class
-    return figures | {"recalls": recalls, "confusion": confusion}
+        collected.append((*_class_codes(test, classes), groups))
+    truth, predicted, groups = (np.concatenate(column) for column in zip(*collected, strict=True))
+    return votes, (truth, predicted, groups)
 
 
-def _truth_and_prediction(table: pa.Table, classes: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-    """Numbers of the known and of the predicted class of each row, all of them known: int8 (n,)."""
+def _score(
+    truth: np.ndarray, predicted: np.ndarray, groups: np.ndarray, classes: Sequence[str], prefix: str
+) -> tuple[dict[str, Any], dict[str, dict[str, Any]], list[list[int]]]:
+    """Figures, recall of each class that occurs, and confusion counts. truth, predicted: int8 (n,). groups: int64 (n,)."""
+    labels = np.array(classes, dtype=object)[truth]
+    correct = (truth == predicted).astype(float)
+    figures: dict[str, Any] = _rounded(f"{prefix}balanced_accuracy", estimate(correct, labels, groups))
+    figures[f"{prefix}accuracy"] = _round(float(correct.mean())) if len(correct) else None
+    recalls = {}
+    for code, name in enumerate(classes):
+        rows = np.flatnonzero(truth == code)
+        if len(rows):
+            recall = _rounded(f"{prefix}recall", estimate(correct[rows], labels[rows], groups[rows]))
+            recalls[name] = {f"{prefix or 'synapse_'}count": len(rows)} | recall
+    return figures, recalls, confusion_matrix(truth, predicted, len(classes)).tolist()
+
+
+def _class_codes(table: pa.Table, classes: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    """Codes of the annotated and of the predicted class of each row, neither of which is null: int8 (n,)."""
     truth, predicted = (codes_of(table[name], classes) for name in ("neurotransmitter", "predicted_neurotransmitter"))
     return truth.astype(np.int8), predicted.astype(np.int8)
 
 
 def few_neurons(recalls: Mapping[str, Mapping[str, Any]], fewest: int = 3) -> list[str]:
-    """Sentences on classes whose figures rest on fewer than `fewest` neurons of the test side."""
-    few = [f"{name} ({found.get('neuron_count', 0)})" for name, found in recalls.items()]
-    few = [text for text, found in zip(few, recalls.values(), strict=True) if found.get("neuron_count", 0) < fewest]
+    """Return a sentence that names the classes with fewer than `fewest` neurons on the test side, or nothing."""
+    counts = {name: figures.get("neuron_count", 0) for name, figures in recalls.items()}
+    few = [f"{name} ({count})" for name, count in counts.items() if count < fewest]
     if not few:
         return []
-    return [f"Fewer than {fewest} test neurons: {', '.join(few)}. Intervals over neurons say little of these classes."]
+    return [
+        f"Fewer than {fewest} test neurons: {', '.join(few)}. Intervals over neurons say little about these classes."
+    ]
 
 
 def codes_of(names: pa.ChunkedArray | pa.Array, classes: Sequence[str]) -> np.ndarray:
-    """Number of each name in `classes`, int64 (n,); −1 for null."""
-    found = pc.index_in(names, value_set=pa.array(classes, pa.string()))
-    return pc.fill_null(found, -1).to_numpy(zero_copy_only=False).astype(np.int64)
+    """Return the class code of each name: int64 (n,), the position of the name in `classes`, or −1 for null."""
+    codes = pc.index_in(names, value_set=pa.array(classes, pa.string()))
+    return pc.fill_null(codes, -1).to_numpy(zero_copy_only=False).astype(np.int64)
 
 
-def _counted(rows: np.ndarray, columns: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
-    counts = np.zeros(shape)
-    valid = columns >= 0
-    np.add.at(counts, (rows[valid], columns[valid]), 1)
-    return counts
-
-
-def _told(name: str, found: Estimate) -> dict[str, float | None]:
-    return {name: _round(found.value), f"{name}_low": _round(found.low), f"{name}_high": _round(found.high)}
+def _rounded(name: str, figure: Estimate) -> dict[str, float | None]:
+    return {name: _round(figure.value), f"{name}_low": _round(figure.low), f"{name}_high": _round(figure.high)}
 
 
 def _round(value: float | None) -> float | None:

@@ -1,12 +1,13 @@
-"""Does the same place find itself? Altered views of a tile must find its original among other tiles; no labels needed.
+"""Measure whether an altered view of a place finds the tile of that place among other tiles. No labels are needed.
 
-In: an opened volume, where the tiles begin, their vectors, and the function that embeds. Out: the rank of the original
-for each view. Guarantees: a view is cut from the volume again, with a margin, so that turning and shifting show tissue
-and not padding; tiles that overlap the original are left out, because they show the same place; equally near tiles count
-as nearer, so that an encoder that tells nothing apart finds nothing.
+Inputs: an opened volume, the positions and vectors of its tiles, and the function that embeds tiles. Output: the rank of
+the original tile for each view. Guarantees:
+- A view is cut from the volume again, with a margin, so that rotation and shift show tissue and not padding.
+- Tiles that overlap the original are not ranked, because they show the same place.
+- Tiles as near as the original are ranked before it, so that an encoder with equal vectors for all tiles finds nothing.
 
-An alteration: turned by any angle, shifted by up to 16 px in any direction, one section off (one step of the stack) up or
-down, contrast × 0.75 to 1.25 about mid-grey and brightness ± 20 grey levels.
+An alteration rotates by any angle, shifts by up to 16 px in any direction, moves one section (one step of the stack) up or
+down, multiplies the contrast about mid-grey by 0.75 to 1.25, and changes the brightness by up to 20 grey levels.
 """
 
 from collections.abc import Callable, Sequence
@@ -24,18 +25,19 @@ SHIFT_PX = 16
 CONTRAST = 0.25
 BRIGHTNESS = 20
 MARGIN_PX = 70
-"""Beyond the tile: half of the diagonal of 256 px is 53 px longer than half of its side; 16 px of shift, 1 px to read."""
+"""Margin around the tile: 53 px by which half the diagonal of 256 px exceeds half its side, 16 px of shift, and 1 px for
+interpolation."""
 
 MIN_WHOLE = 50
-"""With fewer places whose margin lies in the volume, others are taken too, and their margin filled with mean grey."""
+"""If fewer places have their margin inside the volume, others are used too; the missing margin is filled with mean grey."""
 
 Embed = Callable[[np.ndarray], np.ndarray]
-"""Tiles uint8 (n, 3, 256, 256) to vectors float32 (n, d)."""
+"""Maps tiles uint8 (n, 3, 256, 256) to vectors float32 (n, d)."""
 
 
 @dataclass(frozen=True)
 class Alteration:
-    """How a view differs from its tile. sections: steps of the stack, up or down."""
+    """The difference between a view and its tile. shift_yx_px: pixels. sections: steps of the stack. brightness: grey levels."""
 
     angle_deg: float = 0.0
     shift_yx_px: tuple[float, float] = (0.0, 0.0)
@@ -51,16 +53,17 @@ SINGLES: dict[str, tuple[str, ...]] = {
     "section": ("sections",),
     "contrast": ("contrast", "brightness"),
 }
-"""What is altered where each alteration is tried alone."""
+"""The fields that are altered when each alteration is tried alone."""
 ALL = "all"
 
 
 def draw_alterations(count: int, seed: int) -> list[Alteration]:
+    """Draw alterations in which every field is altered."""
     rng = np.random.default_rng(seed)
-    found = []
+    alterations = []
     for _ in range(count):
         length, direction = rng.uniform(0, SHIFT_PX), rng.uniform(0, 2 * np.pi)
-        found.append(
+        alterations.append(
             Alteration(
                 angle_deg=rng.uniform(0, 360),
                 shift_yx_px=(length * np.sin(direction), length * np.cos(direction)),
@@ -69,17 +72,18 @@ def draw_alterations(count: int, seed: int) -> list[Alteration]:
                 brightness=rng.uniform(-BRIGHTNESS, BRIGHTNESS),
             )
         )
-    return found
+    return alterations
 
 
-def only(alteration: Alteration, fields: Sequence[str]) -> Alteration:
+def keep_only(alteration: Alteration, fields: Sequence[str]) -> Alteration:
+    """Return the alteration with all other fields unaltered."""
     return replace(UNALTERED, **{name: getattr(alteration, name) for name in fields})
 
 
 def draw_places(
     starts_zyx: np.ndarray, window_zyx: Sequence[int], shape_zyx: np.ndarray, spec: EvaluationSpec
 ) -> np.ndarray:
-    """Rows to try, int64 (≤ `spec.places`,), in random order; none whose view leaves the volume if there are enough."""
+    """Draw at most `spec.places` rows to try: int64, in random order. Views that leave the volume are used only if needed."""
     reach = np.array([(window_zyx[0] - 1) // (SECTIONS - 1), MARGIN_PX, MARGIN_PX])
     whole = ((starts_zyx >= reach) & (starts_zyx + np.array(window_zyx) + reach <= shape_zyx)).all(axis=1)
     drawn = np.random.default_rng(spec.seed).permutation(len(starts_zyx))
@@ -89,10 +93,11 @@ def draw_places(
 
 
 def read_surroundings(volume: Volume, start_zyx: np.ndarray, spec: TileSpec) -> np.ndarray | None:
-    """Five sections around a tile, its three and one more on either side, with the margin: uint8 (5, 396, 396).
+    """Read the three sections of a tile and one more on either side, with the margin: uint8 (5, 396, 396).
 
-    start_zyx: first voxel of the tile. What is outside the volume is of the mean grey value; a section that is outside or
-    blank is its neighbour towards the middle, as in a tile. None where the volume holds nothing there.
+    start_zyx: first voxel of the tile. Pixels outside the volume get the mean grey value. A section that is outside the
+    volume or blank is replaced by its neighbour towards the middle, as in a tile. Returns None if the volume stores nothing
+    there.
     """
     step = spec.section_step(volume.voxel_size_nm_zyx)
     middle, size = int(start_zyx[0]) + step, TILE_PX + 2 * MARGIN_PX
@@ -101,32 +106,32 @@ def read_surroundings(volume: Volume, start_zyx: np.ndarray, spec: TileSpec) -> 
     sections: dict[int, np.ndarray] = {}
     for offset in (0, -1, 1, -2, 2):
         z = middle + offset * step
-        found = None
+        section = None
         if 0 <= z < volume.shape_zyx[0] and (high > low).all():
             try:
-                found = volume.read(np.array([z, *low]), np.array([z + 1, *high]))[0]
+                section = volume.read(np.array([z, *low]), np.array([z + 1, *high]))[0]
             except MissingChunk:
                 return None
-        if found is None or is_blank(found, spec):
+        if section is None or is_blank(section, spec):
             if offset == 0:
                 return None
             sections[offset] = sections[offset - int(np.sign(offset))]
             continue
-        canvas = np.full((size, size), round(float(found.mean())), dtype=np.uint8)
+        canvas = np.full((size, size), round(float(section.mean())), dtype=np.uint8)
         top, left = low - corner
-        canvas[top : top + found.shape[0], left : left + found.shape[1]] = found
+        canvas[top : top + section.shape[0], left : left + section.shape[1]] = section
         sections[offset] = canvas
     return np.stack([sections[offset] for offset in range(-2, 3)])
 
 
-def view(surroundings: np.ndarray, alteration: Alteration) -> np.ndarray:
-    """A tile of the altered place: uint8 (3, 256, 256); bicubic where it is turned or shifted by parts of a pixel."""
+def cut_view(surroundings: np.ndarray, alteration: Alteration) -> np.ndarray:
+    """Cut the altered view out of the surroundings of `read_surroundings`: uint8 (3, 256, 256), bicubic interpolation."""
     first = 1 + alteration.sections
     angle, centre = np.deg2rad(alteration.angle_deg), surroundings.shape[-1] / 2
     cos, sin = np.cos(angle), np.sin(angle)
     dy, dx = alteration.shift_yx_px
     half = TILE_PX / 2
-    # Pillow asks where an output pixel comes from: x' = a·x + b·y + c, y' = d·x + e·y + f.
+    # Pillow wants to know where an output pixel comes from: x' = a·x + b·y + c, y' = d·x + e·y + f.
     matrix = (
         *(cos, -sin, centre + dx - half * (cos - sin)),
         *(sin, cos, centre + dy - half * (sin + cos)),
@@ -145,21 +150,22 @@ def view(surroundings: np.ndarray, alteration: Alteration) -> np.ndarray:
     return np.clip(np.round(altered), 0, 255).astype(np.uint8)
 
 
-def ranks(
-    found: np.ndarray,
+def rank_originals(
+    view_vectors: np.ndarray,
     places: np.ndarray,
     vectors: np.ndarray,
     starts_zyx: np.ndarray,
     window_zyx: Sequence[int],
     spec: EvaluationSpec,
 ) -> np.ndarray:
-    """Rank of the original of each view, 1 being the best: int64 (m,).
+    """Rank the original of each view among the distractors: int64 (m,), 1 is best.
 
-    found: vectors of the views, (m, d), of any length; places: their rows. vectors: of all tiles, (n, d), unit length;
-    the distractors are the same `spec.distractors` of them for every encoder.
+    view_vectors: float (m, d), of any length. places: int (m,), the rows of the originals. vectors: float32 (n, d), all
+    tiles, of unit length. starts_zyx: int64 (n, 3), first voxels of the tiles. window_zyx: size of a tile in voxels. The
+    distractors are the same `spec.distractors` tiles for every encoder.
     """
     drawn = np.random.default_rng([spec.seed, 1]).permutation(len(vectors))[: spec.distractors]
-    unit = unit_vectors(found)
+    unit = unit_vectors(view_vectors)
     own = (unit * vectors[places]).sum(axis=1)
     others = unit @ vectors[drawn].T
     others[same_place(starts_zyx[places], starts_zyx[drawn], window_zyx)] = -np.inf
@@ -167,44 +173,57 @@ def ranks(
 
 
 @dataclass(frozen=True)
+class EmbeddedTiles:
+    """The tiles of a volume with their vectors, and how views become comparable to them.
+
+    tile_spec: how tiles are cut. stack_view: maps a view, uint8 (3, 256, 256), to the tile that the stacking makes of it;
+    grey stacking repeats the middle section. embed: the encoder that computed `vectors`. vectors: float32 (n, d), of unit
+    length. starts_zyx: int64 (n, 3), first voxels of the tiles. window_zyx: size of a tile in voxels.
+    """
+
+    volume: Volume
+    tile_spec: TileSpec
+    stack_view: Callable[[np.ndarray], np.ndarray]
+    embed: Embed
+    vectors: np.ndarray
+    starts_zyx: np.ndarray
+    window_zyx: Sequence[int]
+
+
+@dataclass(frozen=True)
 class InstanceRetrieval:
-    """places: rows that were tried (m,); ranks: of their originals for views with every alteration at once (m,); singles:
-    by name of the alteration, ranks of the first of them with that one alone."""
+    """The ranks of the originals.
+
+    places: rows that were tried, (m,). ranks: int64 (m,), for views with every alteration at once. singles: ranks for views
+    with one alteration alone, by the name of the alteration; of the first `EvaluationSpec.singles` places.
+    """
 
     places: np.ndarray
     ranks: np.ndarray
     singles: dict[str, np.ndarray]
 
 
-def instance_retrieval(
-    volume: Volume,
-    tiles: TileSpec,
-    embed: Embed,
-    view_of: Callable[[np.ndarray], np.ndarray],
-    vectors: np.ndarray,
-    starts_zyx: np.ndarray,
-    window_zyx: Sequence[int],
-    spec: EvaluationSpec,
-) -> InstanceRetrieval:
-    """Try it. embed: the encoder that made `vectors`; view_of: what the stacking makes of a tile, (3, 256, 256) to the
-    same. The rest as in `ranks`; places at which the volume holds nothing are left out."""
+def retrieve_instances(tiles: EmbeddedTiles, spec: EvaluationSpec) -> InstanceRetrieval:
+    """Cut altered views of some places, embed them, and rank the originals. Places without stored voxels are skipped."""
     places: list[int] = []
     views: dict[str, list[np.ndarray]] = {ALL: [], **{name: [] for name in SINGLES}}
-    drawn = draw_places(starts_zyx, window_zyx, volume.shape_zyx, spec)
+    drawn = draw_places(tiles.starts_zyx, tiles.window_zyx, tiles.volume.shape_zyx, spec)
     for row, alteration in zip(drawn.tolist(), draw_alterations(len(drawn), spec.seed), strict=True):
-        surroundings = read_surroundings(volume, starts_zyx[row], tiles)
+        surroundings = read_surroundings(tiles.volume, tiles.starts_zyx[row], tiles.tile_spec)
         if surroundings is None:
             continue
         places.append(row)
-        views[ALL].append(view_of(view(surroundings, alteration)))
+        views[ALL].append(tiles.stack_view(cut_view(surroundings, alteration)))
         if len(places) <= spec.singles:
             for name, fields in SINGLES.items():
-                views[name].append(view_of(view(surroundings, only(alteration, fields))))
+                views[name].append(tiles.stack_view(cut_view(surroundings, keep_only(alteration, fields))))
     rows = np.array(places, dtype=np.int64)
     if not places:
         return InstanceRetrieval(rows, rows, dict.fromkeys(SINGLES, rows))
-    found = {
-        name: ranks(embed(np.stack(tried)), rows[: len(tried)], vectors, starts_zyx, window_zyx, spec)
-        for name, tried in views.items()
-    }
-    return InstanceRetrieval(rows, found.pop(ALL), found)
+
+    def rank(tried: list[np.ndarray]) -> np.ndarray:
+        view_vectors = tiles.embed(np.stack(tried))
+        return rank_originals(view_vectors, rows[: len(tried)], tiles.vectors, tiles.starts_zyx, tiles.window_zyx, spec)
+
+    ranks = {name: rank(tried) for name, tried in views.items()}
+    return InstanceRetrieval(rows, ranks.pop(ALL), ranks)

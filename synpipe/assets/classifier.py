@@ -17,8 +17,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from synpipe.analysis.classifier import MAX_ROWS, FinetuneSpec, LinearSpec, Probe, fit_linear, sample_rows
-from synpipe.analysis.classifier_report import confusion_picture, confusion_rows, interval_text, recall_rows
+from synpipe.analysis.charts import draw_confusion
+from synpipe.analysis.classifier import FinetuneSpec, LinearSpec
+from synpipe.analysis.classifier_report import confusion_table, format_interval, recall_table
 from synpipe.analysis.classifier_scores import (
     PREDICTIONS,
     SIDE_NAMES,
@@ -28,6 +29,7 @@ from synpipe.analysis.classifier_scores import (
     read_probabilities,
     score_test_side,
 )
+from synpipe.analysis.linear_probe import MAX_ROWS, Probe, fit_probe, sample_rows
 from synpipe.analysis.splits import TRAIN, VALIDATION
 from synpipe.assets import embeddings
 from synpipe.assets.asset import (
@@ -108,7 +110,7 @@ def make(task: Task) -> Made[ClassifierFacts]:
             few_neurons(scores["recalls"]) if scores else ["No labelled synapse stands on the test side: no figures."]
         )
         if scores:
-            task.log(f"balanced accuracy on the test side: {interval_text(scores, 'balanced_accuracy')}")
+            task.log(f"balanced accuracy on the test side: {format_interval(scores, 'balanced_accuracy')}")
     return Made(version, facts, rows, {"by": dataset.spec.split.by} | figures, notes)
 
 
@@ -165,7 +167,7 @@ class _Learning:
         facts = embeddings.ASSET.read(self._dataset, self._encoder)
         self._fingerprint, self._dimensions = facts.encoder_fingerprint, facts.dimensions
         (training, codes), (validation, validation_codes) = map(self._sample, (self._training, self._validation))
-        probe = fit_linear(training, codes, validation, validation_codes, len(self._classes), spec.balance)
+        probe = fit_probe(training, codes, validation, validation_codes, len(self._classes), spec.balance)
         self._log(
             f"fitted on {len(training):,} synapses, penalty {probe.penalty:.2g}, temperature {probe.temperature:.2f}"
         )
@@ -333,16 +335,12 @@ def find_leftovers(dataset: Dataset, fresh: bool) -> Iterator[Leftover]:
 def show(dataset: Dataset, encoder: str, manifest: Manifest) -> View:
     figures, entries = manifest.figures, view_of_figures(manifest)
     if "confusion" in figures:
-        entries["recalls"] = _as_table(recall_rows(figures))
-        entries["confusion"] = _as_table(confusion_rows(figures))
-        picture = confusion_picture(figures, f"{dataset.name}, {encoder}, split by {figures['by']}")
+        entries["recalls"] = Table(*recall_table(figures))
+        entries["confusion"] = Table(*confusion_table(figures))
+        picture = draw_confusion(figures, f"{dataset.name}, {encoder}, split by {figures['by']}")
         entries = {"confusion_matrix": picture} | entries
     columns = ("synapse_id", "split", "neurotransmitter", "predicted_neurotransmitter", "predicted_probability")
     return View(entries, dataset.predictions_path(encoder), columns)
-
-
-def _as_table(rows: Sequence[Sequence[Any]]) -> Table:
-    return Table(rows[0], rows[1:])
 
 
 PREDICTED_COLUMNS = {

@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from synpipe.analysis import drift
-from synpipe.analysis.projection import map_picture
+from synpipe.analysis.charts import draw_map
 from synpipe.assets import classifier, embeddings, projection, synapse_stacks, synapses
 from synpipe.assets.asset import Asset, Finding, Made, Task, View, count_rows, no_leftovers, view_of_figures
 from synpipe.assets.embeddings import open_cache
@@ -103,7 +103,7 @@ def make(task: Task) -> Made[TableFacts]:
         )
     file = pq.ParquetFile(path)
     dimensions, rows = file.schema_arrow.field("vector").type.list_size, file.metadata.num_rows
-    sample = drift.figures(drift.take_sample(path))
+    sample = drift.measure_vectors(drift.take_sample(path))
     bytes_per_vector = round(_column_bytes(file.metadata, "vector") / rows, 1)
     figures = {
         "dimensions": dimensions,
@@ -162,7 +162,7 @@ def have_not_drifted(dataset: Dataset, encoder: str) -> Finding:
     path = dataset.former_table_path(encoder)
     if not path.exists():
         return Finding(True, "The first version: there is nothing to compare it with.")
-    change = drift.compare(read_table(path), drift.take_sample(dataset.table_path(encoder)))
+    change = drift.compare_samples(read_table(path), drift.take_sample(dataset.table_path(encoder)))
     figures: dict[str, Any] = {"matched rows": change.matched, "same encoder": change.same_encoder}
     if change.change is not None:
         figures |= {
@@ -210,7 +210,7 @@ def show(dataset: Dataset, encoder: str, manifest: Manifest) -> View:
         places = np.stack([columns[axis].to_numpy() for axis in ("map_x", "map_y")], axis=1)
         labels = np.array(columns["neurotransmitter"].to_pylist(), dtype=object)
         title = f"{dataset.name}, {encoder}: {len(columns):,} synapses"
-        entries = {"map": map_picture(places, labels, dataset.spec.classes, title)} | entries
+        entries = {"map": draw_map(places, labels, dataset.spec.classes, title)} | entries
     return View(entries, path, ("synapse_id", "neurotransmitter", "neuron_id", "norm", "vector"))
 
 

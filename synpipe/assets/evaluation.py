@@ -4,10 +4,11 @@ from typing import Any
 
 import pyarrow as pa
 
-from synpipe.analysis import compare
+from synpipe.analysis.charts import draw_figures
+from synpipe.analysis.compare import encoder_table
 from synpipe.analysis.evaluation import FIGURES
 from synpipe.assets import index
-from synpipe.assets.asset import Asset, Made, NoFacts, Task, View, no_leftovers
+from synpipe.assets.asset import Asset, Made, NoFacts, Table, Task, View, no_leftovers
 from synpipe.assets.manifest import Manifest, data_version_of, file_metadata
 from synpipe.datasets import Dataset
 from synpipe.errors import SynpipeError
@@ -54,7 +55,7 @@ def show(dataset: Dataset, _encoder: str, _manifest: Manifest) -> View:
     rows = read_rows(dataset)
     figures = ("instance_recall_at_1", "knn_balanced_accuracy", "map")
     columns = ("encoder", "dimensions", *figures, "index_recall", "bytes_per_vector")
-    entries = {"figures": compare.draw_chart(rows), "report": compare.encoders_table(rows)}
+    entries = {"figures": draw_figures(rows), "report": Table(*encoder_table(rows))}
     return View(entries, dataset.evaluation_path, columns)
 
 

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 import pyarrow.compute as pc
 from PIL import Image
 
-from synpipe.analysis.pictures import MAX_CLASSES, sheet
 from synpipe.assets import embedding_table, embeddings
 from synpipe.assets.asset import Asset, Finding, Leftover, Made, Task, View, file_leftover, no_files, view_of_figures
 from synpipe.assets.manifest import Manifest, data_version_of, read_manifest
-from synpipe.assets.rgb_tiles import class_by_synapse, open_tiles
+from synpipe.assets.rgb_tiles import MAX_SHOWN_CLASSES, class_by_synapse, draw_tiles
+from synpipe.assets.volume import find_viewer
 from synpipe.datasets import Dataset
 from synpipe.store.objects import list_paths
 from synpipe.store.streams import read_batches
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from synpipe.index.search import Neighbour, SynapseIndex
 
 CODE_VERSION = "1"
+SHOWN_PER_CLASS = 2
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ def open_index(dataset: Dataset, encoder: str, in_memory: bool = True) -> "Synap
     """
     from synpipe.index.search import SynapseIndex
 
-    return SynapseIndex(dataset, encoder, in_memory=in_memory)
+    return SynapseIndex(dataset, encoder, in_memory=in_memory, viewer=find_viewer(dataset))
 
 
 def choose_example_queries(dataset: Dataset, encoder: str) -> list[int]:
@@ -93,7 +94,7 @@ def choose_example_queries(dataset: Dataset, encoder: str) -> list[int]:
             members = whole.filter(pc.equal(whole["neurotransmitter"], name))
             if name not in example_by_class and len(members):
                 example_by_class[name] = members["synapse_id"][0].as_py()
-    return [example_by_class[name] for name in dataset.spec.classes if name in example_by_class][:MAX_CLASSES]
+    return [example_by_class[name] for name in dataset.spec.classes if name in example_by_class][:MAX_SHOWN_CLASSES]
 
 
 def draw_neighbours(
@@ -103,19 +104,19 @@ def draw_neighbours(
 
     answers: at least one answer of `SynapseIndex.search`, by the query's synapse id.
     """
-    neighbours = [near.synapse_id for answer in answers.values() for nearest in answer.values() for near in nearest[:2]]
-    reader = open_tiles(dataset, [*answers, *neighbours])
     labels = class_by_synapse(dataset, [*answers])
-    rows = {}
-    for query, answer in answers.items():
-        captions = [
-            (near.synapse_id, f"{name[:4]}  {near.distance:.2g}")
-            for name, nearest in answer.items()
-            for near in nearest[:2]
+    rows = {
+        f"{labels[query]}\n{query}": [
+            (query, "query"),
+            *(
+                (neighbour.synapse_id, f"{name[:4]}  {neighbour.distance:.2g}")
+                for name, neighbours in answer.items()
+                for neighbour in neighbours[:SHOWN_PER_CLASS]
+            ),
         ]
-        cells = [(reader.by_id(synapse_id), caption) for synapse_id, caption in [(query, "query"), *captions]]
-        rows[f"{labels[query]}\n{query}"] = cells
-    return sheet(rows, tile_px)
+        for query, answer in answers.items()
+    }
+    return draw_tiles(dataset, rows, tile_px)
 
 
 def draw_example_neighbours(dataset: Dataset, encoder: str, tile_px: int = 64) -> Image.Image | None:
@@ -133,7 +134,7 @@ def find_leftovers(dataset: Dataset, _fresh: bool) -> Iterator[Leftover]:
     from synpipe.index import versions
 
     for path in tables:
-        untagged = versions.find_untagged(dataset.lancedb_folder, path.stem)
+        untagged = versions.find_untagged(dataset, path.stem)
         if path.stem not in dataset.encoders and not untagged.tags:
             yield file_leftover(path, "index of an encoder no longer used")
         elif untagged.bytes:

@@ -7,6 +7,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from synpipe.analysis import projection
+from synpipe.analysis.charts import draw_map
 from synpipe.analysis.projection import ProjectionSpec
 from synpipe.assets.asset import Asset, Made, NoFacts, Task, View, count_rows, no_leftovers, view_of_figures
 from synpipe.assets.embeddings import open_cache, read_vectors_of
@@ -85,7 +86,7 @@ def show(dataset: Dataset, encoder: str, manifest: Manifest) -> View:
     places = np.stack([table[axis].to_numpy() for axis in ("map_x", "map_y")], axis=1)
     labels = column_of(dataset.synapses_path, table["synapse_id"].to_numpy(), "neurotransmitter")
     title = f"{dataset.name}, {encoder}: {len(table):,} synapses"
-    picture = projection.map_picture(places, labels, dataset.spec.classes, title)
+    picture = draw_map(places, labels, dataset.spec.classes, title)
     entries = {"map": picture} | view_of_figures(manifest)
     return View(entries, dataset.projection_path(encoder), ("synapse_id", "map_x", "map_y"))
 

@@ -1,6 +1,6 @@
 """The asset `rgb_tiles`: the index of the model-ready tiles, a view of the stacks in colour or in grey."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from PIL import Image
 
-from synpipe.analysis.pictures import MAX_CLASSES, sheet
+from synpipe.analysis.pictures import draw_sheet
 from synpipe.annotations.schema import UNLABELLED
 from synpipe.assets import synapse_stacks
 from synpipe.assets.asset import (
@@ -32,6 +32,7 @@ from synpipe.tiles.parts import damaged_parts, mark_of
 from synpipe.tiles.tile import SECTIONS, TILE_PX, TileReader, content_hashes
 
 CODE_VERSION = "1"
+MAX_SHOWN_CLASSES = 12
 
 
 @dataclass(frozen=True)
@@ -121,15 +122,22 @@ def draw_tiles_by_class(dataset: Dataset, per_class: int = 8, tile_px: int = 96)
     """A row of tiles per class, taken at even distances from the index; None if there is no tile."""
     ids = np.sort(read_ids(dataset.tiles_path))
     labels = column_of(dataset.synapses_path, ids, "neurotransmitter")
-    chosen: dict[str, list[int]] = {}
+    rows: dict[str, list[tuple[int, str]]] = {}
     for name in (*dataset.spec.classes, None):
         members = np.flatnonzero(labels == np.array(name, dtype=object))
-        if len(members) and len(chosen) < MAX_CLASSES:
+        if len(members) and len(rows) < MAX_SHOWN_CLASSES:
             places = np.linspace(0, len(members) - 1, min(per_class, len(members))).astype(int)
-            chosen[name or UNLABELLED] = ids[members[places]].tolist()
-    reader = open_tiles(dataset, [synapse_id for row in chosen.values() for synapse_id in row])
-    rows = {name: [(reader.by_id(synapse_id), str(synapse_id)) for synapse_id in row] for name, row in chosen.items()}
-    return sheet(rows, tile_px) if rows else None
+            rows[name or UNLABELLED] = [(synapse_id, str(synapse_id)) for synapse_id in ids[members[places]].tolist()]
+    return draw_tiles(dataset, rows, tile_px) if rows else None
+
+
+def draw_tiles(dataset: Dataset, rows: Mapping[str, Sequence[tuple[int, str]]], tile_px: int) -> Image.Image:
+    """Rows of tiles, given as synapse ids with captions. The key of a row is written to its left; at least one row."""
+    reader = open_tiles(dataset, [synapse_id for row in rows.values() for synapse_id, _ in row])
+    cells = {
+        heading: [(reader.by_id(synapse_id), caption) for synapse_id, caption in row] for heading, row in rows.items()
+    }
+    return draw_sheet(cells, tile_px)
 
 
 def find_leftovers(dataset: Dataset, fresh: bool) -> Iterable[Leftover]:

@@ -12,8 +12,9 @@ import pyarrow as pa
 
 from synpipe.analysis import evaluation, splits
 from synpipe.analysis.compare import format_figure
-from synpipe.analysis.evaluation import Estimate, EvaluationSpec
-from synpipe.analysis.instance_retrieval import InstanceRetrieval, instance_retrieval
+from synpipe.analysis.evaluation import EvaluationSpec
+from synpipe.analysis.instance_retrieval import EmbeddedTiles, InstanceRetrieval, retrieve_instances
+from synpipe.analysis.metrics import Estimate, estimate
 from synpipe.assets import embedding_table, embeddings, index, rgb_tiles
 from synpipe.assets.asset import Asset, Made, NoFacts, Table, Task, View, count_rows, no_leftovers, view_of_figures
 from synpipe.assets.compressed import open_branch
@@ -71,7 +72,7 @@ def make(task: Task) -> Made[NoFacts]:
     }
     for scheme in splits.SCHEMES:
         sides = column_of(dataset.split_path, judged.synapse_ids, scheme)
-        probed = evaluation.probe(judged.vectors, labels, sides, spec)
+        probed = evaluation.probe_test_side(judged.vectors, labels, sides, dataset.spec.classes, spec)
         rows[f"probe_{scheme}"] = spread(probed[1], probed[0], count) if probed else np.full(count, np.nan)
     task.log("linear probes are fitted")
     retrieval = _retrieve(task, judged, fingerprint, spec)
@@ -158,16 +159,16 @@ def _retrieve(task: Task, judged: _Judged, fingerprint: str, spec: EvaluationSpe
         )
     grey = rgb_tiles.ASSET.read(dataset).stacking == "grey"
     with Volume(dataset.spec.volume, dataset.base) as volume:
-        return instance_retrieval(
-            volume,
-            dataset.spec.tiles,
-            lambda tiles: embed_shard(encoder, tiles.__getitem__, [f"view {place}" for place in range(len(tiles))]),
-            (lambda tile: np.broadcast_to(tile[1], tile.shape)) if grey else (lambda tile: tile),
-            judged.vectors,
-            judged.starts_zyx,
-            judged.window_zyx,
-            spec,
+        tiles = EmbeddedTiles(
+            volume=volume,
+            tile_spec=dataset.spec.tiles,
+            stack_view=(lambda tile: np.broadcast_to(tile[1], tile.shape)) if grey else (lambda tile: tile),
+            embed=lambda views: embed_shard(encoder, views.__getitem__, [f"view {row}" for row in range(len(views))]),
+            vectors=judged.vectors,
+            starts_zyx=judged.starts_zyx,
+            window_zyx=judged.window_zyx,
         )
+        return retrieve_instances(tiles, spec)
 
 
 def _measure_alterations(retrieval: InstanceRetrieval, groups: np.ndarray, seed: int) -> dict[str, dict[str, Any]]:
@@ -176,7 +177,7 @@ def _measure_alterations(retrieval: InstanceRetrieval, groups: np.ndarray, seed:
 
     def recall(ranks: np.ndarray, k: int) -> Estimate:
         no_labels = np.full(len(ranks), None)
-        return evaluation.estimate((ranks <= k).astype(float), no_labels, place_groups[: len(ranks)], seed)
+        return estimate((ranks <= k).astype(float), no_labels, place_groups[: len(ranks)], seed)
 
     return {
         name: {f"recall_at_{k}": asdict(recall(ranks, k)) for k in (1, 5)} for name, ranks in retrieval.singles.items()

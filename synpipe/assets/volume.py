@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from synpipe.analysis.pictures import section_picture
+from synpipe.analysis.pictures import draw_section
 from synpipe.assets.asset import Asset, Made, Task, View, always, no_files, no_leftovers, view_of_figures
 from synpipe.assets.manifest import Manifest
 from synpipe.datasets import Dataset
@@ -80,7 +80,7 @@ def find_viewer(dataset: Dataset) -> Viewer | None:
 def show(dataset: Dataset, _encoder: str, manifest: Manifest) -> View:
     with Volume(dataset.spec.volume, dataset.base) as volume:
         try:
-            picture = {"middle_section": section_picture(volume)}
+            picture = {"middle_section": draw_section(volume)}
         except SynpipeError:
             picture = {}  # Nothing is stored there, or its server fails just now: the other assets can still be made.
     return View(picture | view_of_figures(manifest))

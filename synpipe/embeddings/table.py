@@ -85,7 +85,8 @@ def write_embedding_table(
         temporary = stack.enter_context(atomic_path(path))
         by_id = stack.enter_context(RowsById(synapses, path.parent))
         lookups = [
-            None if each.batches is None else stack.enter_context(RowsById(each.batches, path.parent)) for each in derived
+            None if each.batches is None else stack.enter_context(RowsById(each.batches, path.parent))
+            for each in derived
         ]
         fields = [field for each in derived for field in each.fields]
         for shard, rows in by_shard(tiles):

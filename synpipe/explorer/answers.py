@@ -20,15 +20,15 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from synpipe.annotations.schema import UNLABELLED
-from synpipe.assets.derived_steps import open_branch
+from synpipe.assets.compressed import open_branch
 from synpipe.assets.manifest import find_manifest
-from synpipe.assets.pipeline import open_tiles
+from synpipe.assets.rgb_tiles import open_tiles
+from synpipe.assets.volume import find_viewer
 from synpipe.datasets import Dataset, Project
 from synpipe.embeddings.encoders import Encoder
 from synpipe.errors import NotFound, SynpipeError
 from synpipe.index.publish import open_current
 from synpipe.index.search import Neighbour, Synapse, SynapseIndex
-from synpipe.reports.links import find_viewer
 from synpipe.store.files import read_table
 from synpipe.tiles.tile import TileReader
 
@@ -228,7 +228,7 @@ def _classes(dataset: Dataset) -> list[str]:
 
 
 def _open_index(dataset: Dataset, encoder: str) -> _Indexed:
-    index = SynapseIndex(dataset, encoder)
+    index = SynapseIndex(dataset, encoder, viewer=find_viewer(dataset))
     shown = index.columns(["region", "hemilineage"])
     values = {name: sorted(shown[name].unique().drop_null().to_pylist()) for name in shown.column_names}
     return _Indexed(

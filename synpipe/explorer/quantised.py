@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from synpipe.annotations.schema import UNLABELLED
-from synpipe.index.search import METRICS
+from synpipe.index.distances import METRICS, distances_to
 
 LEVELS = 127
 BLOCK_ROWS = 8192
@@ -98,20 +98,9 @@ def measure_recall(
     }
 
 
-def _distances(metric: str, unit: np.ndarray, norms: np.ndarray, query: int, similarities: np.ndarray) -> np.ndarray:
-    """To all rows, (n,); infinite to the query itself."""
-    length = norms[query]
-    if metric == "cosine":
-        distances = 1 - similarities
-    elif metric == "dot":
-        distances = -similarities * norms * length
-    elif metric == "l2":
-        distances = np.sqrt(np.maximum(norms**2 + length**2 - 2 * norms * length * similarities, 0))
-    else:
-        distances = np.empty(len(unit), np.float32)
-        for rows in _blocks(len(unit)):
-            difference = unit[rows] * norms[rows, None] - unit[query] * length
-            distances[rows] = np.abs(difference).sum(axis=1)
+def _distances(metric: str, unit: np.ndarray, norms: np.ndarray, query: int, cosines: np.ndarray) -> np.ndarray:
+    """Distances of all rows to the row `query`, float32 (n,); infinite for that row itself."""
+    distances = distances_to(unit[query] * norms[query], unit, norms, metric, cosines)
     distances[query] = np.inf
     return distances
 

@@ -26,6 +26,7 @@ import pyarrow.compute as pc
 
 from synpipe import __version__
 from synpipe.annotations.schema import UNLABELLED
+from synpipe.assets.volume import find_viewer
 from synpipe.datasets import Dataset
 from synpipe.embeddings.vectors import read_vectors
 from synpipe.errors import SynpipeError
@@ -34,10 +35,9 @@ from synpipe.explorer.app import HEADERS, STATIC
 from synpipe.explorer.column_files import Files, as_column, metadata_columns, narrow
 from synpipe.explorer.quantised import measure_recall, quantise
 from synpipe.explorer.tile_packs import write_tiles
+from synpipe.index.distances import METRICS
 from synpipe.index.publish import open_current, read_provenance
-from synpipe.index.search import METRICS
 from synpipe.progress import Log
-from synpipe.reports.links import find_viewer
 from synpipe.specs import digest
 from synpipe.store.files import atomic_folder
 

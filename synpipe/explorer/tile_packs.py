@@ -19,7 +19,7 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image
 
-from synpipe.assets.pipeline import open_tiles
+from synpipe.assets.rgb_tiles import open_tiles
 from synpipe.datasets import Dataset
 from synpipe.errors import SynpipeError
 from synpipe.explorer.column_files import Files, as_column

@@ -1,15 +1,17 @@
-"""The rows of a version of a LanceDB table are written, and their indexes built.
+"""Write the rows of a new version of a LanceDB table, and build its indexes.
 
-In: rows with vectors, a batch at a time. Out: the newest version of the table, with its indexes; nobody reads it before its tag
-is set. Guarantee: in memory are as many vectors as the partitions are fitted to, `SAMPLE_RATE` times √rows.
+Input: rows with vectors, a batch at a time. Output: the newest version of the table with its indexes. Readers do not see it
+before a tag names it. Memory holds the vectors that the partitions are fitted to, `SAMPLE_RATE` times √rows of them.
 
-What was measured (LanceDB 0.40, 103,511 × 192): a flat scan 79 ms, IVF_FLAT with 256 partitions and 16 probes 2.5 ms at
-the same recall; SQ and PQ show approximate distances, HNSW builds four times slower. So: IVF_FLAT, or nothing below
-`FLAT_ROWS`, where a flat scan is exact and takes a few milliseconds. Twice as many partitions take twice as long to build, and
-save nothing: most of a query is what LanceDB needs whatever it reads.
+The kind of index follows from measurements (LanceDB 0.40, 103,511 × 192). A flat scan takes 79 ms; IVF_FLAT with 256
+partitions and 16 probes takes 2.5 ms at the same recall. SQ and PQ return approximate distances, and HNSW takes four times
+as long to build. So IVF_FLAT is used, and no index below `FLAT_ROWS`, where a flat scan is exact and takes a few
+milliseconds. Twice as many partitions take twice as long to build and save nothing, because most of the time of a query does
+not depend on how much LanceDB reads.
 
-Built in one piece, as `create_index` does it, an index of 400,000 × 192 (307 MB) takes 310 MB more than the process had; built by
-segments of the rows, which are merged then, 20 MB, and half as long again. `python -m synpipe_tests.bench.memory` measures it.
+The index is built in segments of the rows, which are then merged. For 400,000 × 192 (307 MB) this adds 20 MB to the memory
+of the process, where building in one piece with `create_index` adds 310 MB; it takes half as long again.
+`python -m synpipe_tests.bench.memory` measures it.
 """
 
 import math
@@ -24,9 +26,9 @@ from synpipe.errors import SynpipeError
 from synpipe.store.objects import BulkPath, lance_options, remove_tree
 
 FLAT_ROWS = 5_000
-# Rows a partition that the partitions are fitted to; 256, the default, takes twice as long and finds no more.
+# Rows per partition that the partitions are fitted to. The default, 256, takes twice as long and improves no recall.
 SAMPLE_RATE = 64
-# Segments that are merged at once: each is an open file, of which macOS allows 256.
+# Segments merged at once. Each is an open file, and macOS allows a process 256 of them.
 MERGED_AT_ONCE = 64
 VECTOR_INDEX = "vector_idx"  # LanceDB's own name for it
 BITMAP_COLUMNS = ("neurotransmitter", "region", "hemilineage", "predicted_neurotransmitter", "split")
@@ -34,19 +36,20 @@ BTREE_COLUMNS = ("synapse_id", "neuron_id")
 
 
 def partitions_for(rows: int) -> int:
-    """Partitions of IVF_FLAT: the power of two nearest to √rows (256 at 100,000, 1,024 at a million), 0 for none."""
+    """Return the number of partitions of IVF_FLAT: the power of two nearest to √rows (256 for 100,000 rows, 1,024 for a
+    million), or 0 for no vector index."""
     return 0 if rows < FLAT_ROWS else 2 ** round(math.log2(math.sqrt(rows)))
 
 
 def open_lance(path: BulkPath, version: int | str | None = None, **options: Any) -> Any:
-    """The LanceDB table in this folder as pylance has it, which does what LanceDB itself offers no way to."""
+    """Open the LanceDB table in this folder with pylance, which offers operations that LanceDB lacks."""
     import lance
 
     return lance.dataset(str(path), version=version, storage_options=lance_options(path), **options)
 
 
 def write_rows(path: BulkPath, schema: pa.Schema, batches: Iterator[pa.RecordBatch], rows: int) -> None:
-    """Write a new version of the table in this folder, without indexes. Older ones stay: their readers go on."""
+    """Write a new version of the table in this folder, without indexes. Older versions stay, so their readers can go on."""
     import lance
 
     lance.write_dataset(
@@ -59,7 +62,7 @@ def write_rows(path: BulkPath, schema: pa.Schema, batches: Iterator[pa.RecordBat
 
 
 def build_indexes(table: lancedb.table.Table, path: BulkPath, log: Callable[[str], None]) -> None:
-    """Build the indexes of the newest version of the table in this folder. Raises `SynpipeError` where one is not whole."""
+    """Build the indexes of the newest version of the table in this folder. Raises `SynpipeError` if one is incomplete."""
     partitions = partitions_for(table.count_rows())
     if partitions:
         _build_ivf(path, partitions, log)
@@ -71,11 +74,11 @@ def build_indexes(table: lancedb.table.Table, path: BulkPath, log: Callable[[str
     complete = {index.columns[0] for index in table.list_indices() if index.num_unindexed_rows == 0}
     missing = {*BITMAP_COLUMNS, *BTREE_COLUMNS, *(["vector"] if partitions else [])} - complete
     if missing:
-        raise SynpipeError(f"{path} has no whole index of {', '.join(sorted(missing))}: materialise again.")
+        raise SynpipeError(f"{path} has no complete index of {', '.join(sorted(missing))}: materialise again.")
 
 
 def _build_ivf(path: BulkPath, partitions: int, log: Callable[[str], None]) -> None:
-    """An index of the vectors by cosine: a segment for each file of rows, and one of them all."""
+    """Build the index of the vectors by cosine: a segment for each file of rows, which are then merged into one."""
     from lance.indices import IndicesBuilder
 
     dataset = open_lance(path, index_cache_size_bytes=0)
@@ -95,7 +98,7 @@ def _build_ivf(path: BulkPath, partitions: int, log: Callable[[str], None]) -> N
             )
         )
         log(f"{number:,} of {len(fragments):,} parts of the vectors indexed")
-    merged = set()  # one that is left over from its round is merged in the next
+    merged = set()  # a segment that is left over in one round is merged in the next
     while len(segments) > 1:
         merged |= {segment.uuid for segment in segments}
         groups = [segments[first : first + MERGED_AT_ONCE] for first in range(0, len(segments), MERGED_AT_ONCE)]

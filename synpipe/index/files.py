@@ -1,8 +1,11 @@
-"""Files of an index and their digests: LanceDB keeps no checksums of its rows, and gives what a damaged file holds, or NaN.
+"""Find damaged files of an index by their digests.
 
-In: the folder of a LanceDB table. Out: SHA-256 of each file that a build has written, and later the names of those that
-differ. Guarantee: a byte of rows or indexes that changed since they were published is found, and its file named; on an object
-store, whose own checksums see to that, a file that is gone or cut short.
+Input: the folder of a LanceDB table. Outputs: the SHA-256 of each file that a build has written, and later the names of
+the files that differ from it. The digests are needed because LanceDB keeps no checksums of its rows: from a damaged file
+it returns whatever the file holds, or NaN.
+
+A byte of rows or indexes that changed since publication is found, and its file is named. An object store has checksums of
+its own, so only files that are gone or have another size are found there.
 """
 
 import hashlib
@@ -11,12 +14,14 @@ from typing import Any
 
 from synpipe.store.objects import BulkPath, ObjectPath
 
-KEY = b"synpipe.sha256"  # in the metadata of the column `vector`: part of the version that the digests are of
+KEY = (
+    b"synpipe.sha256"  # in the metadata of the column `vector`, so that the digests belong to one version of the table
+)
 FOLDERS = ("data", "_indices")
 
 
-def written(table: BulkPath) -> set[str]:
-    """Files of rows and indexes that are there, of all versions, by their names below the table's folder."""
+def list_files(table: BulkPath) -> set[str]:
+    """List the files of rows and indexes of all versions, by their names relative to the table's folder."""
     return {
         str(path).removeprefix(f"{table}/")
         for folder in FOLDERS
@@ -25,19 +30,22 @@ def written(table: BulkPath) -> set[str]:
     }
 
 
-def digests(table: BulkPath, files: set[str]) -> str:
-    """SHA-256 of these files by name, as JSON. Reads them once, in little memory."""
-    return json.dumps({name: _digest(table / name) for name in sorted(files)})
+def digest_files(table: BulkPath, names: set[str]) -> str:
+    """Return the SHA-256 of these files by name, as JSON. Each file is read once, in little memory."""
+    return json.dumps({name: _digest(table / name) for name in sorted(names)})
 
 
-def damaged(table: BulkPath, schema: Any) -> list[str]:
-    """Files of the version with this schema that are gone or are not what was published; none is known of older stores."""
-    told = json.loads((schema.field("vector").metadata or {}).get(KEY, "{}"))
-    return [name for name, digest in told.items() if not (table / name).is_file() or _digest(table / name) != digest]
+def find_damaged_files(table: BulkPath, schema: Any) -> list[str]:
+    """List the files of the version with this schema that are gone or differ from what was published.
+
+    Versions published by an early synpipe have no digests; none of their files is listed.
+    """
+    digests = json.loads((schema.field("vector").metadata or {}).get(KEY, "{}"))
+    return [name for name, digest in digests.items() if not (table / name).is_file() or _digest(table / name) != digest]
 
 
 def _digest(path: BulkPath) -> str:
-    """Of an object its size only: object stores hold a checksum against what they store, and reading it all would cost."""
+    """The SHA-256 of a file, or the size of an object: reading all objects would be slow, and their store checks them."""
     if isinstance(path, ObjectPath):
         return f"bytes:{path.stat().st_size}"
     with open(path, "rb") as handle:

@@ -1,9 +1,9 @@
-"""An embedding table becomes a LanceDB table with indexes: built aside, verified, then published.
+"""Publish an embedding table as a LanceDB table with indexes: write a new version, verify it, then make it current.
 
-In: the Parquet file of `embedding_table_<encoder>`. Out: a version of the LanceDB table of that name. Guarantee: the tag
-`current` moves only after rows, indexes and recall have been verified, so that readers who check out the tag never see a
-table without its index, also when a build is killed. One writer at a time. Only this module, `index_build`, `search` and
-`history` talk to LanceDB.
+Input: the Parquet file of `embedding_table_<encoder>`. Output: a new version of the LanceDB table of the encoder. The tag
+`current` moves only after rows, indexes and recall have been verified. Readers who check out the tag therefore never see a
+table without its indexes, even if a build is killed. There may be one writer at a time. Only this module,
+`synpipe.index.build`, `synpipe.index.search` and `synpipe.reports.versions` import LanceDB.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from synpipe.embeddings.vectors import read_unit_vectors, read_vectors
-from synpipe.errors import SynpipeError
+from synpipe.errors import SynpipeError, one_line
 from synpipe.index import files as index_files
 from synpipe.index.build import build_indexes, partitions_for, write_rows
 from synpipe.index.recall import MIN_RECALL, RECALL_K, tune
@@ -31,16 +31,18 @@ from synpipe.store.streams import BATCH_ROWS
 
 CURRENT = "current"
 METADATA_KEY = b"synpipe"
-LISTED_AGAIN = 10  # LanceDB lists the names of the tags and then reads each: one may have been taken off in between
-PUBLISH_CACHE_BYTES = 8 * 2**20  # while an index is built and tried, it is read from the disk and not kept
+# LanceDB lists the names of the tags and then reads each one. If a tag is removed in between, the list is read again.
+LIST_ATTEMPTS = 10
+PUBLISH_CACHE_BYTES = 8 * 2**20  # while an index is built and tested, it is read from disk and hardly cached
 
 
 @dataclass(frozen=True)
 class IndexReport:
-    """What was published. kind: "flat" or "IVF_FLAT". recall: recall@10 against an exact search, mean over queries.
+    """Describes a published version.
 
-    rarest_class, rarest_class_recall: the same of queries of the class that has the fewest rows; None where no class is
-    known, or where the version was published before synpipe measured it.
+    kind: "flat" or "IVF_FLAT". recall: recall@10 against an exact search, mean over queries. rarest_class: the class with
+    the fewest rows. rarest_class_recall: the recall of queries of that class. Both are None if no class is known, or if the
+    version was published before synpipe measured this recall.
     """
 
     version: int
@@ -56,14 +58,14 @@ class IndexReport:
 
 @dataclass(frozen=True)
 class Cost:
-    """What the published table costs. bytes: of its rows, without the indexes. query_ms: of the ten nearest, median."""
+    """The cost of a published table. bytes: size of its rows without indexes. query_ms: median time to find the ten nearest."""
 
     bytes: int
     query_ms: float
 
 
 def tag_for(data_version: str, fingerprint: str) -> str:
-    """Tag of a version: names the data version and the encoder's fingerprint, 12 hex digits of each."""
+    """Return the tag of a version. It names the data version and the encoder's fingerprint, with 12 hex digits of each."""
     return f"data-{data_version[:12]}-encoder-{fingerprint[:12]}"
 
 
@@ -72,19 +74,19 @@ def publish(
 ) -> IndexReport:
     """Build table `name` of the LanceDB database `folder` from a Parquet file, verify it, and move the tag `current`.
 
-    data_version: version of the index, kept with the provenance of the Parquet file in the schema's metadata.
+    data_version: version of the index. It is stored in the schema's metadata, with the provenance of the Parquet file.
 
-    Raises `SynpipeError`, and leaves `current` where it was, when the file is damaged, the disk is full, or rows, indexes
-    or recall are not as they should be.
+    Raises `SynpipeError`, and leaves `current` where it was, if the file is damaged, the disk is full, rows or indexes are
+    incomplete, or the recall is too low.
     """
     try:
         _set_aside_unreadable(folder, name, log)
         return _publish(table_path, folder, name, data_version, log)
-    except (OSError, RuntimeError, pa.ArrowException) as error:  # what pyarrow and LanceDB raise of files and disks
-        reason = " ".join(str(error).partition("Detail: Python exception")[0].split()).rstrip(".")
+    except (OSError, RuntimeError, pa.ArrowException) as error:  # raised by pyarrow and LanceDB for files and disks
+        reason = one_line(error).partition("Detail: Python exception")[0].rstrip(". ")
         raise SynpipeError(
-            f"The index {folder}/{name} cannot be built from {table_path}: {reason}. If that file is damaged, materialise "
-            "again, which makes it anew; else check the space and the permissions of the store."
+            f"The index {folder}/{name} cannot be built from {table_path}: {reason}. If that file is damaged, materialise again "
+            "to rebuild it; otherwise check the space and the permissions of the store."
         ) from error
 
 
@@ -92,15 +94,15 @@ def _publish(
     table_path: Path, folder: BulkPath, name: str, data_version: str, log: Callable[[str], None]
 ) -> IndexReport:
     source = pq.ParquetFile(table_path, memory_map=True, page_checksum_verification=True)
-    # Nothing to embed is stopped long before; LanceDB itself would accept an empty table and fail at the index.
+    # Normally an earlier step stops if there is nothing to embed. LanceDB would accept an empty table and fail at the index.
     if source.metadata.num_rows == 0:
         raise SynpipeError(f"{table_path} has no rows: there is nothing to index. Look at the rejects.")
     provenance = read_provenance(source.schema_arrow)
     provenance |= {"table_data_version": provenance["data_version"], "data_version": data_version}
     schema = pa.schema([*source.schema_arrow], metadata={METADATA_KEY: json.dumps(provenance)})
-    batches = (_unit(batch).cast(schema) for batch in source.iter_batches(BATCH_ROWS))
+    batches = (_with_unit_vectors(batch).cast(schema) for batch in source.iter_batches(BATCH_ROWS))
     path, rows = folder / f"{name}.lance", source.metadata.num_rows
-    before = index_files.written(path)
+    before = index_files.list_files(path)
     write_rows(path, schema, batches, rows)
     log(f"{rows:,} rows written, building indexes")
     table = connect(folder, session=lancedb.Session(index_cache_size_bytes=PUBLISH_CACHE_BYTES)).open_table(name)
@@ -112,15 +114,15 @@ def _publish(
         if recall < MIN_RECALL:
             raise SynpipeError(
                 f"The index {folder}/{name} finds {recall:.1%} of the true neighbours{f' of {queries}' if queries else ''}, less "
-                f"than {MIN_RECALL:.0%}; the former version stays current. Are many vectors alike? Look at the check of the "
-                "embeddings."
+                f"than {MIN_RECALL:.0%}; the former version stays current. Look at the check of the embeddings: many vectors "
+                "may be alike."
             )
-    digests = index_files.digests(path, index_files.written(path) - before)
-    told = {"synpipe.nprobes": str(nprobes), index_files.KEY.decode(): digests}
+    digests = index_files.digest_files(path, index_files.list_files(path) - before)
+    metadata = {"synpipe.nprobes": str(nprobes), index_files.KEY.decode(): digests}
     for queries, recall in recalls.items():
-        told["synpipe.rarest_class_recall_at_10" if queries else "synpipe.recall_at_10"] = f"{recall:.4f}"
-        told |= {"synpipe.rarest_class": queries} if queries else {}
-    table.update_field_metadata({"path": "vector", "metadata": told})
+        metadata["synpipe.rarest_class_recall_at_10" if queries else "synpipe.recall_at_10"] = f"{recall:.4f}"
+        metadata |= {"synpipe.rarest_class": queries} if queries else {}
+    table.update_field_metadata({"path": "vector", "metadata": metadata})
     tag = tag_for(data_version, provenance["encoder_fingerprint"])
     for label in (tag, CURRENT):
         _move_tag(table, label)
@@ -128,40 +130,40 @@ def _publish(
 
 
 def connect(folder: BulkPath, **options: Any) -> lancedb.DBConnection:
-    """The LanceDB database in a folder, local or on an object store."""
+    """Connect to the LanceDB database in a folder, local or on an object store."""
     return lancedb.connect(str(folder), storage_options=lance_options(folder), **options)
 
 
 def open_current(folder: BulkPath, name: str) -> Any:
-    """The published version of a LanceDB table, read-only. Raises `SynpipeError` where there is none."""
+    """Open the current version of a LanceDB table, read-only. Raises `SynpipeError` if none has been published."""
     if not (folder / f"{name}.lance").is_dir():
         raise SynpipeError(f"There is no index {name} in {folder}: materialise index_{name} first.")
     try:
         table = connect(folder, read_consistency_interval=timedelta(0)).open_table(name)
         table.checkout(CURRENT)
-    except ValueError:  # LanceDB finds no table in the folder, or no such tag: its first build was killed
+    except ValueError:  # LanceDB finds no table in the folder, or no such tag, because its first build was killed
         raise SynpipeError(
             f"The index {name} in {folder} was never published: materialise index_{name} again."
         ) from None
     except RuntimeError as error:
         raise SynpipeError(
-            f"The index {name} in {folder} cannot be read ({' '.join(str(error).split())}): materialise index_{name} again, "
-            "which builds it anew."
+            f"The index {name} in {folder} cannot be read ({one_line(error)}): materialise index_{name} again to "
+            "rebuild it."
         ) from error
     return table
 
 
 def list_tags(table: Any) -> dict[str, int]:
-    """Number of the version that each tag names, `current` among them."""
-    for _ in range(LISTED_AGAIN):
+    """Return the version number of each tag, including `current`."""
+    for _ in range(LIST_ATTEMPTS):
         with contextlib.suppress(RuntimeError):
             return {tag: content["version"] for tag, content in table.tags.list().items()}
         time.sleep(0.01)
     return {tag: content["version"] for tag, content in table.tags.list().items()}
 
 
-async def open_version(folder: BulkPath, name: str, version: int) -> lancedb.AsyncTable:
-    """A version of a LanceDB table, to be asked asynchronously."""
+async def open_async_table(folder: BulkPath, name: str, version: int) -> lancedb.AsyncTable:
+    """Open a version of a LanceDB table for asynchronous queries."""
     database = await lancedb.connect_async(str(folder), storage_options=lance_options(folder))
     table = await database.open_table(name)
     await table.checkout(version)
@@ -171,7 +173,7 @@ async def open_version(folder: BulkPath, name: str, version: int) -> lancedb.Asy
 def republish(
     folder: BulkPath, name: str, data_version: str, fingerprint: str, log: Callable[[str], None]
 ) -> IndexReport | None:
-    """Let `current` name the version that was published of this data before; None where there is none, or a damaged one."""
+    """Make a version current that was published earlier from this data. Returns None if there is none, or if it is damaged."""
     tag = tag_for(data_version, fingerprint)
     try:
         table = open_current(folder, name)
@@ -181,15 +183,15 @@ def republish(
     if number is None:
         return None
     table.checkout(number)
-    if wrong := index_files.damaged(folder / f"{name}.lance", table.schema):
-        log(f"the index {folder}/{name} is damaged ({', '.join(wrong)}): it is built anew")
+    if damaged := index_files.find_damaged_files(folder / f"{name}.lance", table.schema):
+        log(f"the index {folder}/{name} is damaged ({', '.join(damaged)}): it is rebuilt")
         return None
     table.tags.update(CURRENT, number)
     return published(folder, name)
 
 
 def published(folder: BulkPath, name: str) -> IndexReport:
-    """What `current` names. Raises `SynpipeError` where nothing has been published."""
+    """Describe the current version. Raises `SynpipeError` if nothing has been published."""
     table = open_current(folder, name)
     provenance = read_provenance(table.schema)
     settings = {key.decode(): value.decode() for key, value in table.schema.field("vector").metadata.items()}
@@ -209,12 +211,12 @@ def published(folder: BulkPath, name: str) -> IndexReport:
 
 
 def cost(folder: BulkPath, name: str, queries: int = 20) -> Cost:
-    """Size of what `current` names, and the time that it takes to answer."""
+    """Measure the size of the current version and the time of a query."""
     table = open_current(folder, name)
     nprobes = published(folder, name).nprobes
-    matrix = read_vectors(table.search().select(["vector"]).limit(queries).to_arrow())
+    vectors = read_vectors(table.search().select(["vector"]).limit(queries).to_arrow())
     times = []
-    for query in matrix:
+    for query in vectors:
         started = time.perf_counter()
         table.search(query).distance_type("cosine").nprobes(nprobes).limit(RECALL_K).select(["synapse_id"]).to_arrow()
         times.append(time.perf_counter() - started)
@@ -222,19 +224,19 @@ def cost(folder: BulkPath, name: str, queries: int = 20) -> Cost:
 
 
 def read_provenance(schema: pa.Schema) -> dict[str, Any]:
-    """Where the rows come from, as the embedding table and every version of an index keep it with their schema."""
+    """Read where the rows come from. Embedding tables and all versions of an index store this with their schema."""
     return json.loads(schema.metadata[METADATA_KEY])
 
 
 def _set_aside_unreadable(folder: BulkPath, name: str, log: Callable[[str], None]) -> None:
-    """Move a table aside that LanceDB cannot even open: it would build no other version in it."""
+    """Move a table aside that LanceDB cannot open, because LanceDB could not add a version to it either."""
     path = folder / f"{name}.lance"
     try:
         list_tags(connect(folder).open_table(name))
     except ValueError:
-        return  # there is none
+        return  # there is no table
     except RuntimeError as error:
-        log(f"{path} cannot be read ({' '.join(str(error).split())}): moved to {set_aside(path).name}, built anew")
+        log(f"{path} cannot be read ({one_line(error)}): moved to {set_aside(path).name}, and rebuilt")
 
 
 def _move_tag(table: Any, tag: str) -> None:
@@ -244,8 +246,8 @@ def _move_tag(table: Any, tag: str) -> None:
         table.tags.create(tag, table.version)
 
 
-def _unit(batch: pa.RecordBatch) -> pa.RecordBatch:
-    """The same rows with vectors of unit length."""
+def _with_unit_vectors(batch: pa.RecordBatch) -> pa.RecordBatch:
+    """The same rows with vectors of exactly unit length."""
     vectors = read_unit_vectors(batch)
     place = batch.schema.get_field_index("vector")
     unit = pa.FixedSizeListArray.from_arrays(pa.array(vectors.ravel()), vectors.shape[1])

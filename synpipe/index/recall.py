@@ -1,10 +1,12 @@
-"""How well an index finds the true neighbours, and with how many probes.
+"""Choose the number of probes of an index, and measure how many true neighbours it finds with them.
 
-In: a LanceDB table with its index, and the Parquet file that it was made of. Out: the number of probes, and the recall.
+Inputs: a LanceDB table with its index, and the Parquet file that it was built from. Outputs: the number of probes (the
+partitions that a query reads) and the recall.
 
-How many probes are enough depends on how clumped the vectors are, and hardly on their number: 8 found .9999 at
-103,511 × 192 and .994 at 1,000,000 × 128, 16 all of them. So they are doubled from `FIRST_NPROBES` on until a sample of the
-rows, and one of the rarest class, find their neighbours. `python -m synpipe_tests.bench.search` measures it again.
+The number of probes needed depends on how strongly the vectors cluster and hardly on how many there are: 8 probes found
+.9999 of the neighbours at 103,511 × 192 and .994 at 1,000,000 × 128, and 16 found all of them. Starting from
+`FIRST_NPROBES`, the number is therefore doubled until a sample of all rows and a sample of the rarest class find their
+neighbours. `python -m synpipe_tests.bench.search` measures it again.
 """
 
 from pathlib import Path
@@ -18,19 +20,19 @@ from synpipe.embeddings.vectors import read_unit_vectors, read_vectors
 from synpipe.store.streams import read_batches
 
 MIN_RECALL = 0.99
-WANTED_RECALL = 0.995  # of the sample, so that other queries find `MIN_RECALL` too
+WANTED_RECALL = 0.995  # for the samples, so that other queries reach `MIN_RECALL` too
 FIRST_NPROBES = 8
-RECALL_QUERIES = 200  # of all rows, and as many of the rarest class
+RECALL_QUERIES = 200  # drawn from all rows, and as many from the rarest class
 RECALL_K = 10
-TOLERANCE = 1e-6  # of a cosine in float32; LanceDB's were within 2e-7 of those in float64
+TOLERANCE = 1e-6  # of a cosine in float32; those of LanceDB were within 2e-7 of float64
 
 
 def tune(table: Any, table_path: Path, partitions: int) -> tuple[int, dict[str | None, float]]:
-    """Smallest number of probes, from `FIRST_NPROBES` up, with which the recalls are as wanted; and those: by class of the
-    queries, None being a sample of all rows, the other the rarest class.
+    """Return the smallest number of probes, from `FIRST_NPROBES` up, that reaches `WANTED_RECALL`, and the recalls.
 
-    A query finds itself, in the exact search too. Of the vectors a batch is in memory at a time, and the queries.
-    Raises `SynpipeError` where the file is damaged.
+    The recalls have two keys: None for a sample of all rows, and the name of the rarest class for a sample of that class.
+    A query counts as its own neighbour, in the exact search too. One batch of vectors and the queries are in memory at a
+    time. Raises `SynpipeError` if the file is damaged.
     """
     drawn = _draw_queries(table_path)
     queries = {
@@ -47,8 +49,8 @@ def tune(table: Any, table_path: Path, partitions: int) -> tuple[int, dict[str |
 
 
 def _draw_queries(table_path: Path) -> dict[str | None, list[int]]:
-    """Rows to search with: of all (None), and of the class that has the fewest, where one is known."""
-    # As a dictionary a label takes four bytes.
+    """Rows to search with: from all rows (None), and from the class with the fewest rows, if any class is known."""
+    # Dictionary encoding keeps a label in four bytes.
     labels = pq.ParquetFile(table_path, read_dictionary=["neurotransmitter"]).read(["neurotransmitter"])
     encoded = labels["neurotransmitter"].unify_dictionaries().combine_chunks()
     codes = pc.fill_null(encoded.indices, -1).to_numpy()
@@ -67,19 +69,20 @@ def _draw_queries(table_path: Path) -> dict[str | None, list[int]]:
 
 
 def _kth_similarities(table_path: Path, queries: list[np.ndarray], k: int) -> list[np.ndarray]:
-    """Cosine of the k-th nearest row of each query, for arrays of queries, float32 (q, d): float32 (q,) each.
+    """Cosine of the k-th nearest row of each query. queries: arrays float32 (q, d). Returns an array float32 (q,) for each.
 
-    Equal vectors are equally good answers: an answer is right if it is as near as the k-th true one.
+    Equal vectors are equally good answers, so an answer is correct if it is as near as the k-th true neighbour.
     """
-    everyone = np.concatenate(queries)
-    best = np.full((len(everyone), k), -np.inf, np.float32)
+    all_queries = np.concatenate(queries)
+    best = np.full((len(all_queries), k), -np.inf, np.float32)
     for rows in read_batches(table_path, ["vector"]):
-        found = np.concatenate([best, everyone @ read_unit_vectors(rows).T], axis=1)
-        best = np.partition(found, -k, axis=1)[:, -k:]
+        candidates = np.concatenate([best, all_queries @ read_unit_vectors(rows).T], axis=1)
+        best = np.partition(candidates, -k, axis=1)[:, -k:]
     return np.split(best.min(axis=1), np.cumsum([len(group) for group in queries])[:-1])
 
 
 def _recall(table: Any, queries: np.ndarray, kth: np.ndarray, k: int, nprobes: int) -> float:
+    """Share of the true k nearest that the index finds, mean over queries. kth: see `_kth_similarities`."""
     hits = 0
     for query, limit in zip(queries, kth, strict=True):
         search = table.search(query).distance_type("cosine").nprobes(nprobes).limit(k)

@@ -22,13 +22,15 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from synpipe import __version__
-from synpipe.analysis.projection import PALETTE
+from synpipe.analysis.charts import PALETTE
 from synpipe.annotations.schema import UNLABELLED
+from synpipe.assets import volume
 from synpipe.assets.manifest import read_manifest
+from synpipe.assets.volume import find_viewer
 from synpipe.datasets import Dataset
 from synpipe.errors import SynpipeError
-from synpipe.reports.links import Viewer, find_viewer
 from synpipe.store.files import atomic_folder, read_table
+from synpipe.volumes.neuroglancer import Viewer
 from synpipe.volumes.volume import REMOTE_SCHEMES
 
 TYPE = "neuroglancer_annotations_v1"
@@ -63,7 +65,7 @@ def export(dataset: Dataset, folder: Path, address: str | None = None) -> tuple[
         return len(synapses), None
     viewer = find_viewer(dataset)
     if viewer is None:  # without the volume, which is in local files
-        viewer = Viewer(dataset.spec.neuroglancer, None, read_manifest(dataset, "volume").counts["voxel_size_nm_zyx"])
+        viewer = Viewer(dataset.spec.neuroglancer, None, volume.ASSET.read(dataset).voxel_size_nm_zyx)
     first = synapses.slice(0, 1).to_pylist()[0]
     layer = annotation_layer(address.rstrip("/"), dataset.spec.classes)
     return len(synapses), viewer.link([first[f"{axis}_nm"] for axis in "zyx"], str(first["synapse_id"]), [layer])

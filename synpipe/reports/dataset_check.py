@@ -18,13 +18,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from PIL import Image
 
+from synpipe.analysis.pictures import draw_sheet
 from synpipe.annotations.bounds import VolumeBounds
 from synpipe.annotations.convert import AnnotationInputs, convert_annotations
 from synpipe.annotations.formats import AnnotationSpec
 from synpipe.annotations.schema import OUTSIDE_VOLUME, SYNAPSE_SCHEMA, UNLABELLED
 from synpipe.datasets import Dataset
 from synpipe.errors import SynpipeError
-from synpipe.reports.pictures import sheet
 from synpipe.tiles.tile import SECTIONS, TILE_PX, CutOut, start_cut_out
 from synpipe.volumes.chunk_plan import spatial_order
 from synpipe.volumes.volume import Volume
@@ -197,7 +197,7 @@ def _sample(dataset: Dataset, volume: Volume, synapses: pa.Table) -> tuple[list[
         cells = [(tile, caption) for caption, (tile, _) in zip(captions, finished, strict=False) if tile is not None]
         if cells:
             sheet_rows[name] = cells
-    return lines, cost, sheet(sheet_rows, tile_px=96) if sheet_rows else None
+    return lines, cost, draw_sheet(sheet_rows, tile_px=96) if sheet_rows else None
 
 
 def _neighbours(positions: np.ndarray, row: int) -> np.ndarray:

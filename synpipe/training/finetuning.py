@@ -22,9 +22,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from synpipe.analysis.classifier import FinetuneSpec, Probe, class_weights
-from synpipe.embeddings.encoder_specs import EncoderSpec
-from synpipe.embeddings.encoders import find_device, open_network
+from synpipe.analysis.classifier import FinetuneSpec
+from synpipe.analysis.linear_probe import Probe, class_weights
+from synpipe.analysis.metrics import balanced_accuracy
+from synpipe.embeddings.encoders import EncoderSpec, find_device, open_network
 from synpipe.errors import SynpipeError
 from synpipe.progress import Log, Progress
 from synpipe.store.files import atomic_path, read_json, write_json
@@ -208,7 +209,6 @@ class _Run:
     def _validate(self) -> float | None:
         """Balanced accuracy on the validation side; None if that is empty."""
         import torch
-        from sklearn.metrics import recall_score
 
         if not len(self.validation.rows):
             return None
@@ -220,8 +220,7 @@ class _Run:
             crops = np.ascontiguousarray(tiles[:, :, low : low + self.crop_px, low : low + self.crop_px])
             with torch.inference_mode():
                 predicted.append(self._forward(torch.from_numpy(crops).to(self.device).float()).argmax(1).cpu().numpy())
-        labels = np.unique(self.validation.codes)
-        return float(recall_score(self.validation.codes, np.concatenate(predicted), labels=labels, average="macro"))
+        return balanced_accuracy(self.validation.codes, np.concatenate(predicted))
 
     def _forward(self, pixels: "torch.Tensor") -> "torch.Tensor":
         """Grey values, float32 (n, 3, crop, crop), to logits, float32 (n, classes)."""

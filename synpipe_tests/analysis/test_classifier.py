@@ -1,4 +1,4 @@
-"""The classifier: what it learns from, what it says of whom, and how its figures come about."""
+"""The classifier: its training rows, its predictions, the votes of neurons, and the figures of the test side."""
 
 import json
 import shutil
@@ -13,9 +13,9 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 from PIL import Image
+from synpipe.assets.classifier_steps import make_classifier
 
 from synpipe.analysis import classifier_scores
-from synpipe.analysis.classifier import Balance, class_weights, fit_linear, sample_rows, temperature_for
 from synpipe.analysis.classifier_scores import (
     NeuronVotes,
     predictions_table,
@@ -23,9 +23,9 @@ from synpipe.analysis.classifier_scores import (
     score_test_side,
     votes_of_neurons,
 )
+from synpipe.analysis.linear_probe import Balance, class_weights, fit_probe, fit_temperature, sample_rows
 from synpipe.annotations.schema import SYNAPSE_SCHEMA
 from synpipe.assets import checks
-from synpipe.assets.classifier_steps import make_classifier
 from synpipe.assets.graph import states
 from synpipe.assets.manifest import read_manifest
 from synpipe.datasets import Project
@@ -53,33 +53,33 @@ def clusters(counts: tuple[int, ...], seed: int = 0, spread: float = 0.5) -> tup
 
 def test_a_probe_learns_what_can_be_learned_and_gives_probabilities():
     training, validation, test = (clusters((60, 40, 20), seed) for seed in range(3))
-    probe = fit_linear(*training, *validation, classes=3)
+    probe = fit_probe(*training, *validation, classes=3)
     probabilities = probe.probabilities(test[0])
     assert probabilities.dtype == np.float32
     np.testing.assert_allclose(probabilities.sum(axis=1), 1, atol=1e-5)
     assert np.mean(probabilities.argmax(axis=1) == test[1]) > 0.9
-    # Directions count, not lengths.
+    # Only the direction of a vector counts, not its length.
     np.testing.assert_allclose(probe.probabilities(7 * test[0]), probabilities, atol=1e-5)
-    again = fit_linear(*training, *validation, classes=3)
+    again = fit_probe(*training, *validation, classes=3)
     np.testing.assert_array_equal(again.probabilities(test[0]), probabilities)
 
 
 def test_two_classes_of_four_and_no_validation_rows():
     vectors, codes = clusters((30, 30))
     codes = np.array([1, 3])[codes]
-    probe = fit_linear(vectors, codes, vectors[:0], codes[:0], classes=4)
+    probe = fit_probe(vectors, codes, vectors[:0], codes[:0], classes=4)
     probabilities = probe.probabilities(vectors)
     assert (probabilities[:, [0, 2]] == 0).all()
     assert np.mean(probabilities.argmax(axis=1) == codes) > 0.95
-    # Validation rows of a class that was not learned are no guide, and no fault.
-    other = fit_linear(vectors, codes, vectors[:5], np.array([0, 0, 1, 3, 3]), classes=4)
+    # Validation rows of a class without training rows are ignored.
+    other = fit_probe(vectors, codes, vectors[:5], np.array([0, 0, 1, 3, 3]), classes=4)
     assert np.isfinite(other.probabilities(vectors)).all()
 
 
 def test_probabilities_are_calibrated():
-    """Of the answers given with a probability around p, a share of about p is right, though the classes overlap."""
+    """About a share p of the predictions with probability p is correct, although the classes overlap."""
     training, validation, test = (clusters((400, 400, 400), seed, spread=2.0) for seed in range(3))
-    probabilities = fit_linear(*training, *validation, classes=3).probabilities(test[0])
+    probabilities = fit_probe(*training, *validation, classes=3).probabilities(test[0])
     right = probabilities.argmax(axis=1) == test[1]
     assert 0.5 < right.mean() < 0.95
     assert abs(probabilities.max(axis=1).mean() - right.mean()) < 0.05
@@ -87,7 +87,7 @@ def test_probabilities_are_calibrated():
 
 def test_few_validation_rows_without_an_error_are_no_reason_for_certainty():
     logits = np.array([[9.0, 0], [9, 0], [0, 9], [0, 9]])
-    temperature = temperature_for(logits, np.array([0, 0, 1, 1]))
+    temperature = fit_temperature(logits, np.array([0, 0, 1, 1]))
     assert 1 / (1 + np.exp(-9 / temperature)) == pytest.approx(3 / 4, abs=0.01)
 
 
@@ -121,7 +121,7 @@ def test_training_rows_are_cut_down_at_the_largest_classes():
 
 
 def predictions(rows: list[tuple[int | None, str | None, str | None, list[float]]]) -> pa.Table:
-    """neuron, side, known class, probabilities; ids from 1."""
+    """Rows are neuron, side, annotated class and probabilities. Synapse ids count from 1."""
     neurons, sides, labels, probabilities = zip(*rows, strict=True)
     synapses = pa.table(
         {
@@ -146,11 +146,17 @@ def test_neurons_vote():
     )
     three, seven = votes_of_neurons(table, ("a", "b")).to_pylist()
     assert (seven["neuron_id"], seven["synapses"], seven["split"]) == (7, 3, None)
-    assert (seven["neurotransmitter"], seven["predicted_neurotransmitter"]) == ("a", "b")  # two of three, though unsure
+    assert (seven["neurotransmitter"], seven["predicted_neurotransmitter"]) == (
+        "a",
+        "b",
+    )  # two votes of three, although with low probability
     assert seven["vote_share"] == pytest.approx(2 / 3)
     assert seven["confidence"] == pytest.approx(0.4)
     np.testing.assert_allclose(seven["class_probabilities"], [0.6, 0.4], atol=1e-6)
-    assert (three["split"], three["predicted_neurotransmitter"]) == ("train", "a")  # one vote each: the surer one
+    assert (three["split"], three["predicted_neurotransmitter"]) == (
+        "train",
+        "a",
+    )  # one vote each: the higher probability wins
 
 
 def test_votes_and_figures_are_the_same_however_the_synapses_are_spread_over_parts(monkeypatch):
@@ -185,7 +191,7 @@ def test_figures_are_of_the_test_side_alone_and_neurons_vote_there():
     assert figures["recalls"]["a"]["neuron_recall"] == 0.5
     assert figures["balanced_accuracy"] == pytest.approx((3 / 8 + 1) / 2, abs=1e-4)
     assert figures["accuracy"] == 0.5
-    # Two neurons, all right or mostly wrong: the interval knows that there are two and not eight.
+    # Two neurons, one mostly right and one all wrong: the interval is that of two groups, not of eight synapses.
     assert figures["recalls"]["a"]["recall_low"] == 0
     assert figures["recalls"]["a"]["recall_high"] == 0.75
     assert json.loads(json.dumps(figures)) == figures
@@ -197,7 +203,7 @@ def test_figures_are_of_the_test_side_alone_and_neurons_vote_there():
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Project:
-    """Textures, with everything made. Shared: copy it to change it."""
+    """The textures data set with all assets. Shared: copy it to change it."""
     project = write_textures(tmp_path_factory.mktemp("textures"))
     make_outdated(project)
     return project
@@ -229,10 +235,22 @@ def test_every_synapse_has_a_prediction_beside_what_is_known(made: Project):
     assert {row["split"] for row in rows if not row["neurotransmitter"]} == {None}
     test = [row for row in rows if row["split"] == "test"]
     assert np.mean([row["predicted_neurotransmitter"] == row["neurotransmitter"] for row in test]) > 0.8
-    # Synapses without a class are those of the textures in turn, see `textures`.
+    # Synapses without a class take the textures in turn, see `textures`.
     unknown = sorted((row for row in rows if not row["neurotransmitter"]), key=lambda row: row["synapse_id"])
     truth = [CLASSES[(row["synapse_id"] - 1000) % 3] for row in unknown]
     assert [row["predicted_neurotransmitter"] for row in unknown] == truth
+
+
+def test_the_evaluation_reports_the_model_of_the_classifier(own: Project):
+    """The evaluation reads vectors that the table has rounded, so the two probes agree to a rounding error."""
+    change_spec(own, evaluation={"queries": 10, "places": 10, "singles": 1})
+    make_outdated(own)
+    dataset = own.dataset("demo")
+    figures = read_manifest(dataset, "classifier_tiny").counts
+    report = json.loads(dataset.scores_path("tiny").read_text())
+    for end in ("", "_low", "_high"):
+        probe = report["figures"]["probe_neuron"][end.removeprefix("_") or "value"]
+        assert probe == pytest.approx(figures[f"balanced_accuracy{end}"], abs=1e-3)
 
 
 def test_predictions_are_in_lancedb_and_other_tools_read_them(made: Project):
@@ -269,7 +287,9 @@ def test_classes_of_the_test_side_teach_nothing(own: Project):
     after = read_table(dataset.predictions_path("tiny"))
     np.testing.assert_array_equal(read_probabilities(after), read_probabilities(before))
     assert after["neurotransmitter"].to_pylist() != before["neurotransmitter"].to_pylist()
-    assert made.counts["balanced_accuracy"] < 0.2  # as wrong as they were right
+    assert (
+        made.counts["balanced_accuracy"] < 0.2
+    )  # the predictions were right, so they are wrong for the changed labels
 
 
 def test_neurons_vote_in_a_table_of_their_own(made: Project):
@@ -346,10 +366,10 @@ def test_figures_in_the_terminal_and_as_a_picture(made: Project, tmp_path: Path)
         assert f"{figures['recalls'][name]['recall']:.2f} (" in next(
             line for line in said.splitlines() if line.startswith(name)
         )
-    assert "Eckstein" not in said  # no class of these has a published figure
+    assert "Eckstein" not in said  # no publication has a class of these names
     assert min(Image.open(tmp_path / "confusion.png").size) > 300
     votes = answer(made, "confusion", "--neurons")
-    assert f"{'coarse':<15}" in votes and "neurons" in votes
+    assert f"{'coarse':<16}" in votes and "neurons" in votes
     content = json.loads(answer(made, "confusion", "--json"))
     assert content["confusion"]["synapses"] == figures["confusion"]["synapses"]
 

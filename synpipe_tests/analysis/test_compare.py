@@ -1,4 +1,4 @@
-"""`synpipe compare`: all encoders, or two of them on the same queries."""
+"""`synpipe compare`: all encoders of a data set, or two of them on the same queries."""
 
 import json
 import shutil
@@ -9,13 +9,17 @@ import pyarrow as pa
 import pytest
 from PIL import Image
 
-from synpipe.analysis import compare
-from synpipe.analysis.evaluation import FIGURES, Estimate
+from synpipe.analysis.charts import draw_figures
+from synpipe.analysis.compare import SHOWN_QUERIES, encoder_table, format_figure
+from synpipe.analysis.evaluation import FIGURES
+from synpipe.analysis.metrics import Estimate
 from synpipe.assets.graph import states, steps
 from synpipe.datasets import Dataset, Project
 from synpipe.errors import SynpipeError
+from synpipe.reports.comparison import read_comparison, read_encoder_rows
 from synpipe.reports.housekeeping import leftovers, remove
 from synpipe.store.files import read_table, write_table
+from synpipe.text import format_table
 from synpipe_tests.conftest import QUICK_EVALUATION, project_of
 from synpipe_tests.support.changes import NAME, TRUNK, Own, branch
 from synpipe_tests.support.command import answer, files, invoke, refusal
@@ -42,7 +46,7 @@ def test_all_encoders_side_by_side(made: Dataset):
     for row in rows:
         assert f"{row['encoder']:<24}" in text
         figure = Estimate(*(row[f"knn_balanced_accuracy{end}"] for end in ("", "_low", "_high")))
-        assert compare.format_figure(figure) in text
+        assert format_figure(figure) in text
 
 
 def test_two_encoders_on_the_same_queries(made: Dataset):
@@ -66,14 +70,14 @@ def test_two_encoders_on_the_same_queries(made: Dataset):
         assert labels[int(query["synapse_id"])] == query["label"]
         assert all(isinstance(each, str) and int(each) in labels for each in query["nearest_a"] + query["nearest_b"])
         gaps.append(abs(query["average_precision_a"] - query["average_precision_b"]))
-    assert len(gaps) == compare.SHOWN_QUERIES
+    assert len(gaps) == SHOWN_QUERIES
     assert gaps == sorted(gaps, reverse=True)
     with Image.open(found["picture"]) as picture:
         assert picture.width > picture.height > 128 * len(gaps)
 
 
 def test_an_encoder_that_is_better_by_a_little_everywhere_is_seen_to_be(made: Dataset, tmp_path: Path):
-    """The difference in pairs is sure where the two intervals overlap."""
+    """The paired difference is significant although the two intervals overlap."""
     dataset = own_copy(made, tmp_path)
     table = read_table(dataset.queries_path("tiny"))
     better = np.minimum(table["average_precision"].to_numpy() + 0.01, 1)
@@ -81,17 +85,17 @@ def test_an_encoder_that_is_better_by_a_little_everywhere_is_seen_to_be(made: Da
     write_table(
         dataset.queries_path("other"), table.set_column(place, "average_precision", pa.array(better, from_pandas=True))
     )
-    pair = compare.compare(dataset, "tiny", "other").figures["map"]
+    pair = read_comparison(dataset, "tiny", "other").figures["map"]
     assert pair.difference.low > 0.005
     assert pair.difference.high < 0.011
     assert pair.a.high - pair.a.low > 4 * (pair.difference.high - pair.difference.low)
-    same = compare.compare(dataset, "tiny", "other")
+    same = read_comparison(dataset, "tiny", "other")
     assert same.overlap == same.jaccard == 1
 
 
 def test_what_cannot_be_compared(made: Dataset, project: Project):
     with pytest.raises(SynpipeError, match="with itself"):
-        compare.compare(made, "tiny", "tiny")
+        read_comparison(made, "tiny", "tiny")
     assert "Name two encoders" in refusal(invoke(project_of(made), "compare", "tiny", "--dataset", "demo"))
     assert "'nope'" in refusal(invoke(project_of(made), "compare", "tiny", "nope", "--dataset", "demo"))
     assert "materialise" in refusal(invoke(project, "compare", "--dataset", "demo"))
@@ -103,7 +107,7 @@ def test_one_encoder_alone_can_be_judged_and_the_evaluation_waits_for_the_other(
     last = steps(dataset)[-1]
     assert last.asset == "evaluation"
     last.run(lambda line: None)
-    assert [row["encoder"] for row in compare.encoders_table(dataset)] == ["tiny"]
+    assert [row["encoder"] for row in read_encoder_rows(dataset)] == ["tiny"]
     (state,) = (each for each in states(dataset) if each.asset == "evaluation")
     assert (state.state, state.reasons) == ("stale", ("scores_other is out of date",))
 
@@ -131,17 +135,17 @@ def test_switched_off_nothing_is_judged_and_the_figures_may_go(own: Own):
 
 
 def test_figures_are_written_as_in_papers():
-    assert compare.format_figure(Estimate(0.64, 0.61, 0.6714)) == ".640 [.610, .671]"
-    assert compare.format_figure(Estimate(-0.05, -0.1, 1.0), "+") == "-.050 [-.100, +1.000]"
-    assert compare.format_figure(Estimate(0.5)) == ".500"
-    assert compare.format_figure(Estimate(None)) == "–"
+    assert format_figure(Estimate(0.64, 0.61, 0.6714)) == ".640 [.610, .671]"
+    assert format_figure(Estimate(-0.05, -0.1, 1.0), "+") == "-.050 [-.100, +1.000]"
+    assert format_figure(Estimate(0.5)) == ".500"
+    assert format_figure(Estimate(None)) == "–"
 
 
 def test_the_chart_and_the_table_of_the_report(made: Dataset):
-    rows = compare.encoders_table(made)
-    picture = compare.chart(rows)
+    rows = read_encoder_rows(made)
+    picture = draw_figures(rows)
     assert picture.width > 400
     assert np.asarray(picture).std() > 5
-    table = compare.markdown(rows)
+    table = format_table(*encoder_table(rows), markdown=True)
     assert len(table.splitlines()) == 2 + len(rows)
     assert "linear probe, split by neuron" in table or all(row["probe_neuron"] is None for row in rows)

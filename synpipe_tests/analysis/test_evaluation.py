@@ -1,19 +1,23 @@
-"""The figures of an encoder against plain definitions, and what they are there for: neurons that leak are seen to leak."""
+"""The figures of an encoder agree with plain definitions, and they show when a split leaks neurons."""
 
 import json
 
 import numpy as np
 import pytest
-from sklearn.metrics import average_precision_score
+from sklearn.metrics import average_precision_score, recall_score
+from sklearn.metrics import confusion_matrix as sklearn_confusion
 
-from synpipe.analysis import evaluation, splits
-from synpipe.analysis.evaluation import EvaluationSpec, draw_judged, draw_queries, estimate, probe, resample, search_all
+from synpipe.analysis import evaluation, metrics, splits
+from synpipe.analysis.evaluation import EvaluationSpec, draw_judged, draw_queries, probe_test_side, search_all
+from synpipe.analysis.linear_probe import fit_probe
+from synpipe.analysis.metrics import Estimate, estimate, resample
 from synpipe.analysis.splits import SplitSpec, split
 from synpipe.assets.manifest import read_manifest
 from synpipe.datasets import Dataset
 from synpipe.store.files import read_table
 
 WINDOW = (3, 256, 256)
+CLASSES = tuple(f"class {number}" for number in range(6))
 
 
 def objects(values) -> np.ndarray:
@@ -21,7 +25,7 @@ def objects(values) -> np.ndarray:
 
 
 def apart(count: int) -> np.ndarray:
-    """First voxels of tiles that do not overlap."""
+    """First voxels of tiles that do not overlap: int64 (count, 3)."""
     return np.arange(count)[:, None] * np.array([0, 0, 1000])
 
 
@@ -30,7 +34,10 @@ def unit(vectors: np.ndarray) -> np.ndarray:
 
 
 def six_classes(of_class: float, of_neuron: float, seed: int = 0):
-    """Vectors of 60 neurons with 20 synapses each, that lie at their class and at their neuron, by so much."""
+    """Vectors of 60 neurons with 20 synapses each, labels and neurons.
+
+    of_class, of_neuron: how strongly the class and the neuron of a synapse shape its vector.
+    """
     rng = np.random.default_rng(seed)
     neurons = np.repeat(np.arange(60), 20)
     classes = neurons % 6
@@ -42,17 +49,17 @@ def six_classes(of_class: float, of_neuron: float, seed: int = 0):
     )
 
 
-def probed(vectors, labels, neurons, scheme: str) -> evaluation.Estimate:
+def probed(vectors, labels, neurons, scheme: str) -> Estimate:
     groups = neurons if scheme == "neuron" else objects(range(len(labels)))
     sides = split(SplitSpec(), scheme, labels, groups, apart(len(labels)), WINDOW)
-    tested = probe(vectors, labels, sides, EvaluationSpec())
+    tested = probe_test_side(vectors, labels, sides, CLASSES, EvaluationSpec())
     assert tested is not None
-    rows, right = tested
-    return estimate(right.astype(float), labels[rows], neurons[rows].astype(int))
+    rows, correct = tested
+    return estimate(correct.astype(float), labels[rows], neurons[rows].astype(int))
 
 
 def test_the_random_split_shows_the_leak_and_the_split_by_neuron_does_not():
-    """Each neuron has a look of its own, and nothing tells its class but who it is."""
+    """Every neuron looks different, and only its identity tells its class."""
     leaky = six_classes(of_class=0, of_neuron=2)
     by_neuron, at_random = probed(*leaky, "neuron"), probed(*leaky, "random")
     assert at_random.value > 0.9
@@ -65,8 +72,23 @@ def test_on_six_classes_the_probe_of_new_neurons_is_clearly_above_chance():
     assert by_neuron.low > 2 / 6
 
 
+def test_the_probe_is_the_one_that_the_classifier_fits():
+    """On the same rows, the evaluation predicts exactly what the classifier would predict."""
+    vectors, labels, neurons = six_classes(of_class=0.4, of_neuron=0.5)
+    sides = split(SplitSpec(), "neuron", labels, neurons, apart(len(labels)), WINDOW)
+    codes = np.array([CLASSES.index(label) for label in labels])
+    training, validation, test = (sides == side for side in splits.SIDES)
+    classifier = fit_probe(vectors[training], codes[training], vectors[validation], codes[validation], len(CLASSES))
+    predicted = classifier.probabilities(vectors[test]).argmax(axis=1)
+    tested = probe_test_side(vectors, labels, sides, CLASSES, EvaluationSpec())
+    assert tested is not None
+    assert tested[0].tolist() == np.flatnonzero(test).tolist()
+    assert tested[1].tolist() == (predicted == codes[test]).tolist()
+    assert 0.3 < tested[1].mean() < 0.95
+
+
 def test_neighbours_of_the_own_neuron_are_no_answers():
-    """With them, a data set in which only neurons look alike would have perfect neighbours."""
+    """If they were, a data set in which only synapses of one neuron look alike would have perfect neighbours."""
     vectors, labels, neurons = six_classes(of_class=0, of_neuron=2)
     queries = np.arange(len(labels))
     strict = search_all(vectors, labels, neurons, apart(1200), WINDOW, queries)
@@ -140,7 +162,7 @@ def test_the_intervals_cover_the_truth_because_whole_neurons_are_resampled():
     trials, truth = 60, 0.6
     labels = objects(["a"] * 240)
     for _ in range(trials):
-        skill = rng.beta(0.6, 0.4, 30)  # mean 0.6: some neurons are easy and some are hard
+        skill = rng.beta(0.6, 0.4, 30)  # mean 0.6: some neurons are easy, some are hard
         values = (rng.random(240) < np.repeat(skill, 8)).astype(float)
         for name, groups in (("neurons", np.repeat(np.arange(30), 8)), ("synapses", np.arange(240))):
             found = estimate(values, labels, groups)
@@ -154,17 +176,33 @@ def test_classes_count_alike_and_absent_values_not_at_all():
     labels, groups = objects(["a", "a", "a", "a", "b", "b"]), np.arange(6)
     value, samples = resample(values, labels, groups)
     assert value == 0.5
-    assert {0.5, 1.0} <= {*samples}  # without b it is the mean over a alone
+    assert {0.5, 1.0} <= {*samples}  # in a sample without b, the mean is that of a
     assert resample(values, labels, groups, weights={"a": 4, "b": 1})[0] == pytest.approx(0.8)
     assert (resample(values, labels, groups)[1] == samples).all()
-    assert estimate(values, labels, np.zeros(6, dtype=int)) == evaluation.Estimate(0.5)
-    assert estimate(np.full(6, np.nan), labels, groups) == evaluation.Estimate(None)
+    assert estimate(values, labels, np.zeros(6, dtype=int)) == Estimate(0.5)
+    assert estimate(np.full(6, np.nan), labels, groups) == Estimate(None)
+
+
+def test_the_confusion_matrix_and_the_recalls_agree_with_scikit_learn():
+    rng = np.random.default_rng(0)
+    truth, predicted = rng.choice([0, 1, 3], 500).astype(np.int8), rng.integers(0, 4, 500).astype(np.int8)
+    confusion = metrics.confusion_matrix(truth, predicted, 4)
+    assert confusion.tolist() == sklearn_confusion(truth, predicted, labels=range(4)).tolist()
+    recalls = recall_score(truth, predicted, labels=[0, 1, 3], average=None)
+    np.testing.assert_array_equal(metrics.class_recalls(truth, predicted, 4), [*recalls[:2], np.nan, recalls[2]])
+    np.testing.assert_array_equal(np.diagonal(metrics.row_shares(confusion))[[0, 1, 3]], recalls)
+    assert metrics.row_shares(confusion)[2].tolist() == [0, 0, 0, 0]
+    assert metrics.balanced_accuracy(truth, predicted) == recall_score(
+        truth, predicted, labels=[0, 1, 3], average="macro"
+    )
+    predicted[:100] = -1
+    assert metrics.confusion_matrix(truth, predicted, 4).sum() == 400
 
 
 def test_accuracy_weighs_classes_by_their_size_though_the_queries_are_even():
     labels = objects(["a"] * 90 + ["b"] * 10)
     voted = objects([None] * 100)
-    voted[:5], voted[90:95] = "a", "a"  # five queries of each class: all of a are right, all of b wrong
+    voted[:5], voted[90:95] = "a", "a"  # five queries of each class: all of a are correct, all of b are wrong
     rows = {
         "label": labels,
         "voted": voted,
@@ -187,7 +225,7 @@ def test_a_probe_without_a_second_class_or_a_test_side_is_none():
         (objects(["a", "b"] * 10), objects(["train"] * 20)),
         (objects(["a", "b"] * 10), objects([None] * 20)),
     ):
-        assert probe(vectors, labels, sides, EvaluationSpec()) is None
+        assert probe_test_side(vectors, labels, sides, ("a", "b"), EvaluationSpec()) is None
 
 
 def test_the_figures_of_a_data_set(made: Dataset):
@@ -233,6 +271,6 @@ def test_figures_do_not_depend_on_how_much_is_in_memory_at_a_time(monkeypatch):
 
     at_once = measured()
     monkeypatch.setattr(evaluation, "PAIRS", 7 * len(labels))
-    monkeypatch.setattr(evaluation, "RESAMPLED_AT_ONCE", 60 * 13)
+    monkeypatch.setattr(metrics, "RESAMPLED_AT_ONCE", 60 * 13)
     for one, other in zip(at_once, measured(), strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-12)

@@ -1,4 +1,4 @@
-"""Does the same place find itself? Views are cut where they should be, and the figure ranges from chance to one."""
+"""Instance retrieval: views are cut at the right place, and the recall ranges from chance to one."""
 
 from pathlib import Path
 
@@ -14,13 +14,14 @@ from synpipe.analysis.instance_retrieval import (
     SINGLES,
     UNALTERED,
     Alteration,
+    EmbeddedTiles,
+    cut_view,
     draw_alterations,
     draw_places,
-    instance_retrieval,
-    only,
-    ranks,
+    keep_only,
+    rank_originals,
     read_surroundings,
-    view,
+    retrieve_instances,
 )
 from synpipe.tiles.tile import TileSpec
 from synpipe.volumes.volume import Volume, VolumeSpec
@@ -32,7 +33,7 @@ PLACES = 12  # in a row, each with a texture of its own
 
 @pytest.fixture(scope="module")
 def volume(tmp_path_factory: pytest.TempPathFactory):
-    """A strip of textures, dark and bright pixels in shares that differ from place to place, of seven sections."""
+    """A strip of textures with seven sections. The share of bright pixels differs from place to place."""
     path: Path = tmp_path_factory.mktemp("strip") / "volume.h5"
     rng = np.random.default_rng(0)
     size = 256 + 2 * MARGIN_PX + 8
@@ -57,7 +58,7 @@ def tile_at(volume: Volume, start) -> np.ndarray:
 
 
 def share_of_bright(tiles: np.ndarray) -> np.ndarray:
-    """An encoder to which only the texture matters."""
+    """An encoder that depends on the share of bright pixels only."""
     flat = tiles.reshape(len(tiles), -1).astype(float)
     middle = (flat.min(axis=1) + flat.max(axis=1)) / 2
     angle = (flat > middle[:, None]).mean(axis=1) * np.pi / 2
@@ -68,7 +69,8 @@ def test_an_encoder_that_nothing_disturbs_finds_every_place(volume: Volume):
     tiles = np.stack([tile_at(volume, start) for start in starts()])
     spec = EvaluationSpec(places=PLACES, singles=5)
     vectors = share_of_bright(tiles)
-    found = instance_retrieval(volume, TileSpec(), share_of_bright, lambda tile: tile, vectors, starts(), WINDOW, spec)
+    embedded = EmbeddedTiles(volume, TileSpec(), lambda view: view, share_of_bright, vectors, starts(), WINDOW)
+    found = retrieve_instances(embedded, spec)
     assert sorted(found.places.tolist()) == list(range(PLACES))
     assert (found.ranks == 1).all()
     assert {name: each.tolist() for name, each in found.singles.items()} == {name: [1] * 5 for name in SINGLES}
@@ -81,22 +83,22 @@ def test_random_vectors_find_places_by_chance_and_constant_ones_never():
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
     apart = np.arange(count)[:, None] * np.array([0, 0, 256])
     spec = EvaluationSpec(distractors=100)
-    at = ranks(rng.normal(size=(count, 8)), np.arange(count), vectors, apart, WINDOW, spec)
+    at = rank_originals(rng.normal(size=(count, 8)), np.arange(count), vectors, apart, WINDOW, spec)
     # Ranks 1 to 101, evenly: the standard error of each share is 0.005 and 0.011.
     assert (at <= 1).mean() == pytest.approx(1 / 101, abs=0.02)
     assert (at <= 5).mean() == pytest.approx(5 / 101, abs=0.04)
     assert at.mean() == pytest.approx(51, abs=6)
     same = np.tile([[1.0, 0.0]], (count, 1))
-    assert (ranks(same, np.arange(count), same, apart, WINDOW, spec) >= 100).all()
+    assert (rank_originals(same, np.arange(count), same, apart, WINDOW, spec) >= 100).all()
 
 
 def test_tiles_that_overlap_the_original_are_neither_right_nor_wrong():
     vectors = np.array([[1.0, 0], [1, 0], [0, 1]])
     near = np.array([[0, 0, 0], [2, 100, -255], [0, 0, 900]])
-    found = ranks(np.array([[1.0, 0]]), np.array([0]), vectors, near, WINDOW, EvaluationSpec())
+    found = rank_originals(np.array([[1.0, 0]]), np.array([0]), vectors, near, WINDOW, EvaluationSpec())
     assert found.tolist() == [1]
     apart = np.array([[0, 0, 0], [3, 0, 0], [0, 0, 900]])
-    found = ranks(np.array([[1.0, 0]]), np.array([0]), vectors, apart, WINDOW, EvaluationSpec())
+    found = rank_originals(np.array([[1.0, 0]]), np.array([0]), vectors, apart, WINDOW, EvaluationSpec())
     assert found.tolist() == [2]
 
 
@@ -105,17 +107,17 @@ def test_a_view_is_of_the_place_turned_shifted_and_a_section_off(volume: Volume)
     surroundings = read_surroundings(volume, start, TileSpec())
     assert surroundings is not None
     tile = tile_at(volume, start)
-    assert (view(surroundings, UNALTERED) == tile).all()
+    assert (cut_view(surroundings, UNALTERED) == tile).all()
     for sections in (-1, 1):
         assert (
-            view(surroundings, Alteration(sections=sections)) == tile_at(volume, start + np.array([sections, 0, 0]))
+            cut_view(surroundings, Alteration(sections=sections)) == tile_at(volume, start + np.array([sections, 0, 0]))
         ).all()
     for y, x in ((16, 0), (-3, 11)):
-        shifted = view(surroundings, Alteration(shift_yx_px=(y, x)))
+        shifted = cut_view(surroundings, Alteration(shift_yx_px=(y, x)))
         assert (shifted == tile_at(volume, start + np.array([0, y, x]))).all()
-    quarter = view(surroundings, Alteration(angle_deg=90)).astype(int)
+    quarter = cut_view(surroundings, Alteration(angle_deg=90)).astype(int)
     assert min(np.abs(quarter - np.rot90(tile, turns, (1, 2))).max() for turns in (1, 3)) <= 1
-    darker = view(surroundings, Alteration(contrast=0.75, brightness=-20))
+    darker = cut_view(surroundings, Alteration(contrast=0.75, brightness=-20))
     assert (darker == np.round((tile - 127.5) * 0.75 + 127.5 - 20)).all()
 
 
@@ -124,10 +126,10 @@ def test_no_view_shows_what_lies_beyond_the_margin(volume: Volume):
     for alteration in draw_alterations(40, 0):
         assert np.hypot(*alteration.shift_yx_px) <= SHIFT_PX
         assert alteration.sections in (-1, 1)
-        turned = view(surroundings, only(alteration, ("angle_deg", "shift_yx_px")))
+        turned = cut_view(surroundings, keep_only(alteration, ("angle_deg", "shift_yx_px")))
         assert (turned == 100).all()
     corner = Alteration(angle_deg=45, shift_yx_px=(SHIFT_PX / np.sqrt(2), SHIFT_PX / np.sqrt(2)))
-    assert (view(surroundings, corner) == 100).all()
+    assert (cut_view(surroundings, corner) == 100).all()
 
 
 def test_places_whose_margin_leaves_the_volume_are_taken_only_where_there_are_few_others():

@@ -1,4 +1,7 @@
-"""The map: seeded, in Parquet and LanceDB, close where vectors are close, with a picture. umap takes 20 s to import and compile."""
+"""The map: it is reproducible, is stored in Parquet and LanceDB, keeps similar vectors close, and has a picture.
+
+umap takes 20 s to import and compile.
+"""
 
 from pathlib import Path
 
@@ -8,7 +11,8 @@ import pytest
 import torch
 
 from synpipe.analysis import projection
-from synpipe.analysis.projection import PALETTE, ProjectionSpec, fit_map, map_picture
+from synpipe.analysis.charts import PALETTE, draw_map
+from synpipe.analysis.projection import ProjectionSpec, fit_map
 from synpipe.assets import derived_steps
 from synpipe.assets.manifest import read_manifest
 from synpipe.index.publish import open_current
@@ -24,13 +28,13 @@ ON = {"projection": {"n_neighbours": 8}, "classifier": {"method": "linear"}}
 
 @pytest.fixture(scope="module")
 def threads() -> int:
-    """Of torch, before anything is mapped."""
+    """The number of threads of torch before anything is mapped."""
     return torch.get_num_threads()
 
 
 @pytest.fixture(scope="module")
 def mapped(template: Own, threads: int, tmp_path_factory: pytest.TempPathFactory) -> Own:
-    """One network with its map and everything else, materialised through Dagster. Shared: copy it, do not change it."""
+    """A data set with one network and all assets, materialised through Dagster. Shared: copy it, do not change it."""
     own = changes.copy(template, tmp_path_factory.mktemp("mapped"))
     own.edit_dataset(lambda content: content.update(encoders=["tiny"], **ON))
     with pytest.MonkeyPatch.context() as patch:
@@ -65,7 +69,7 @@ def test_the_map_is_in_the_projection_the_table_and_the_index(mapped: Own) -> No
 
 
 def test_a_map_leaves_torch_its_threads(mapped: Own, threads: int) -> None:
-    """With another number of them the last bits of whatever is embedded or trained next would be others."""
+    """With another number, the last bits of everything that is embedded or trained afterwards would change."""
     assert torch.get_num_threads() == threads
 
 
@@ -157,7 +161,7 @@ def test_the_picture_has_a_colour_for_each_class_and_bounded_size() -> None:
     places = np.random.default_rng(0).normal(size=(count, 2)).astype(np.float32)
     names = ["acetylcholine", "gaba", "glutamate"]
     labels = np.array([*names, "unlabelled"])[np.arange(count) % 4]
-    picture = np.asarray(map_picture(places, labels, names, "a map").convert("RGB")).reshape(-1, 3).astype(int)
+    picture = np.asarray(draw_map(places, labels, names, "a map").convert("RGB")).reshape(-1, 3).astype(int)
     for colour in PALETTE[:3]:
         wanted = [int(colour[at : at + 2], 16) for at in (1, 3, 5)]
         assert (np.abs(picture - wanted).max(axis=1) < 60).sum() > 50, colour  # on white, not quite opaque

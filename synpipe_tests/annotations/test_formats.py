@@ -17,13 +17,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import TypeAdapter
+from synpipe.assets.pipeline import make_synapses
 
 from synpipe import annotations
 from synpipe.annotations import table_files
 from synpipe.annotations.formats import AnnotationSpec
 from synpipe.annotations.schema import SYNAPSE_SCHEMA
 from synpipe.annotations.source import AnnotationSource
-from synpipe.assets.pipeline import make_synapses
 from synpipe.datasets import Dataset, DatasetSpec
 from synpipe.errors import SynpipeError
 from synpipe.store import sorting as annotation_sorting

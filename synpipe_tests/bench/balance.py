@@ -1,13 +1,15 @@
-"""Which way to weigh unequal classes is best: `python -m synpipe_tests.bench.balance`; half a minute.
+"""Compare ways to weigh unequal classes: `python -m synpipe_tests.bench.balance`; takes half a minute.
 
-Vectors of neurons that were made up: a centre per class, an offset per neuron, noise per synapse. Neurons and synapses are as
-unequal as those of FAFB (Eckstein et al. 2024: 397, 165, 32, 83, 5, 5 neurons; 47,767 … 1,879 synapses), ten times fewer
-synapses. Split by neuron, one in five for testing and one in ten for validation, at least one. Mean over seeds.
+The vectors are simulated: a centre per class, an offset per neuron, and noise per synapse. The classes are as unequal as
+those of FAFB (Eckstein et al. 2024: 397, 165, 32, 83, 5, 5 neurons; 47,767 … 1,879 synapses), with ten times fewer synapses.
+The split is by neuron: one in five neurons is for testing and one in ten for validation, at least one each. Figures are means
+over seeds.
 """
 
 import numpy as np
 
-from synpipe.analysis.classifier import Balance, fit_linear
+from synpipe.analysis.linear_probe import Balance, fit_probe
+from synpipe.analysis.metrics import class_recalls
 from synpipe.datasets import NEUROTRANSMITTERS
 
 NEURONS = (397, 165, 32, 83, 5, 5)
@@ -17,7 +19,7 @@ METHODS: tuple[Balance, ...] = ("balanced", "log", "none")
 
 
 def vectors_of_neurons(seed: int, dimensions: int = 64) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Vectors, classes and neurons, a row per synapse."""
+    """Simulate vectors, float32 (n, d), with the class code and the neuron of each synapse."""
     random = np.random.default_rng(seed)
     centres = random.normal(size=(len(NEURONS), dimensions)) * 0.35
     rows, codes, neurons = [], [], []
@@ -33,7 +35,7 @@ def vectors_of_neurons(seed: int, dimensions: int = 64) -> tuple[np.ndarray, np.
 
 
 def recalls(seed: int, balance: Balance) -> tuple[np.ndarray, float]:
-    """Recall per class on the test side, and accuracy."""
+    """Return the recall of each class on the test side, and the accuracy."""
     vectors, codes, neurons = vectors_of_neurons(seed)
     random = np.random.default_rng(seed + 1000)
     test, validation = np.zeros(len(codes), bool), np.zeros(len(codes), bool)
@@ -43,11 +45,9 @@ def recalls(seed: int, balance: Balance) -> tuple[np.ndarray, float]:
         test |= np.isin(neurons, members[:here])
         validation |= np.isin(neurons, members[here : here + there])
     training = ~(test | validation)
-    probe = fit_linear(
-        vectors[training], codes[training], vectors[validation], codes[validation], len(NEURONS), balance
-    )
-    right = probe.probabilities(vectors[test]).argmax(axis=1) == codes[test]
-    return np.array([right[codes[test] == code].mean() for code in range(len(NEURONS))]), float(right.mean())
+    probe = fit_probe(vectors[training], codes[training], vectors[validation], codes[validation], len(NEURONS), balance)
+    predicted = probe.probabilities(vectors[test]).argmax(axis=1)
+    return class_recalls(codes[test], predicted, len(NEURONS)), float((predicted == codes[test]).mean())
 
 
 def main() -> None:
@@ -56,13 +56,13 @@ def main() -> None:
         + "".join(f"{name[:8]:>10}" for name in NEUROTRANSMITTERS)
     )
     for method in METHODS:
-        found = [recalls(seed, method) for seed in range(SEEDS)]
-        by_class = np.array([one for one, _ in found])
+        results = [recalls(seed, method) for seed in range(SEEDS)]
+        by_class = np.array([recall for recall, _ in results])
         balanced = by_class.mean(axis=1)
         error = balanced.std(ddof=1) / np.sqrt(SEEDS)
         columns = "".join(f"{value:>10.3f}" for value in by_class.mean(axis=0))
         print(
-            f"{method:<10}{balanced.mean():>10.3f}{error:>8.3f}{np.mean([acc for _, acc in found]):>10.3f}  {columns}"
+            f"{method:<10}{balanced.mean():>10.3f}{error:>8.3f}{np.mean([accuracy for _, accuracy in results]):>10.3f}  {columns}"
         )
 
 

@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from synpipe.assets.pipeline import open_tiles
+from synpipe.assets.rgb_tiles import open_tiles
 from synpipe.datasets import Dataset, Project
 from synpipe.defs.run import materialize
 from synpipe.index.search import SynapseIndex

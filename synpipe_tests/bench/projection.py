@@ -1,8 +1,8 @@
-"""Time and memory of a map: `python -m synpipe_tests.bench.projection --rows 103511`.
+"""Measure time and memory of a map: `python -m synpipe_tests.bench.projection --rows 103511`.
 
-Vectors are made up: clusters of unequal size in ten directions of their own, and noise in all of them, as those of an encoder
-are. Prints the seeded fit, which is the one that the pipeline makes and runs on one core; with `--threads`, beside it the
-unseeded one, on that many; with `--more`, what placing further vectors on the map takes.
+The vectors are simulated to resemble those of an encoder: clusters of unequal size, each with ten directions of its own,
+and noise in all directions. The bench measures the seeded fit, which the pipeline uses and which runs on one core. With
+`--threads` it also measures an unseeded fit on that many threads, and with `--more` the placing of further vectors.
 """
 
 import argparse
@@ -22,12 +22,12 @@ CLUSTERS, OWN_DIRECTIONS, NOISE = 200, 10, 0.2
 
 
 def vectors_like_an_encoders(rows: int, dimensions: int, seed: int) -> np.ndarray:
-    """float32 (rows, dimensions), of the same clusters for every seed."""
+    """Simulate vectors: float32 (rows, dimensions). The clusters are the same for every seed."""
     return clusters_like_an_encoders(rows, dimensions, seed)[0]
 
 
 def clusters_like_an_encoders(rows: int, dimensions: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """The same, and the number of the cluster of each: (rows,)."""
+    """Simulate vectors, float32 (rows, dimensions), with the number of the cluster of each: (rows,)."""
     of_clusters, random = np.random.default_rng(0), np.random.default_rng(seed)
     centres = of_clusters.normal(size=(CLUSTERS, dimensions))
     bases = of_clusters.normal(size=(CLUSTERS, OWN_DIRECTIONS, dimensions)) / OWN_DIRECTIONS**0.5
@@ -61,11 +61,11 @@ def main() -> None:
     vectors = vectors_like_an_encoders(chosen.rows, chosen.dimensions, seed=1)
     print(f"{vectors.shape[0]:,} × {vectors.shape[1]}")
     measure("import and compile (500 vectors)", lambda: fit_map(vectors[:500], ProjectionSpec()))
-    found = []
-    measure("fit, seeded", lambda: found.append(fit_map(vectors, ProjectionSpec())))
+    fits = []
+    measure("fit, seeded", lambda: fits.append(fit_map(vectors, ProjectionSpec())))
     if chosen.more:
         more = vectors_like_an_encoders(chosen.more, chosen.dimensions, seed=2)
-        place = found[0][1]
+        place = fits[0][1]
         measure("placing 100, with the search index", lambda: place(more[:100]))
         measure(f"placing {chosen.more:,}", lambda: place(more))
     if chosen.threads:

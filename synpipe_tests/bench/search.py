@@ -1,13 +1,13 @@
-"""The ten nearest, by LanceDB and beside it: `python -m synpipe_tests.bench.search`.
+"""Measure the search for the ten nearest by LanceDB and other engines: `python -m synpipe_tests.bench.search`.
 
-LanceDB is asked as any tool would, for the index that `synpipe.index.publish` makes of a Parquet table; beside it, in the
-same run and by turns, numpy's exact scan, FAISS (flat, and IVF with as many partitions and probes) and hnswlib. All of
-them with as many threads as the environment gives them (`OMP_NUM_THREADS`).
+LanceDB is queried as any tool would query it, on the index that `synpipe.index.publish` builds from a Parquet table. In the
+same run, and by turns, the bench queries NumPy's exact scan, FAISS (flat, and IVF with as many partitions and probes) and
+hnswlib. All engines use as many threads as the environment allows (`OMP_NUM_THREADS`).
 
-Vectors are made up, as in `bench_projection`: clusters of unequal size with ten directions of their own. Of each cluster
-`LOYAL` are of one class, the rest of any, in the shares of FAFB, so that the rarest class is rare and clumped. The queries are
-rows of the table, others than those that the index was tuned with. `--spread` takes the harder clusters of
-`bench_explorer` instead, which are round and say nothing of the class.
+The vectors are simulated as in `bench.projection`: clusters of unequal size, each with ten directions of its own. A share
+`LOYAL` of each cluster belongs to one class and the rest to any class, with FAFB's class shares, so that the rarest class is
+rare and clustered. The queries are rows of the table, but not those with which the index was tuned. `--spread` uses the
+harder clusters of `bench.explorer`, which are round and independent of the class.
 """
 
 import argparse
@@ -31,12 +31,12 @@ SIZES = ((103_511, 192), (100_000, 128), (1_000_000, 128))
 HNSW_ROWS = 200_000  # building it takes minutes beyond
 HNSW_LINKS, HNSW_BUILD_WIDTH, HNSW_SEARCH_WIDTH = 16, 100, 128
 K, QUERIES, WARM_UP = 10, 400, 200
-TURN = 25  # queries that an engine is asked before it is the next one's turn
+TURN = 25  # queries that an engine answers before the next engine takes its turn
 LOYAL = 0.8
 TIME_BAR, GROWTH_BAR, RECALL_BAR = 1.0, 2.0, 0.99
 
 Ask = Callable[[np.ndarray], np.ndarray]
-"""A query, float32 (d,), to the rows of its nearest."""
+"""Maps a query, float32 (d,), to the rows of its nearest neighbours."""
 
 
 def main() -> None:
@@ -47,8 +47,7 @@ def main() -> None:
     threads = os.environ.get("OMP_NUM_THREADS", "all")
     print(f"{platform.platform()}, {os.cpu_count()} cores, {threads} threads, load {os.getloadavg()[0]:.1f}")
     print(", ".join(f"{name} {version(name)}" for name in ("lancedb", "numpy", "faiss-cpu", "hnswlib")))
-    found = {size: measure(*size, chosen.spread, chosen.hnsw_rows) for size in SIZES}
-    first, small, large = (found[size] for size in SIZES)
+    first, small, large = (measure(*size, chosen.spread, chosen.hnsw_rows) for size in SIZES)
     print()
     row(f"top {K} of 103,511 × 192 through LanceDB: time ÷ numpy's exact scan", first["ms"] / first["numpy"], TIME_BAR)
     row("  its recall", first["recall"], RECALL_BAR, at_most=False)
@@ -81,27 +80,27 @@ def measure(rows: int, dimensions: int, spread: bool, hnsw_rows: int) -> dict[st
         for block in np.array_split(asked, len(asked) // TURN):
             similarity = [vectors @ vectors[each] for each in block]
             limits = [np.partition(one, -K)[-K] - 1e-6 for one in similarity]  # equal vectors are equally good answers
-            # A turn is of several queries: after a scan of everything nothing else would be left in the processor's caches.
+            # A turn has several queries, because a scan of all rows evicts everything else from the processor's caches.
             for name, (ask, _, _) in engines.items():
                 for each, one, limit in zip(block, similarity, limits, strict=True):
                     began = time.perf_counter()
                     answer = ask(vectors[each])
                     times[name].append(1e3 * (time.perf_counter() - began))
                     hits[name].append(float((one[answer] >= limit).mean()))
-    told = {}
+    figures = {}
     for name, (_, build, size) in engines.items():
         p50, recall = float(np.median(times[name][:QUERIES])), float(np.mean(hits[name][:QUERIES]))
         of_rarest = float(np.mean(hits[name][QUERIES:]))
         print(f"  {name:<34} {build:>8.1f} {size / 1e6:>7.0f} {p50:>7.2f} {recall:>7.4f} {of_rarest:>7.4f}", flush=True)
         kind = "numpy" if name.startswith("numpy") else name.split(",")[0]
-        told[kind] = p50
+        figures[kind] = p50
         if kind == "LanceDB":
-            told |= {"ms": p50, "recall": recall, "rarest": of_rarest}
-    return told
+            figures |= {"ms": p50, "recall": recall, "rarest": of_rarest}
+    return figures
 
 
 def made_up(rows: int, dimensions: int, spread: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Unit vectors, float32 (n, d), and numbers of classes (n,)."""
+    """Simulate unit vectors, float32 (n, d), with their class codes (n,)."""
     if spread:
         bench_explorer.DIMENSIONS = dimensions
         return bench_explorer.made_up(rows)
@@ -139,14 +138,14 @@ def faiss_indexes(vectors: np.ndarray) -> dict[str, tuple[Ask, float, int]]:
     flat, partitions = faiss.IndexFlatIP(dimensions), partitions_for(rows)
     inverted = faiss.IndexIVFFlat(faiss.IndexFlatIP(dimensions), dimensions, partitions, faiss.METRIC_INNER_PRODUCT)
     inverted.nprobe = FIRST_NPROBES
-    found: dict[str, tuple[Ask, float, int]] = {}
+    engines: dict[str, tuple[Ask, float, int]] = {}
     for name, index in (("FAISS flat", flat), (f"FAISS IVF, {partitions}, {FIRST_NPROBES} probes", inverted)):
         began = time.perf_counter()
         index.train(vectors)
         index.add(vectors)
         seconds = time.perf_counter() - began
-        found[name] = (lambda query, index=index: index.search(query[None], K)[1][0], seconds, vectors.nbytes)
-    return found
+        engines[name] = (lambda query, index=index: index.search(query[None], K)[1][0], seconds, vectors.nbytes)
+    return engines
 
 
 def hnsw_index(vectors: np.ndarray) -> dict[str, tuple[Ask, float, int]]:

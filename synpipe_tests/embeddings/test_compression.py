@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import yaml
 from sklearn.decomposition import PCA
+from synpipe.assets.compressed import open_branch
+from synpipe.assets.rgb_tiles import open_tiles
 
-from synpipe.assets.derived_steps import open_branch
 from synpipe.assets.graph import states
 from synpipe.assets.manifest import read_manifest
-from synpipe.assets.pipeline import open_tiles
 from synpipe.embeddings.compression import fit, load
 from synpipe.embeddings.encoder_specs import CompressedSpec
 from synpipe.embeddings.encoders import open_encoder

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from synpipe.assets.graph import states, steps
-from synpipe.assets.pipeline import open_tiles
+from synpipe.assets.rgb_tiles import open_tiles
 from synpipe.datasets import Dataset, Project
 from synpipe.embeddings import cache as embedding_cache
 from synpipe.errors import SynpipeError

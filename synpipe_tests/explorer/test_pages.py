@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from matplotlib.path import Path as Polygon
 from playwright.sync_api import Browser, Page, Route, expect
+from synpipe.assets.rgb_tiles import open_tiles
 
-from synpipe.analysis.projection import PALETTE
-from synpipe.assets.pipeline import open_tiles
+from synpipe.analysis.charts import PALETTE
 from synpipe.datasets import Dataset
 from synpipe_tests.conftest import project_of
 from synpipe_tests.support.browser import CHROMIUM, chromium

@@ -24,7 +24,7 @@ import pytest
 import uvicorn
 from PIL import Image
 
-from synpipe.assets.pipeline import open_tiles
+from synpipe.assets.rgb_tiles import open_tiles
 from synpipe.datasets import Dataset, Project
 from synpipe.explorer import answers
 from synpipe.explorer.app import make_app

@@ -25,9 +25,9 @@ from synpipe.errors import SynpipeError
 from synpipe.explorer import column_files, tile_packs
 from synpipe.explorer.quantised import quantise
 from synpipe.explorer.site import Report, export_site
+from synpipe.index.distances import METRICS
 from synpipe.index.publish import publish
-from synpipe.index.search import METRICS
-from synpipe.reports.links import find_viewer
+from synpipe.assets.volume import find_viewer
 from synpipe.store.files import write_table
 from synpipe_tests.conftest import project_of, run_synpipe
 from synpipe_tests.support import tables

@@ -274,7 +274,7 @@ def test_a_missing_index_leaves_the_former_version_current(before: Path, tmp_pat
         return None if column == "region" else create(self, column, **options)
 
     monkeypatch.setattr(lancedb.table.LanceTable, "create_index", forget_the_region)
-    with pytest.raises(SynpipeError, match="no whole index of region"):
+    with pytest.raises(SynpipeError, match="no complete index of region"):
         publish_table(path, before, "b" * 32)
 
 

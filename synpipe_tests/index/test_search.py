@@ -11,8 +11,9 @@ from synpipe.annotations.schema import UNLABELLED
 from synpipe.datasets import Dataset, DatasetSpec
 from synpipe.errors import SynpipeError
 from synpipe.index import search
+from synpipe.index.distances import METRICS
 from synpipe.index.publish import publish
-from synpipe.index.search import METRICS, SynapseIndex, parse_where
+from synpipe.index.search import SynapseIndex, parse_where
 from synpipe_tests.support.tables import clustered, embedding_table
 
 CLASSES = ("acetylcholine", "gaba", "serotonin", "octopamine")  # nobody is octopaminergic here

@@ -20,8 +20,9 @@ from synpipe.datasets import NEUROTRANSMITTERS, Dataset, DatasetSpec
 from synpipe.defs import show
 from synpipe.errors import SynpipeError
 from synpipe.reports.annotation_layer import CELL_SYNAPSES, UNKNOWN, annotation_layer, write_layer
-from synpipe.reports.links import Viewer, find_viewer, image_layer
+from synpipe.assets.volume import find_viewer
 from synpipe.store.files import read_table
+from synpipe.volumes.neuroglancer import Viewer, image_layer
 from synpipe.volumes.volume import Volume, VolumeSpec
 from synpipe_tests.conftest import project_of, write_project
 from synpipe_tests.support import web
@@ -255,7 +256,7 @@ def test_neighbours_of_remote_volumes_have_links(made, tmp_path):
     manifest.write_text(json.dumps(content))
     from synpipe.index.search import SynapseIndex
 
-    index = SynapseIndex(dataset, "tiny")
+    index = SynapseIndex(dataset, "tiny", viewer=find_viewer(dataset))
     found = index.search(read_table(made.tiles_path)["synapse_id"][0].as_py())
     for one in (one for group in found.values() for one in group):
         place = np.array(one.position_nm) / content["counts"]["voxel_size_nm_zyx"][::-1]

@@ -24,8 +24,9 @@ from synpipe.embeddings.table import write_embedding_table
 from synpipe.errors import SynpipeError
 from synpipe.index import recall as index_recall
 from synpipe.index import search
+from synpipe.index.distances import METRICS
 from synpipe.index.publish import open_current, publish, tag_for
-from synpipe.index.search import METRICS, SynapseIndex
+from synpipe.index.search import SynapseIndex
 from synpipe.reports.housekeeping import Leftover, leftovers
 from synpipe.reports.versions import (
     Version,
