@@ -1,6 +1,7 @@
 """`synpipe compare`: all encoders, or two of them on the same queries."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -40,7 +41,7 @@ def test_all_encoders_side_by_side(made: Dataset):
     rows = json.loads(answer(project_of(made), "compare", "--dataset", "demo", "--json"))
     assert [row["encoder"] for row in rows] == list(made.encoders)
     for row in rows:
-        assert f"{row['encoder']:<24}" in text
+        assert re.search(rf"^{row['encoder']} +{row['dimensions']} ", text, re.MULTILINE)
         figure = Estimate(*(row[f"knn_balanced_accuracy{end}"] for end in ("", "_low", "_high")))
         assert compare.format_figure(figure) in text
 
