@@ -4,7 +4,7 @@ import os
 
 __version__ = "0.1.0"
 
-# LanceDB warns of every table that it makes anew, and pylance of every partition without rows. They read this when they are
-# imported, wherever that is.
+# LanceDB warns about each table that it replaces, and pylance about each partition without rows. Both read these variables when
+# they are imported, so the variables are set here, before any module can import them.
 for _logger in ("LANCEDB_LOG", "LANCE_LOG"):
     os.environ.setdefault(_logger, "error")

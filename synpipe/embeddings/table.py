@@ -155,4 +155,4 @@ def _row_group(
             for name in ("encoder", "encoder_fingerprint", "dataset_version")
         },
     }
-    return pa.table(columns).cast(table_schema(vectors.shape[1]))
+    return pa.table(columns).cast(table_schema(vectors.shape[1], derived_fields))

@@ -1,14 +1,17 @@
-"""What the pages of the explorer ask of a store, as plain values that JSON can hold.
+"""Answers the questions that the explorer's pages ask about a store.
 
-In: a project, and values as they come from an address. Out: dicts, lists and bytes; ids are strings, since JavaScript has no
-64-bit integers. Guarantees: the store is only read; a name from outside is compared with names that are there and never
-becomes part of a path or of a filter; every answer is of one published version of an index, and while that is replaced, the
-former one answers.
+Input: a project, and the text values of a web address. Output: dictionaries, lists and bytes; ids are strings, because
+JavaScript rounds integers above 2^53.
 
-Raises `NotFound` for a data set, an encoder or a synapse that is not there, and `SynpipeError` for a bad value.
+Guarantees:
+
+- The store is only read.
+- Names from outside are compared with existing names. They never become part of a path or of a filter.
+- Each answer comes from one published version of an index. While a new version is being opened, the previous one answers.
+
+All functions raise `NotFound` for an unknown data set, encoder or synapse, and `SynpipeError` for an invalid value.
 """
 
-import json
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -17,7 +20,6 @@ from typing import Any, Generic, TypeVar
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from synpipe.annotations.schema import UNLABELLED
 from synpipe.assets.compressed import open_branch
@@ -27,286 +29,291 @@ from synpipe.assets.volume import find_viewer
 from synpipe.datasets import Dataset, Project
 from synpipe.embeddings.encoders import Encoder
 from synpipe.errors import NotFound, SynpipeError
+from synpipe.explorer.map_file import MAP_CATEGORIES, MAP_NUMBERS, pack_map
 from synpipe.index.publish import open_current
 from synpipe.index.search import Neighbour, Synapse, SynapseIndex
 from synpipe.store.files import read_table
 from synpipe.tiles.tile import TileReader
 
-FRESH_S = 1.0  # so often a request looks for a newer version
-MOST_PER_CLASS = 100
-MAP_CATEGORIES = ("neurotransmitter", "predicted_neurotransmitter", "region", "hemilineage", "split", "source")
-MAP_NUMBERS = ("predicted_probability", "confidence", "pad_fraction")
-MOST_CATEGORIES = 2**16 - 1  # a code of a category is a uint16, of which the largest stands for none
-ALIGNMENT = 8  # bytes: what a typed array of int64 needs
+VERSION_CHECK_S = 1.0  # minimum time between two checks for a newer version
+MAX_PER_CLASS = 100
+FILTER_COLUMNS = ("region", "hemilineage")
 
 T = TypeVar("T")
 
 
-class _Current(Generic[T]):
-    """A value that follows what it is made of: the last one is given while another thread makes the next one."""
+class _Latest(Generic[T]):
+    """A value that is opened again when its version changes.
+
+    Only one thread opens the next value; meanwhile the other threads get the current one.
+    """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._made: tuple[Any, T] | None = None
-        self._looked = 0.0
+        self._current: tuple[Any, T] | None = None  # its version and the value
+        self._checked_at = 0.0
 
-    def get(self, version: Callable[[], Any], make: Callable[[], T]) -> T:
-        """Raises what making the first one raises; a failure to make a later one leaves the last one in use."""
-        made = self._made
-        if made is not None and (time.monotonic() - self._looked < FRESH_S or self._lock.locked()):
-            return made[1]
+    def get(self, version: Callable[[], Any], open_value: Callable[[], T]) -> T:
+        """The value of the latest version.
+
+        Raises the error of opening the first value. If a later value cannot be opened, the current one stays in use.
+        """
+        current = self._current
+        if current is not None and (self._checked_recently() or self._lock.locked()):
+            return current[1]
         with self._lock:
-            if self._made is None or time.monotonic() - self._looked >= FRESH_S:
+            if self._current is None or not self._checked_recently():
                 try:
-                    wanted = version()
-                    if self._made is None or self._made[0] != wanted:
-                        self._made = wanted, make()
+                    latest = version()
+                    if self._current is None or self._current[0] != latest:
+                        self._current = latest, open_value()
                 except SynpipeError:
-                    if self._made is None:
+                    if self._current is None:
                         raise
-                self._looked = time.monotonic()
-            return self._made[1]
+                self._checked_at = time.monotonic()
+            return self._current[1]
+
+    def _checked_recently(self) -> bool:
+        return time.monotonic() - self._checked_at < VERSION_CHECK_S
 
 
 @dataclass(frozen=True)
-class _Indexed:
-    """An index with what the pages show beside its answers."""
+class _OpenIndex:
+    """An index, the values that its filters offer (by column), and its map (None if it has no map)."""
 
     index: SynapseIndex
-    values: Mapping[str, list[str]]
+    filter_values: Mapping[str, list[str]]
     map: bytes | None
 
 
 @dataclass(frozen=True)
-class _Tiles:
+class _OpenTiles:
+    """The tiles of a data set. ids: int64 (n,), sorted. content_hashes: in the same order."""
+
     reader: TileReader
-    ids: np.ndarray  # sorted
-    hashes: pa.ChunkedArray
+    ids: np.ndarray
+    content_hashes: pa.ChunkedArray
 
 
 class Explorer:
-    """Answers of all indexed tables of a project; safe to use from several threads."""
+    """Answers questions about all indexed data sets of a project. Several threads may use it at once."""
 
     def __init__(self, project: Project):
         self._project = project
         self._lock = threading.Lock()
-        self._kept: dict[tuple[str, ...], _Current[Any]] = {}
+        self._opened: dict[tuple[str, ...], _Latest[Any]] = {}
         self._random = np.random.default_rng()
-        self._embedding = threading.Lock()  # one image at a time: a network takes all cores
+        self._embedding = threading.Lock()  # a network uses all cores, so images are embedded one at a time
 
     def datasets(self) -> list[dict[str, Any]]:
-        """The data sets that have an index, with their encoders in the order of the data set."""
-        found = []
+        """The data sets that have an index, each with its indexed encoders in the order of the data set."""
+        described = []
         for name in self._project.dataset_names():
             try:
                 dataset = self._dataset(name)
-            except SynpipeError:  # a broken YAML file is no reason to hide the others
+            except SynpipeError:  # a data set with a broken YAML file must not hide the others
                 continue
-            encoders = [encoder for encoder in dataset.encoders if find_manifest(dataset, f"index_{encoder}")]
+            encoders = [encoder for encoder in dataset.encoders if _has_index(dataset, encoder)]
             if encoders:
-                told = {"name": name, "title": dataset.spec.title, "classes": _classes(dataset)}
-                found.append(told | {"encoders": encoders, "neuroglancer": find_viewer(dataset) is not None})
-        return found
+                described.append(
+                    {
+                        "name": name,
+                        "title": dataset.spec.title,
+                        "classes": _classes(dataset),
+                        "encoders": encoders,
+                        "neuroglancer": find_viewer(dataset) is not None,
+                    }
+                )
+        return described
 
     def about(self, dataset: str, encoder: str) -> dict[str, Any]:
-        indexed = self._indexed(dataset, encoder)
-        index = indexed.index
+        """The size and the version of an index, and the choices that the pages offer for it."""
+        opened = self._index(dataset, encoder)
+        index = opened.index
         return {
             "dataset": dataset,
             "encoder": encoder,
             "rows": index.rows,
             "dimensions": index.dimensions,
             "metrics": list(index.metrics),
-            "has_map": indexed.map is not None,
+            "has_map": opened.map is not None,
             "version": index.version,
             "fingerprint": index.fingerprint,
             "classes": _classes(self._dataset(dataset)),
-            "regions": indexed.values["region"],
-            "hemilineages": indexed.values["hemilineage"],
+            "regions": opened.filter_values["region"],
+            "hemilineages": opened.filter_values["hemilineage"],
             "upload": True,
         }
 
     def synapse(self, dataset: str, encoder: str, synapse_id: str) -> dict[str, Any]:
-        return _shown(self._indexed(dataset, encoder).index.synapse(_id(synapse_id)))
+        """What the pages show of one synapse."""
+        return _described(self._index(dataset, encoder).index.synapse(_parse_id(synapse_id)))
 
     def random(self, dataset: str, encoder: str) -> str:
-        return str(self._indexed(dataset, encoder).index.any_id(self._random))
+        """The id of a random synapse."""
+        return str(self._index(dataset, encoder).index.any_id(self._random))
 
     def search(self, dataset: str, encoder: str, synapse_id: str, **options: str) -> dict[str, Any]:
-        """The most similar synapses of each class. options: `metric`, `per_class`, `exclude_neuron`, `region`, `hemilineage`,
-        each as an address has it."""
-        index = self._indexed(dataset, encoder).index
-        number, metric, per_class, where = _id(synapse_id), *_options(options)
-        own = _flag("exclude_neuron", options.get("exclude_neuron", ""))
-        found = index.search(number, metric, per_class, where, other_neurons=own)  # type: ignore[arg-type]
-        return self._found(dataset, encoder, index, metric, _shown(index.synapse(number)), found)
+        """The most similar synapses of each class.
+
+        options: `metric`, `per_class`, `exclude_neuron`, `region` and `hemilineage`, as text.
+        """
+        index = self._index(dataset, encoder).index
+        query_id, query = _parse_id(synapse_id), _parse_query(options)
+        other_neurons = _parse_flag("exclude_neuron", options.get("exclude_neuron", ""))
+        neighbours = index.search(query_id, query.metric, query.per_class, query.where, other_neurons)  # type: ignore[arg-type]
+        described = _described(index.synapse(query_id))
+        return self._about_answer(dataset, encoder, index, query.metric) | {
+            "query": described,
+            "groups": self._groups(dataset, neighbours),
+        }
 
     def search_tile(self, dataset: str, encoder: str, tile: np.ndarray, **options: str) -> dict[str, Any]:
-        """The same for a tile that is not of the data set, uint8 (3, 256, 256)."""
-        index = self._indexed(dataset, encoder).index
-        metric, per_class, where = _options(options)
+        """The most similar synapses of each class for a tile from elsewhere, uint8 (3, 256, 256).
+
+        options: as in `search`, without `exclude_neuron`.
+        """
+        index = self._index(dataset, encoder).index
+        query = _parse_query(options)
         with self._embedding:
-            opened = self._encoder(dataset, encoder, index.fingerprint)
-            (vector,) = opened.embed(tile[None])
-        found = index.search_vector(vector, opened.fingerprint, metric, per_class, where)  # type: ignore[arg-type]
-        return self._found(dataset, encoder, index, metric, None, found)
+            network = self._encoder(dataset, encoder, index.fingerprint)
+            (vector,) = network.embed(tile[None])
+        neighbours = index.search_vector(vector, network.fingerprint, query.metric, query.per_class, query.where)  # type: ignore[arg-type]
+        return self._about_answer(dataset, encoder, index, query.metric) | {
+            "query": None,
+            "groups": self._groups(dataset, neighbours),
+        }
 
     def map(self, dataset: str, encoder: str) -> bytes:
-        """All places of the map with what they can be coloured by, see `pack_map`."""
-        found = self._indexed(dataset, encoder).map
-        if found is None:
+        """The map of an encoder, in the layout of `map_file`."""
+        packed = self._index(dataset, encoder).map
+        if packed is None:
             raise NotFound(
                 f"{encoder} of {dataset} has no map: its `projection` is switched off, or has not been made "
                 f"(`synpipe materialize --dataset {dataset}`)."
             )
-        return found
+        return packed
 
     def tile(self, dataset: str, synapse_id: str) -> tuple[str, Callable[[], bytes]]:
-        """The content hash of a tile, and a function that gives it as a PNG, sections z−1, z, z+1 as red, green, blue."""
-        chosen = self._dataset(dataset)
-        tiles: _Tiles = self._current(
-            (dataset,), lambda: find_manifest(chosen, "rgb_tiles"), lambda: _open_tiles(chosen)
-        )
-        number = _id(synapse_id)
-        place = int(np.searchsorted(tiles.ids, number))
-        if place == len(tiles.ids) or tiles.ids[place] != number:
-            raise NotFound(f"There is no tile of synapse {number} in {dataset}: it is unknown, or among the rejects.")
-        return tiles.hashes[place].as_py(), lambda: tiles.reader.png(number)
+        """The content hash of a tile, and a function that returns the tile as PNG.
 
-    def _found(
-        self,
-        dataset: str,
-        encoder: str,
-        index: SynapseIndex,
-        metric: str,
-        query: dict[str, Any] | None,
-        found: dict[str, list[Neighbour]],
-    ) -> dict[str, Any]:
-        groups = {name: list(map(_shown, found.get(name, []))) for name in _classes(self._dataset(dataset))}
+        Sections z−1, z and z+1 are red, green and blue.
+        """
+        opened = self._dataset(dataset)
+        tiles: _OpenTiles = self._latest(
+            (dataset,), lambda: find_manifest(opened, "rgb_tiles"), lambda: _open_tiles(opened)
+        )
+        wanted = _parse_id(synapse_id)
+        row = int(np.searchsorted(tiles.ids, wanted))
+        if row == len(tiles.ids) or tiles.ids[row] != wanted:
+            raise NotFound(
+                f"There is no tile of synapse {wanted} in {dataset}: the synapse is unknown or was rejected."
+            )
+        return tiles.content_hashes[row].as_py(), lambda: tiles.reader.png(wanted)
+
+    def _about_answer(self, dataset: str, encoder: str, index: SynapseIndex, metric: str) -> dict[str, Any]:
+        """Where an answer comes from."""
         return {
             "dataset": dataset,
             "encoder": encoder,
             "metric": metric,
             "version": index.version,
             "fingerprint": index.fingerprint,
-            "query": query,
-            "groups": [{"name": name, "neighbours": neighbours} for name, neighbours in groups.items()],
         }
+
+    def _groups(self, dataset: str, neighbours: Mapping[str, list[Neighbour]]) -> list[dict[str, Any]]:
+        """The neighbours of each class. Classes without neighbours are included."""
+        return [
+            {"name": name, "neighbours": list(map(_described, neighbours.get(name, [])))}
+            for name in _classes(self._dataset(dataset))
+        ]
 
     def _dataset(self, name: str) -> Dataset:
         if name not in self._project.dataset_names():
             raise NotFound(f"There is no data set {name!r} here.")
-        # Read again each time it may have changed: a data set gets encoders while the explorer runs.
-        return self._current(("dataset", name), time.monotonic, lambda: replace(self._project).dataset(name))
+        # A data set may get other encoders while the explorer runs, so its YAML file is read again at every check.
+        return self._latest(("dataset", name), time.monotonic, lambda: replace(self._project).dataset(name))
 
-    def _indexed(self, dataset: str, encoder: str) -> _Indexed:
-        chosen = self._dataset(dataset)
-        if encoder not in chosen.encoders:
-            raise NotFound(f"{dataset} has no encoder {encoder!r}; it has {', '.join(chosen.encoders)}.")
-        if not find_manifest(chosen, f"index_{encoder}"):
+    def _index(self, dataset: str, encoder: str) -> _OpenIndex:
+        opened = self._dataset(dataset)
+        if encoder not in opened.encoders:
+            raise NotFound(f"{dataset} has no encoder {encoder!r}; it has {', '.join(opened.encoders)}.")
+        if not _has_index(opened, encoder):
             raise NotFound(
                 f"{dataset} has no index of {encoder} yet: `synpipe materialize --dataset {dataset} --select index_{encoder}`."
             )
-        return self._current(
+        return self._latest(
             (dataset, encoder),
-            lambda: (open_current(chosen.lancedb_folder, encoder).version, find_viewer(chosen), chosen.spec.classes),
-            lambda: _open_index(chosen, encoder),
+            lambda: (open_current(opened.lancedb_folder, encoder).version, find_viewer(opened), opened.spec.classes),
+            lambda: _open_index(opened, encoder),
         )
 
     def _encoder(self, dataset: str, encoder: str, fingerprint: str) -> Encoder:
-        chosen = self._dataset(dataset)
-        return self._current((dataset, encoder, "encoder"), lambda: fingerprint, lambda: open_branch(chosen, encoder))
+        opened = self._dataset(dataset)
+        return self._latest((dataset, encoder, "encoder"), lambda: fingerprint, lambda: open_branch(opened, encoder))
 
-    def _current(self, key: tuple[str, ...], version: Callable[[], Any], make: Callable[[], T]) -> T:
+    def _latest(self, key: tuple[str, ...], version: Callable[[], Any], open_value: Callable[[], T]) -> T:
         with self._lock:
-            kept = self._kept.setdefault(key, _Current())
-        return kept.get(version, make)
+            latest = self._opened.setdefault(key, _Latest())
+        return latest.get(version, open_value)
+
+
+def _has_index(dataset: Dataset, encoder: str) -> bool:
+    return find_manifest(dataset, f"index_{encoder}") is not None
 
 
 def _classes(dataset: Dataset) -> list[str]:
     return [*dataset.spec.classes, UNLABELLED]
 
 
-def _open_index(dataset: Dataset, encoder: str) -> _Indexed:
-    index = SynapseIndex(dataset, encoder, viewer=find_viewer(dataset))
-    shown = index.columns(["region", "hemilineage"])
-    values = {name: sorted(shown[name].unique().drop_null().to_pylist()) for name in shown.column_names}
-    return _Indexed(
-        index, values, pack_map(index.columns(["synapse_id", "map_x", "map_y", *MAP_CATEGORIES, *MAP_NUMBERS]))
-    )
+def _open_index(dataset: Dataset, encoder: str) -> _OpenIndex:
+    index = open_index(dataset, encoder)
+    columns = index.columns(FILTER_COLUMNS)
+    filter_values = {name: sorted(columns[name].unique().drop_null().to_pylist()) for name in columns.column_names}
+    packed = pack_map(index.columns(["synapse_id", "map_x", "map_y", *MAP_CATEGORIES, *MAP_NUMBERS]))
+    return _OpenIndex(index, filter_values, packed)
 
 
-def _open_tiles(dataset: Dataset) -> _Tiles:
+def _open_tiles(dataset: Dataset) -> _OpenTiles:
     table = read_table(dataset.tiles_path, ["synapse_id", "content_hash"]).sort_by("synapse_id")
-    return _Tiles(open_tiles(dataset), table["synapse_id"].to_numpy(), table["content_hash"])
+    return _OpenTiles(open_tiles(dataset), table["synapse_id"].to_numpy(), table["content_hash"])
 
 
-def pack_map(table: pa.Table) -> bytes | None:
-    """A map as typed arrays that a browser uses as they are: None where no synapse has a place.
-
-    uint32 little-endian, the length of a JSON header; the header, padded so that what follows begins at a multiple of 8 bytes:
-    `rows`, and for each of `columns` its `name`, `kind` (id, x, y, category, number), `dtype`, `offset` from the end of the
-    header and `length` in bytes, `names` of categories; then the arrays, little-endian. A category is the number of its name,
-    65535 for none; a number is NaN for none.
-    """
-    table = table.filter(pc.is_valid(table["map_x"]))
-    if not len(table):
-        return None
-    columns: list[dict[str, Any]] = []
-    arrays: list[bytes] = []
-
-    def add(name: str, kind: str, values: np.ndarray, **more: Any) -> None:
-        content = values.astype(values.dtype.newbyteorder("<")).tobytes()
-        offset = sum(map(len, arrays))
-        columns.append(
-            {"name": name, "kind": kind, "dtype": values.dtype.name, "offset": offset, "length": len(content), **more}
-        )
-        arrays.append(content + bytes(-len(content) % ALIGNMENT))
-
-    add("synapse_id", "id", table["synapse_id"].to_numpy())
-    for axis in "xy":
-        add(f"map_{axis}", axis, table[f"map_{axis}"].to_numpy())
-    for name in MAP_CATEGORIES:
-        coded = table[name].combine_chunks().dictionary_encode()
-        if 0 < len(coded.dictionary) <= MOST_CATEGORIES:
-            codes = pc.fill_null(coded.indices, MOST_CATEGORIES).to_numpy().astype(np.uint16)
-            add(name, "category", codes, names=coded.dictionary.to_pylist())
-    for name in MAP_NUMBERS:
-        if table[name].null_count < len(table):
-            add(name, "number", table[name].to_numpy().astype(np.float32))
-    header = json.dumps({"rows": len(table), "columns": columns}).encode()
-    header += b" " * (-(4 + len(header)) % ALIGNMENT)
-    return len(header).to_bytes(4, "little") + header + b"".join(arrays)
-
-
-def _shown(synapse: Synapse) -> dict[str, Any]:
-    told = dict(vars(synapse))
-    neuron = told.pop("neuron_id")
+def _described(synapse: Synapse) -> dict[str, Any]:
+    """A synapse or a neighbour under the names that the pages use, with ids as text."""
+    fields = dict(vars(synapse))
+    neuron_id = fields.pop("neuron_id")
     return {
-        "id": str(told.pop("synapse_id")),
-        "neuron": None if neuron is None else str(neuron),
-        "predicted": told.pop("predicted_neurotransmitter"),
-        "probability": told.pop("predicted_probability"),
-        **told,
+        "id": str(fields.pop("synapse_id")),
+        "neuron": None if neuron_id is None else str(neuron_id),
+        "predicted": fields.pop("predicted_neurotransmitter"),
+        "probability": fields.pop("predicted_probability"),
+        **fields,
     }
 
 
-def _id(text: str) -> int:
+@dataclass(frozen=True)
+class _Query:
+    metric: str
+    per_class: int
+    where: dict[str, str]
+
+
+def _parse_query(options: Mapping[str, str]) -> _Query:
+    per_class = options.get("per_class", "4")
+    if not (per_class.isascii() and per_class.isdecimal() and 1 <= int(per_class) <= MAX_PER_CLASS):
+        raise SynpipeError(f"per_class must be a whole number from 1 to {MAX_PER_CLASS}, not {per_class!r}.")
+    where = {name: options[name] for name in FILTER_COLUMNS if options.get(name)}
+    return _Query(options.get("metric", "cosine"), int(per_class), where)
+
+
+def _parse_id(text: str) -> int:
     if not (text.isascii() and text.isdecimal() and int(text) < 2**63):
-        raise SynpipeError(f"{text!r} is no id of a synapse: that is a whole number below 2^63.")
+        raise SynpipeError(f"{text!r} is not a synapse id: an id is a whole number below 2^63.")
     return int(text)
 
 
-def _flag(name: str, text: str) -> bool:
+def _parse_flag(name: str, text: str) -> bool:
     if text not in ("", "0", "1"):
         raise SynpipeError(f"{name} must be 1 or 0, not {text!r}.")
     return text == "1"
-
-
-def _options(options: Mapping[str, str]) -> tuple[str, int, dict[str, str]]:
-    """metric, number per class, wanted values by column."""
-    per_class = options.get("per_class", "4")
-    if not (per_class.isascii() and per_class.isdecimal() and 1 <= int(per_class) <= MOST_PER_CLASS):
-        raise SynpipeError(f"per_class must be a whole number from 1 to {MOST_PER_CLASS}, not {per_class!r}.")
-    where = {name: options[name] for name in ("region", "hemilineage") if options.get(name)}
-    return options.get("metric", "cosine"), int(per_class), where

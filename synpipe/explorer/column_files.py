@@ -1,10 +1,10 @@
-"""The data files of a static site: typed arrays, one after another, gzip.
+"""Writes the data files of a static site: gzipped typed arrays, one after another.
 
-In: columns. Out: files named after their content, and what `site.json` says of them. Guarantee: the same columns have the same
-name, so that a browser may keep a file for ever.
+Input: columns. Output: files that are named after their content, and the description of each file for `site.json`. Guarantee:
+equal columns get equal file names, so a browser may cache a file for ever.
 
-The files are gzip without saying so by their names: some hosts would announce a `.gz` as `Content-Encoding`, others not, and
-the browser would unpack it in one of the cases.
+The names do not end in `.gz`, although the content is gzip. Some hosts would send such a file with `Content-Encoding: gzip` and
+others would not, so the browser would unpack it in some cases only.
 """
 
 import gzip
@@ -20,55 +20,62 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from synpipe.explorer.answers import ALIGNMENT, MOST_CATEGORIES
+from synpipe.explorer.map_file import NO_CATEGORY, little_endian, padded
 
-PIECE_BYTES = 20_000_000  # hosts have limits: 25 MiB a file at Cloudflare Pages, 100 at GitHub
+PIECE_BYTES = 20_000_000  # hosts limit the size of a file: 25 MiB at Cloudflare Pages, 100 MiB at GitHub
 
 Column = tuple[np.ndarray, dict[str, Any]]
-"""An array, and what is said of it in `site.json` beside its place and type."""
+"""An array, and further entries of its description in `site.json`."""
 
 
 def as_column(values: np.ndarray) -> Column:
+    """A column whose description has no further entries."""
     return values, {}
 
 
 def metadata_columns(rows: pa.Table, names: Sequence[str]) -> dict[str, Column]:
-    """Columns that say something of some row: names and uint16 codes, 65535 for none, or float32, NaN for none."""
-    found = {}
+    """Those of the named columns that have a value in any row.
+
+    Text becomes uint16 codes of sorted names, 65535 for a missing value. Numbers become float32, NaN for a missing value. Text
+    columns with more than 65535 names are left out.
+    """
+    columns: dict[str, Column] = {}
     for name in names:
         values = rows[name].combine_chunks()
         if values.null_count == len(values):
             continue
         if not pa.types.is_string(values.type):
-            found[name] = values.to_numpy(zero_copy_only=False).astype(np.float32), {"kind": "number"}
+            columns[name] = values.to_numpy(zero_copy_only=False).astype(np.float32), {"kind": "number"}
             continue
         labels = pc.unique(values.drop_null()).sort()
-        if len(labels) <= MOST_CATEGORIES:
-            codes = pc.fill_null(pc.index_in(values, labels), MOST_CATEGORIES).to_numpy().astype(np.uint16)
-            found[name] = codes, {"kind": "category", "names": labels.to_pylist()}
-    return found
+        if len(labels) <= NO_CATEGORY:
+            codes = pc.fill_null(pc.index_in(values, labels), NO_CATEGORY).to_numpy().astype(np.uint16)
+            columns[name] = codes, {"kind": "category", "names": labels.to_pylist()}
+    return columns
 
 
 def narrow(values: np.ndarray) -> np.ndarray:
-    """In float32 where that holds every value exactly."""
-    narrow = values.astype(np.float32)
-    return narrow if np.array_equal(narrow, values, equal_nan=True) else values
+    """The values as float32 if that represents each of them exactly, otherwise unchanged."""
+    as_float32 = values.astype(np.float32)
+    return as_float32 if np.array_equal(as_float32, values, equal_nan=True) else values
 
 
 @dataclass(frozen=True)
-class Files:
-    """The data files of a site. folder: of the site."""
+class SiteFiles:
+    """Writes the data files of a site into its folder."""
 
     folder: Path
 
     def write(self, kind: str, columns: Mapping[str, Column]) -> dict[str, Any]:
-        """Write columns into one or more files and describe them. offset: in bytes, unpacked; length: in values."""
+        """Write columns into one or more files, and return their description for `site.json`.
+
+        In the description of a column, `offset` counts bytes after unpacking and `length` counts values.
+        """
         described, arrays, offset = [], [], 0
         for name, (values, more) in columns.items():
-            content = values.astype(values.dtype.newbyteorder("<")).tobytes()
-            place = {"name": name, "dtype": values.dtype.name, "offset": offset, "length": len(values)}
-            described.append(place | more)
-            arrays.append(content + bytes(-len(content) % ALIGNMENT))
+            entry = {"name": name, "dtype": values.dtype.name, "offset": offset, "length": len(values)}
+            described.append(entry | more)
+            arrays.append(padded(little_endian(values)))
             offset += len(arrays[-1])
         packed = gzip.compress(b"".join(arrays), mtime=0)
         pieces = [packed[start : start + PIECE_BYTES] for start in range(0, len(packed), PIECE_BYTES)]
@@ -78,9 +85,9 @@ class Files:
             (self.folder / path).write_bytes(piece)
         return {"paths": paths, "bytes": len(packed), "columns": described}
 
-    def keep(self, former: Path, path: str) -> None:
-        """Take over a file or a folder of an earlier site."""
-        source, target = former / path, self.folder / path
+    def reuse(self, former_site: Path, path: str) -> None:
+        """Take over a file or a folder from an earlier site, as hard links where the file system allows them."""
+        source, target = former_site / path, self.folder / path
         if source.is_dir():
             shutil.copytree(source, target, copy_function=_link)
         else:
@@ -90,5 +97,5 @@ class Files:
 def _link(source: str | Path, target: str | Path) -> None:
     try:
         os.link(source, target)
-    except OSError:  # a file system without links
+    except OSError:  # the file system has no hard links
         shutil.copy2(source, target)

@@ -1,7 +1,9 @@
-"""An image from a browser becomes a tile.
+"""Turns an image from a browser into a tile.
 
-In: bytes of a PNG file, of which nothing is believed. Out: uint8 (3, 256, 256). Guarantees: no more than `MOST_BYTES` and
-`MOST_PIXELS` are decoded, by Pillow's PNG decoder alone; pixels are never resized, because EM has a calibrated scale.
+Input: untrusted PNG bytes. Output: uint8 (3, 256, 256).
+
+Guarantees: only Pillow's PNG decoder reads the bytes, at most `MAX_BYTES` of them and at most `MAX_PIXELS` pixels. The image is
+never resized, because the scale of EM is calibrated.
 """
 
 import io
@@ -13,32 +15,34 @@ from PIL import Image
 from synpipe.errors import SynpipeError
 from synpipe.tiles.tile import SECTIONS, TILE_PX
 
-MOST_BYTES = 4 * 2**20
-MOST_PIXELS = 2048 * 2048
-LEAST_PX = 32  # the smallest that any encoder looks at
+MAX_BYTES = 4 * 2**20
+MAX_PIXELS = 2048 * 2048
+MIN_SIDE_PX = 32  # the smallest crop that any encoder uses
 
 
-def tile_of_png(content: bytes) -> np.ndarray:
-    """The centre of the image at its own scale, filled up with its mean grey where it is smaller than a tile.
+def tile_from_png(content: bytes) -> np.ndarray:
+    """The centre of the image at its own scale, uint8 (3, 256, 256).
 
-    A grey image is taken for all three sections; red, green and blue of another for z−1, z and z+1. Raises `SynpipeError`
-    where it is no PNG of 8 bits a channel, is damaged, too large or too small.
+    An image that is smaller than a tile is surrounded by its mean grey. A grey image is used for all three sections. In a colour
+    image, red, green and blue are sections z−1, z and z+1.
+
+    Raises `SynpipeError` if the content is not a PNG with 8 bits per channel, is damaged, or is too large or too small.
     """
     try:
         with warnings.catch_warnings(), Image.open(io.BytesIO(content), formats=["PNG"]) as image:
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             width, height = image.size
-            if width * height > MOST_PIXELS or min(width, height) < LEAST_PX:
+            if width * height > MAX_PIXELS or min(width, height) < MIN_SIDE_PX:
                 raise SynpipeError(
-                    f"The image has {width}×{height} pixels; at least {LEAST_PX}×{LEAST_PX} and at most {MOST_PIXELS:,} of them "
-                    "are needed."
+                    f"The image has {width}×{height} pixels. Use an image of at least {MIN_SIDE_PX}×{MIN_SIDE_PX} pixels and at "
+                    f"most {MAX_PIXELS:,} pixels in all."
                 )
             if image.mode not in ("L", "LA", "P", "RGB", "RGBA", "1"):
-                raise SynpipeError(f"The image has pixels of the kind {image.mode}: save it with 8 bits a channel.")
+                raise SynpipeError(f"The image has pixels of type {image.mode}. Save it with 8 bits per channel.")
             pixels = np.asarray(image.convert("RGB"))
     except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise SynpipeError(
-            "This is no PNG image that can be read. Save it as PNG, grey or RGB, and try again."
+            "The image cannot be read as PNG. Save it as a grey or RGB PNG file, and try again."
         ) from None
     top, left = (max(0, (size - TILE_PX) // 2) for size in pixels.shape[:2])
     centre = pixels[top : top + TILE_PX, left : left + TILE_PX].transpose(2, 0, 1)

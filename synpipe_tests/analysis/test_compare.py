@@ -1,6 +1,7 @@
 """`synpipe compare`: all encoders of a data set, or two of them on the same queries."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -17,7 +18,6 @@ from synpipe.assets.graph import states, steps
 from synpipe.datasets import Dataset, Project
 from synpipe.errors import SynpipeError
 from synpipe.reports.comparison import read_comparison, read_encoder_rows
-from synpipe.reports.housekeeping import leftovers, remove
 from synpipe.store.files import read_table, write_table
 from synpipe.text import format_table
 from synpipe_tests.conftest import QUICK_EVALUATION, project_of
@@ -44,7 +44,7 @@ def test_all_encoders_side_by_side(made: Dataset):
     rows = json.loads(answer(project_of(made), "compare", "--dataset", "demo", "--json"))
     assert [row["encoder"] for row in rows] == list(made.encoders)
     for row in rows:
-        assert f"{row['encoder']:<24}" in text
+        assert re.search(rf"^{row['encoder']} +{row['dimensions']} ", text, re.MULTILINE)
         figure = Estimate(*(row[f"knn_balanced_accuracy{end}"] for end in ("", "_low", "_high")))
         assert format_figure(figure) in text
 

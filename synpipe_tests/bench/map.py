@@ -19,7 +19,7 @@ import pyarrow as pa
 from playwright.sync_api import Page
 
 from synpipe.datasets import Project
-from synpipe.explorer.answers import MAP_CATEGORIES, MAP_NUMBERS, pack_map
+from synpipe.explorer.map_file import MAP_CATEGORIES, MAP_NUMBERS, pack_map
 from synpipe_tests.support.browser import chromium
 from synpipe_tests.support.explorer_pages import READY, explore, until
 

@@ -98,7 +98,7 @@ def rows_of(count: int) -> tuple[np.ndarray, dict[str, Any], str]:
     return vectors_like_an_encoders(count, DIMENSIONS, seed=1), columns | {"derived": [pa.table(derived)]}, what
 
 
-def export(folder: Path, vectors: np.ndarray, columns: dict[str, Any]) -> site.Report:
+def export(folder: Path, vectors: np.ndarray, columns: dict[str, Any]) -> site.SiteReport:
     spec = DatasetSpec.parse(
         {
             "title": "Bench",

@@ -1,4 +1,4 @@
-"""The command, end to end: from an empty store to an answer, and what it says when it cannot."""
+"""The command line, end to end: from an empty store to a search result, and its error messages."""
 
 import json
 import re
@@ -21,6 +21,7 @@ from PIL import Image
 
 from synpipe.cli import main
 from synpipe.datasets import Project
+from synpipe.text import format_table
 from synpipe_tests.conftest import SMALL_ENCODERS, environment, write_project
 from synpipe_tests.support.command import answer, assets, files, invoke, refusal, runs, versions
 
@@ -32,7 +33,7 @@ BRANCHES = {f"{kind}_{encoder}" for encoder in ENCODERS for kind in KINDS} | {"e
 
 @dataclass
 class FirstRun:
-    """A run from nothing, in a process that has an empty home and asks every address through a proxy of ours."""
+    """A first run on an empty store, in a process with an empty home folder that reaches the network through our proxy only."""
 
     project: Project
     result: subprocess.CompletedProcess[str]
@@ -44,7 +45,7 @@ class FirstRun:
 
 @pytest.fixture(scope="module")
 def proxy() -> Iterator[tuple[str, list[Any]]]:
-    """Address of a proxy that hangs up, and the list of those who called."""
+    """The address of a proxy that closes all connections, and the list of the callers' addresses."""
     calls: list[Any] = []
     server = socket.create_server(("127.0.0.1", 0))
 
@@ -88,7 +89,7 @@ def first(tmp_path_factory: pytest.TempPathFactory, proxy: tuple[str, list[Any]]
 
 @pytest.fixture
 def made_here(first: FirstRun, tmp_path: Path) -> Project:
-    """A copy of the project with everything made, to change at will."""
+    """A copy of the finished project, which a test may change."""
     shutil.copytree(first.project.data, tmp_path / "data")
     shutil.copytree(first.project.store, tmp_path / "store")
     return Project(tmp_path / "data", tmp_path / "store")
@@ -106,14 +107,14 @@ def test_everything_is_made_from_an_empty_store(first: FirstRun):
     for encoder in ENCODERS:
         assert counts[f"embeddings_{encoder}"]["tiles_embedded"] > 90
         assert counts[f"index_{encoder}"]["rows"] == counts["rgb_tiles"]["rows"]
-    assert "demo/rgb_tiles" in first.result.stderr  # progress, for people
-    assert first.result.stdout == ""  # what a program reads stays clean
+    assert "demo/rgb_tiles" in first.result.stderr  # progress messages
+    assert first.result.stdout == ""  # standard output holds results only
     assert "Traceback" not in first.result.stderr
     assert "rror" not in first.result.stderr
 
 
-def test_nothing_is_written_elsewhere_and_no_address_is_asked(first: FirstRun):
-    # Matplotlib keeps a list of the fonts of this machine; torch leaves an empty folder among the temporary files.
+def test_nothing_is_written_elsewhere_and_no_network_is_used(first: FirstRun):
+    # Matplotlib caches a list of this machine's fonts, and torch leaves an empty temporary folder.
     assert [path for path in files(first.home) if "matplotlib" not in str(path)] == []
     assert files(first.project.data) == first.data_before
     assert first.requests == []
@@ -121,19 +122,19 @@ def test_nothing_is_written_elsewhere_and_no_address_is_asked(first: FirstRun):
     assert telemetry == {"enabled": False}
 
 
-def test_what_an_encoder_costs_here(first: FirstRun):
+def test_profile_measures_an_encoder_and_keeps_nothing(first: FirstRun):
     before = files(first.project.store)
-    told = json.loads(answer(first.project, "profile", "--encoder", "tiny", "--tiles", "70", "--json"))
-    assert told["tiles"] == told["done"]["tiles"] == 70
-    assert told["utilisation"] == pytest.approx(told["tiles_per_second"] / told["bare_per_second"])
-    assert told["done"]["computed_s"] + sum(told["done"]["waited_s"].values()) <= told["seconds"]
+    measured = json.loads(answer(first.project, "profile", "--encoder", "tiny", "--tiles", "70", "--json"))
+    assert measured["tiles"] == measured["done"]["tiles"] == 70
+    assert measured["utilisation"] == pytest.approx(measured["tiles_per_second"] / measured["bare_per_second"])
+    assert measured["done"]["computed_s"] + sum(measured["done"]["waited_s"].values()) <= measured["seconds"]
     said = answer(first.project, "profile", "--encoder", "tiny", "--tiles", "10")
     assert "10 tiles in" in said
     assert "the loop reaches" in said
     assert files(first.project.store) == before
 
 
-def test_a_second_run_makes_nothing_anew(first: FirstRun):
+def test_a_second_run_reuses_everything(first: FirstRun):
     former = {asset: said["made"]["data_version"] for asset, said in first.assets.items()}
     tables = files(first.project.store / "demo" / "tables")
     said = invoke(first.project, "materialize").stderr
@@ -162,7 +163,7 @@ def test_select(first: FirstRun, select: list[str], expected: set[str]):
     assert len({now[asset] for asset in expected}) == 1
 
 
-def test_only_the_branch_of_a_changed_encoder_is_stale_and_made_again(made_here: Project):
+def test_only_the_assets_of_a_changed_encoder_are_stale_and_made_again(made_here: Project):
     encoders = {name: dict(entry) for name, entry in SMALL_ENCODERS["encoders"].items()}
     encoders["tiny"]["seed"] = 5
     (made_here.data / "encoders.yaml").write_text(yaml.safe_dump({"encoders": encoders}))
@@ -182,7 +183,7 @@ def test_only_the_branch_of_a_changed_encoder_is_stale_and_made_again(made_here:
 
 
 @pytest.mark.parametrize("metric", ["cosine", "l2", "dot", "l1"])
-def test_search_is_what_numpy_finds_in_the_parquet_file(first: FirstRun, metric: str):
+def test_search_finds_the_same_as_numpy_in_the_parquet_file(first: FirstRun, metric: str):
     table = pq.read_table(first.project.dataset("demo").table_path("tiny"))
     ids, labels = table["synapse_id"].to_numpy(), np.array(table["neurotransmitter"].to_pylist())
     unit = np.stack(table["vector"].to_numpy()).astype(np.float64)
@@ -206,7 +207,7 @@ def test_search_is_what_numpy_finds_in_the_parquet_file(first: FirstRun, metric:
         nearest = np.sort(distances[rows])[:3]
         np.testing.assert_allclose([one["distance"] for one in found], nearest, **tolerance)
         for one in found:
-            row = int(np.flatnonzero(ids == int(one["synapse_id"]))[0])  # a string, and exactly an id
+            row = int(np.flatnonzero(ids == int(one["synapse_id"]))[0])  # a string that is exactly an id
             assert row in rows
             assert isinstance(one["synapse_id"], str)
             assert isinstance(one["neuron_id"], str | None)
@@ -214,7 +215,7 @@ def test_search_is_what_numpy_finds_in_the_parquet_file(first: FirstRun, metric:
             assert one["position_nm"] == [table[column][row].as_py() for column in ("x_nm", "y_nm", "z_nm")]
 
 
-def test_search_says_the_same_in_words_and_filters(first: FirstRun, tmp_path: Path):
+def test_search_prints_the_same_as_text_and_filters(first: FirstRun, tmp_path: Path):
     query = str(a_synapse(first.project))
     everything = json.loads(answer(first.project, "search", query, "-k", "1000", "--json"))["neighbours"]
     regions = sorted({one["region"] for found in everything.values() for one in found})
@@ -294,6 +295,21 @@ def test_before_anything_is_made(project: Project):
     assert not (project.store / "demo" / "manifests").exists()
 
 
+def test_the_package_runs_as_a_module_without_heavy_imports():
+    program = "import sys, runpy; sys.argv[1:] = ['--version']; runpy.run_module('synpipe.cli', run_name='__main__')"
+    command = [sys.executable, "-X", "importtime", "-c", program]
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "version" in result.stdout
+    imported = {line.rpartition("|")[2].strip() for line in result.stderr.splitlines()}
+    assert "synpipe.cli.make" in imported
+    assert imported & {"dagster", "lancedb", "numpy", "pyarrow", "timm", "torch"} == set()
+
+
+def test_tables_align_formatted_numbers_to_the_right():
+    table = format_table(["asset", "rows", "share"], [["a", "12,345", "97.5%"], ["long", "7", None]])
+    assert table.splitlines()[2:] == ["a      12,345    97.5%", "long        7"]
+
+
 def test_every_command_has_help_with_examples_or_defaults():
     for name in (None, *main.commands):
         result = invoke(Project(Path("data"), Path("store")), *([name] if name else []), "--help")
@@ -310,7 +326,7 @@ def test_store_option_wins_over_the_variable_and_that_over_the_default(project: 
     assert folder() == project.store / "demo"
     assert folder("--store", str(tmp_path / "chosen")) == tmp_path / "chosen" / "demo"
     assert folder(SYNPIPE_STORE=None) == project.data / "store" / "demo"
-    assert list(tmp_path.iterdir()) == [project.data]  # to look makes nothing
+    assert list(tmp_path.iterdir()) == [project.data]  # `status` writes nothing
 
 
 def test_the_demo_prints_commands_that_can_be_pasted(made_here: Project, monkeypatch: pytest.MonkeyPatch):
@@ -326,7 +342,7 @@ def test_the_demo_prints_commands_that_can_be_pasted(made_here: Project, monkeyp
     assert "96 synapses" in result.stdout
 
 
-def test_ctrl_c_is_no_fault_and_the_same_command_carries_on(project: Project):
+def test_ctrl_c_is_reported_and_the_same_command_resumes(project: Project):
     command = [str(Path(sys.executable).parent / "synpipe"), "materialize", "--select", "volume"]
     process = subprocess.Popen(
         command, env=environment(project), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True

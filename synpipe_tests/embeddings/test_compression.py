@@ -6,18 +6,17 @@ import numpy as np
 import pytest
 import yaml
 from sklearn.decomposition import PCA
-from synpipe.assets.compressed import open_branch
-from synpipe.assets.rgb_tiles import open_tiles
 
+from synpipe.assets.compressed import open_branch
 from synpipe.assets.graph import states
 from synpipe.assets.manifest import read_manifest
+from synpipe.assets.rgb_tiles import open_tiles
 from synpipe.embeddings.compression import fit, load
 from synpipe.embeddings.encoder_specs import CompressedSpec
 from synpipe.embeddings.encoders import open_encoder
 from synpipe.embeddings.registry import chosen_encoders, load_registry
 from synpipe.errors import SynpipeError
 from synpipe.index.search import SynapseIndex
-from synpipe.reports.housekeeping import leftovers, remove
 from synpipe.store.files import read_table
 from synpipe_tests.support import changes
 from synpipe_tests.support.changes import Own, make_outdated

@@ -19,8 +19,7 @@ from synpipe.datasets import Dataset, Project
 from synpipe.embeddings import cache as embedding_cache
 from synpipe.errors import SynpipeError
 from synpipe.index.publish import open_current
-from synpipe.reports.housekeeping import leftovers, remove
-from synpipe.reports.versions import rollback, versions
+from synpipe.index.versions import rollback, versions
 from synpipe.tiles import extraction
 from synpipe.tiles.parts import mark_damaged
 from synpipe_tests.support.inputs import Inputs, Store

@@ -1,4 +1,4 @@
-"""The tables of a materialised data set, read by the tools that people use, without any of synpipe's code."""
+"""Reads the tables of a materialised data set with pandas, Polars, DuckDB, PyTorch, LanceDB and Node, without synpipe's code."""
 
 import json
 import shutil
@@ -32,7 +32,7 @@ def parquet(made: Dataset) -> Path:
 
 @pytest.fixture(scope="module")
 def rows(parquet: Path) -> pa.Table:
-    """What the file holds, by its reference reader."""
+    """The content of the file, read with PyArrow as the reference."""
     return pq.read_table(parquet)
 
 
@@ -53,7 +53,7 @@ def nearest_ids(vectors: np.ndarray, rows: pa.Table, query: int) -> list[int]:
     return rows["synapse_id"].to_numpy()[np.argsort(-similarity, kind="stable")[:10]].tolist()
 
 
-def test_there_is_something_to_read(rows: pa.Table, vectors: np.ndarray) -> None:
+def test_the_table_is_not_trivial(rows: pa.Table, vectors: np.ndarray) -> None:
     assert len(rows) > 50
     assert len(set(rows["neurotransmitter"].to_pylist())) > 3
     assert np.ptp(vectors, axis=0).max() > 0.01
@@ -65,7 +65,7 @@ def test_pandas(parquet: Path, rows: pa.Table, vectors: np.ndarray) -> None:
     assert frame["synapse_id"].tolist() == rows["synapse_id"].to_pylist()
     assert frame["neurotransmitter"].isna().sum() == rows["neurotransmitter"].null_count > 0
     np.testing.assert_array_equal(np.stack(frame["vector"].to_list()), vectors)
-    # With pandas' own types a column of ids with a null would become float64, exact up to 2^53 only.
+    # With pandas' own types, a column of ids with a null becomes float64, which is exact up to 2^53 only.
     exact = pd.read_parquet(parquet, dtype_backend="pyarrow")
     for name in (*INTEGERS, *NUMBERS, *TEXTS):
         assert pa.array(exact[name]).to_pylist() == rows[name].to_pylist()
@@ -93,7 +93,7 @@ def test_duckdb(parquet: Path, rows: pa.Table, vectors: np.ndarray) -> None:
         columns = dict(connection.execute(f"SELECT column_name, column_type FROM (DESCRIBE '{parquet}')").fetchall())
         assert columns["synapse_id"] == "BIGINT" and columns["x_nm"] == "DOUBLE"
         size = vectors.shape[1]
-        # A search in nothing but SQL.
+        # A search in pure SQL.
         query = rows["synapse_id"][5].as_py()
         answer = connection.execute(
             f"""
@@ -103,11 +103,11 @@ def test_duckdb(parquet: Path, rows: pa.Table, vectors: np.ndarray) -> None:
         ).fetchall()
     found_ids, expected = [row[0] for row in answer], nearest_ids(vectors, rows, 5)
     assert found_ids[0] == query
-    assert len(set(found_ids) & set(expected)) >= 9  # two may be as near as each other
+    assert len(set(found_ids) & set(expected)) >= 9  # two synapses may be equally near
 
 
 def test_torch(parquet: Path, rows: pa.Table, vectors: np.ndarray) -> None:
-    """A classifier's data, batch by batch, without the table in memory."""
+    """Batches for a classifier are read without loading the whole table into memory."""
 
     class Batches(torch.utils.data.IterableDataset):
         def __iter__(self):
@@ -122,7 +122,7 @@ def test_torch(parquet: Path, rows: pa.Table, vectors: np.ndarray) -> None:
     np.testing.assert_array_equal(values.numpy(), vectors)
 
 
-def test_row_groups_are_shards_that_can_be_read_alone(parquet: Path, rows: pa.Table) -> None:
+def test_each_row_group_can_be_read_alone(parquet: Path, rows: pa.Table) -> None:
     file = pq.ParquetFile(parquet)
     assert file.num_row_groups == 3
     parts = [file.read_row_group(group, columns=["synapse_id"]) for group in range(3)]
@@ -141,7 +141,7 @@ def test_lancedb_itself(lance_table: Any, rows: pa.Table, vectors: np.ndarray) -
 
 
 def test_duckdb_polars_and_torch_over_lancedb(lance_table: Any, rows: pa.Table, vectors: np.ndarray) -> None:
-    lance_rows = lance_table.to_arrow()  # found by DuckDB under this name
+    lance_rows = lance_table.to_arrow()  # DuckDB finds the variable by its name
     counts = duckdb.sql("SELECT neurotransmitter, count(*) FROM lance_rows GROUP BY 1").fetchall()
     assert dict(counts) == {row["values"]: row["counts"] for row in rows["neurotransmitter"].value_counts().to_pylist()}
     assert pl.from_arrow(lance_rows)["synapse_id"].to_list() == rows["synapse_id"].to_pylist()
@@ -151,7 +151,7 @@ def test_duckdb_polars_and_torch_over_lancedb(lance_table: Any, rows: pa.Table, 
 
 def test_duckdb_over_a_lance_data_set(lance_table: Any, rows: pa.Table) -> None:
     pytest.importorskip("lance", reason="pylance is not installed: `pip install pylance`")
-    lance_data = lance_table.to_lance()  # found by DuckDB under this name
+    lance_data = lance_table.to_lance()  # DuckDB finds the variable by its name
     assert lance_data.count_rows() == len(rows)
     near = duckdb.sql(
         "SELECT synapse_id FROM lance_data WHERE neurotransmitter = 'gaba' ORDER BY synapse_id"
@@ -164,7 +164,7 @@ def test_duckdb_over_a_lance_data_set(lance_table: Any, rows: pa.Table) -> None:
 
 
 def test_node(made: Dataset, rows: pa.Table, vectors: np.ndarray) -> None:
-    """LanceDB's own client for Node, which is older than the library that wrote the table."""
+    """LanceDB's client for Node, which is older than the library that wrote the table."""
     node = shutil.which("node")
     if node is None:
         pytest.skip("node is not installed")
@@ -189,7 +189,7 @@ def test_node(made: Dataset, rows: pa.Table, vectors: np.ndarray) -> None:
 
 
 def test_the_lock_of_the_node_packages_names_no_registry() -> None:
-    """Whoever installs them does so from a registry of their own."""
+    """Users install the packages from their own registry."""
     lock = json.loads((NODE / "package-lock.json").read_text())
     assert len(lock["packages"]) > 10
     assert not [name for name, package in lock["packages"].items() if "resolved" in package]

@@ -15,7 +15,6 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 from synpipe.assets.graph import states
 from synpipe.assets.manifest import read_manifest
 from synpipe.datasets import Project
-from synpipe.reports.housekeeping import leftovers, remove
 from synpipe.store.files import read_table
 from synpipe_tests.support.inputs import SHAPE, Inputs, Place, Store
 from synpipe_tests.support.killable import Killable, killable

@@ -1,4 +1,4 @@
-"""The explorer's pages as a person meets them: real mouse and keys in a real browser, on a real store, behind the command."""
+"""The explorer's pages in a real browser, with mouse and keyboard, on a real store that `synpipe explore` serves."""
 
 import base64
 import csv
@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from matplotlib.path import Path as Polygon
 from playwright.sync_api import Browser, Page, Route, expect
-from synpipe.assets.rgb_tiles import open_tiles
 
 from synpipe.analysis.charts import PALETTE
+from synpipe.assets.rgb_tiles import open_tiles
 from synpipe.datasets import Dataset
 from synpipe_tests.conftest import project_of
 from synpipe_tests.support.browser import CHROMIUM, chromium
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="neither chromium nor g
 
 METRICS = ("cosine", "l2", "dot", "l1")
 PHONE = {"viewport": {"width": 390, "height": 844}, "has_touch": True, "is_mobile": True}
-# Contrast of the text's colours on both grounds, by WCAG 2.2.
+# The contrast of each text colour with its backgrounds, by WCAG 2.2.
 CONTRASTS = """() => {
     const style = getComputedStyle(document.documentElement);
     const light = name => {
@@ -56,7 +56,7 @@ def truth(explored: Dataset) -> Truth:
 
 
 def ids(page: Page) -> dict[str, list[str]]:
-    """By class, of the classes that have any."""
+    """The ids of the neighbours by class, without empty classes."""
     return {name: found for name, (found, _) in shown(page).items() if found}
 
 
@@ -79,12 +79,12 @@ def test_each_metric_shows_what_a_plain_computation_finds(browser: Browser, url:
             np.testing.assert_allclose(distances, [exact[truth.place[one]] for one in found], rtol=1e-3, atol=1e-4)
 
 
-def test_a_click_asks_again_and_every_setting_is_in_the_address(browser: Browser, url: str, truth: Truth):
+def test_a_click_searches_again_and_every_setting_is_in_the_address(browser: Browser, url: str, truth: Truth):
     with watched(browser, url) as seen:
         page = seen.page
         shown(page)
         first = query(page)
-        assert state(page) == f"?id={first}"  # a random one, which the address holds
+        assert state(page) == f"?id={first}"  # a random synapse, which is in the address
         assert ids(page) == truth.nearest(first)
 
         tile = page.locator(".neighbour").nth(5)
@@ -97,7 +97,7 @@ def test_a_click_asks_again_and_every_setting_is_in_the_address(browser: Browser
         row = truth.rows[truth.place[second]]
         page.get_by_label("Metric").select_option("l1")
         page.get_by_label("Per class").fill("2")
-        # An answer comes while somebody types.
+        # An answer arrives while the user is typing.
         page.evaluate("document.querySelector('.answer').dataset.of = ''; dispatchEvent(new PopStateEvent('popstate'))")
         shown(page)
         expect(page.get_by_label("Per class")).to_have_value("2")
@@ -109,7 +109,7 @@ def test_a_click_asks_again_and_every_setting_is_in_the_address(browser: Browser
         wanted = truth.nearest(second, "l1", 2, region=row["region"], other_neurons=True)
         assert ids(page) == wanted
 
-        # Sent to a colleague: the same.
+        # The link shows the same to a colleague.
         with watched(browser, page.url) as theirs:
             assert ids(theirs.page) == wanted
             for label, value in (("Metric", "l1"), ("Per class", "2"), ("Region", row["region"])):
@@ -134,7 +134,7 @@ def test_a_click_asks_again_and_every_setting_is_in_the_address(browser: Browser
         assert ids(page) == truth.nearest(first)
 
 
-def test_filters_leave_out_what_is_of_the_same_neuron_or_elsewhere(browser: Browser, url: str, truth: Truth):
+def test_filters_exclude_the_same_neuron_and_other_hemilineages(browser: Browser, url: str, truth: Truth):
     synapse_id = next(one for one in truth.ids if truth.nearest(one) != truth.nearest(one, other_neurons=True))
     hemilineage = truth.rows[truth.place[synapse_id]]["hemilineage"]
     with watched(browser, f"{url}?id={synapse_id}&exclude_neuron=1") as seen:
@@ -144,7 +144,7 @@ def test_filters_leave_out_what_is_of_the_same_neuron_or_elsewhere(browser: Brow
         expect(seen.page.get_by_text("No match").first).to_be_visible()
 
 
-def test_facts_tell_known_from_predicted_and_say_where_it_is(browser: Browser, url: str, truth: Truth):
+def test_facts_distinguish_known_from_predicted_and_show_the_position(browser: Browser, url: str, truth: Truth):
     labelled = next(row for row in truth.rows if row["neurotransmitter"])
     unlabelled = next(row for row in truth.rows if not row["neurotransmitter"])
     with watched(browser, f"{url}?id={labelled['synapse_id']}") as seen:
@@ -164,8 +164,8 @@ def test_facts_tell_known_from_predicted_and_say_where_it_is(browser: Browser, u
         expect(seen.page.locator(".query .predicted")).to_have_count(1)
 
 
-def test_a_place_in_a_public_volume_is_a_link(browser: Browser, url: str, truth: Truth):
-    # The volume of the demo is a local file: its answers get a link here, and one that must not become one.
+def test_a_position_in_a_public_volume_is_a_link(browser: Browser, url: str, truth: Truth):
+    # The demo's volume is a local file, so the test adds a link to the answer, and one that must not become a link.
     link = "https://neuroglancer-demo.appspot.com/#!%7B%7D"
     with watched(browser, url) as seen:
 
@@ -184,7 +184,9 @@ def test_a_place_in_a_public_volume_is_a_link(browser: Browser, url: str, truth:
         expect(seen.page.locator("[href^='javascript']")).to_have_count(0)
 
 
-def test_two_encoders_side_by_side_with_what_both_name(browser: Browser, url: str, explored: Dataset, truth: Truth):
+def test_two_encoders_side_by_side_with_shared_neighbours_marked(
+    browser: Browser, url: str, explored: Dataset, truth: Truth
+):
     other = Truth(explored, "other")
     synapse_id = truth.ids[11]
     first, second = truth.nearest(synapse_id), other.nearest(synapse_id)
@@ -209,7 +211,7 @@ def test_two_encoders_side_by_side_with_what_both_name(browser: Browser, url: st
         assert ids(page) == first
 
 
-def test_arrows_move_through_the_tiles_and_enter_asks(browser: Browser, url: str, truth: Truth):
+def test_arrows_move_between_tiles_and_enter_searches(browser: Browser, url: str, truth: Truth):
     synapse_id = truth.ids[3]
     with watched(browser, f"{url}?id={synapse_id}") as seen:
         page = seen.page
@@ -232,7 +234,7 @@ def test_arrows_move_through_the_tiles_and_enter_asks(browser: Browser, url: str
         asked = nearest[classes[0]][1]
         until(page, f"location.search.includes('{asked}')")
         assert ids(page) == truth.nearest(asked)
-        assert focused() == next(iter(ids(page).values()))[0]  # still in the tiles
+        assert focused() == next(iter(ids(page).values()))[0]  # the focus is still in the tiles
 
 
 @pytest.mark.parametrize("dropped", [False, True])
@@ -258,34 +260,34 @@ def test_the_image_of_a_tile_finds_its_synapse(
         else:
             content = {"name": "tile.png", "mimeType": "image/png", "buffer": png}
             page.get_by_label("Image …").set_input_files(content)  # type: ignore[arg-type]
-        # The server imports the network's library first.
+        # The server first imports torch.
         expect(page.get_by_role("heading", name="Your image")).to_be_visible(timeout=60_000)
         found, distances = shown(page)[row["neurotransmitter"]]
         assert found[0] == str(row["synapse_id"])
         assert distances[0] < 1e-3
         page.get_by_label("Metric").select_option("l2")
         until(page, "location.search.includes('l2')")
-        assert ids(page)[row["neurotransmitter"]][0] == str(row["synapse_id"])  # still the image
+        assert ids(page)[row["neurotransmitter"]][0] == str(row["synapse_id"])  # the query is still the image
         page.get_by_label("Image …").set_input_files({"name": "a.txt", "mimeType": "text/plain", "buffer": b"no"})
-        expect(page.get_by_role("alert")).to_contain_text("“a.txt” is no PNG image")
+        expect(page.get_by_role("alert")).to_contain_text("“a.txt” is not a PNG image")
 
 
 @pytest.mark.parametrize(
     ("address", "says"),
     [
         ("?id=999999999", "Synapse 999999999 is not in the index of tiny"),
-        ("?id=nonsense", "no id of a synapse"),
+        ("?id=nonsense", "is not a synapse id"),
         ("?encoder=nope", "“nope” is unknown: use one of tiny, other"),
         ("?compare=nope", "“nope” is unknown"),
         ("?dataset=../../etc", "“../../etc” is unknown"),
         ("?metric=hamming", "The metric “hamming” is unknown"),
-        ("?per_class=-1", "per_class is a whole number"),
+        ("?per_class=-1", "per_class must be a whole number"),
         ("?region=<img src=x onerror=alert(1)>", "“<img src=x onerror=alert(1)>” is unknown"),
         ("?page=nope", "The page “nope” is unknown"),
         ("?page=map&colour=nope", "The map has no column “nope”"),
     ],
 )
-def test_a_bad_address_is_told_in_a_sentence_with_a_way_back(browser: Browser, url: str, address: str, says: str):
+def test_a_bad_address_shows_a_sentence_and_a_link_back(browser: Browser, url: str, address: str, says: str):
     page = browser.new_page()
     page.goto(url + address)
     expect(page.get_by_role("alert")).to_contain_text(says)
@@ -294,7 +296,7 @@ def test_a_bad_address_is_told_in_a_sentence_with_a_way_back(browser: Browser, u
     page.close()
 
 
-def test_the_map_shows_what_is_under_the_mouse_and_a_click_searches(browser: Browser, url: str, truth: Truth):
+def test_the_map_shows_the_point_under_the_mouse_and_a_click_searches(browser: Browser, url: str, truth: Truth):
     with watched(browser, f"{url}?page=map") as seen:
         page = seen.page
         places = MapOnPage(page, truth)
@@ -311,12 +313,12 @@ def test_the_map_shows_what_is_under_the_mouse_and_a_click_searches(browser: Bro
         before = places.places()
         page.mouse.wheel(0, -400)
         until(page, lambda: np.ptp(places.places()) > 1.3 * np.ptp(before))
-        places.wait_for(row, before[row])  # about the mouse
+        places.wait_for(row, before[row])  # the point under the mouse stays
         page.mouse.down()
         page.mouse.move(right + 81, down + 41, steps=4)
         page.mouse.up()
         places.wait_for(row, before[row] + [80, 40])
-        expect(page).to_have_url(f"{url}?page=map")  # a drag is no click
+        expect(page).to_have_url(f"{url}?page=map")  # a drag does not count as a click
 
         page.locator("canvas").press("0")
         places.wait_for(row, before[row])
@@ -329,7 +331,7 @@ def test_the_map_shows_what_is_under_the_mouse_and_a_click_searches(browser: Bro
         expect(page.locator("canvas")).to_be_visible()
 
 
-def test_a_finger_sees_first_and_searches_then(browser: Browser, url: str, truth: Truth):
+def test_a_first_tap_shows_a_point_and_a_second_tap_searches(browser: Browser, url: str, truth: Truth):
     with watched(browser, f"{url}?page=map", **PHONE) as seen:
         places = MapOnPage(seen.page, truth)
         row = places.lonely()
@@ -339,7 +341,7 @@ def test_a_finger_sees_first_and_searches_then(browser: Browser, url: str, truth
         assert ids(seen.page) == truth.nearest(truth.ids[row])
 
 
-def test_the_legend_hides_classes_and_the_lasso_exports_what_lies_inside(browser: Browser, url: str, truth: Truth):
+def test_the_legend_hides_classes_and_the_lasso_exports_points_inside(browser: Browser, url: str, truth: Truth):
     known = [row["neurotransmitter"] for row in truth.rows]
     with watched(browser, f"{url}?page=map") as seen:
         page = seen.page
@@ -357,7 +359,7 @@ def test_the_legend_hides_classes_and_the_lasso_exports_what_lies_inside(browser
             PALETTE[place] for place, name in enumerate(truth_classes(page)) if name in known
         ]
 
-        # A polygon around a good half of the points.
+        # A polygon around more than half of the points.
         spots = places.places()
         middle = np.median(spots, axis=0)
         radius = np.quantile(np.linalg.norm(spots - middle, axis=1), 0.6)
@@ -383,7 +385,7 @@ def test_the_legend_hides_classes_and_the_lasso_exports_what_lies_inside(browser
         page.wait_for_timeout(200)
         expect(page.locator(".tip")).to_be_hidden()
 
-        with watched(browser, page.url) as theirs:  # the address holds it
+        with watched(browser, page.url) as theirs:  # the hidden class is in the address
             same = MapOnPage(theirs.page, truth)
             expect(theirs.page.get_by_label(re.compile(hidden)).first).not_to_be_checked()
             until(theirs.page, lambda: not same.painted(row))
@@ -445,10 +447,10 @@ def test_every_control_has_a_name_text_has_contrast_and_a_phone_need_not_scroll_
         assert page.evaluate("document.documentElement.scrollWidth") <= 1280
 
 
-def test_nothing_moves_when_tiles_come(browser: Browser, url: str, truth: Truth):
+def test_nothing_moves_when_tiles_arrive(browser: Browser, url: str, truth: Truth):
     with browser.new_context(viewport={"width": 1280, "height": 900}) as context:
         page = context.new_page()
-        page.route("**/tiles/*.png", lambda route: None)  # they never come
+        page.route("**/tiles/*.png", lambda route: None)  # tiles never arrive
         page.goto(f"{url}?id={truth.ids[0]}")
         shown(page)
         frames = "[...document.querySelectorAll('.tile, .query .picture')]"

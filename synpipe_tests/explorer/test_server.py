@@ -1,4 +1,4 @@
-"""The explorer's server: true answers, clear refusals, nothing written, and no error while tables are rebuilt."""
+"""The explorer's server answers correctly, refuses clearly, writes nothing, and gives no errors while tables are rebuilt."""
 
 import http.client
 import io
@@ -27,7 +27,7 @@ from PIL import Image
 from synpipe.assets.rgb_tiles import open_tiles
 from synpipe.datasets import Dataset, Project
 from synpipe.explorer import answers
-from synpipe.explorer.app import make_app
+from synpipe.explorer.server import make_app
 from synpipe.index.publish import publish
 from synpipe.store.files import read_table
 from synpipe_tests.conftest import environment, project_of, run_synpipe
@@ -39,7 +39,7 @@ class Site:
     dataset: Dataset
 
     def ask(self, path: str, **query: Any) -> Any:
-        """The JSON of an answer; an error's status and sentence as a pair."""
+        """The JSON of an answer, or the status and the sentence of an error."""
         address = f"{self.url}{path}{'?' + urlencode(query) if query else ''}"
         try:
             with urllib.request.urlopen(address, timeout=60) as answer:
@@ -60,7 +60,7 @@ class Site:
 
 @pytest.fixture(scope="module")
 def project(explored: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Project:
-    """The small demo with a map, to publish other versions of its index."""
+    """A copy of the small demo with a map, in which tests publish other versions of the index."""
     shared, own = project_of(explored), tmp_path_factory.mktemp("own")
     for folder in (shared.data, shared.store):
         shutil.copytree(folder, own / folder.name)
@@ -80,11 +80,11 @@ def site(project: Project) -> Iterator[Site]:
 
 @pytest.fixture(scope="module")
 def rows(site: Site) -> list[dict[str, Any]]:
-    """What any tool reads in the Parquet file."""
+    """The rows of the Parquet file."""
     return read_table(site.dataset.table_path("tiny")).to_pylist()
 
 
-def test_what_there_is(site: Site, rows: list[dict[str, Any]]):
+def test_data_sets_and_indexes_are_described(site: Site, rows: list[dict[str, Any]]):
     (dataset,) = site.ask("/api/datasets")["datasets"]
     assert (dataset["name"], dataset["encoders"], dataset["neuroglancer"]) == ("demo", ["tiny", "other"], False)
     assert dataset["classes"][-1] == "unlabelled"
@@ -137,13 +137,13 @@ def test_the_most_similar_of_each_class_are_those_of_a_plain_computation(
                 )
 
 
-def test_filters_leave_only_what_fits(site: Site, rows: list[dict[str, Any]]):
+def test_filters_keep_only_matching_synapses(site: Site, rows: list[dict[str, Any]]):
     region = rows[0]["region"]
     found = site.ask("/api/demo/tiny/search", id=rows[0]["synapse_id"], region=region, per_class=100)
     assert {one["region"] for group in found["groups"] for one in group["neighbours"]} == {region}
     assert sum(len(group["neighbours"]) for group in found["groups"]) == sum(r["region"] == region for r in rows) - 1
-    nobody = site.ask("/api/demo/tiny/search", id=rows[0]["synapse_id"], region="' OR 1=1 --")
-    assert [group["neighbours"] for group in nobody["groups"]] == [[]] * len(nobody["groups"])
+    no_match = site.ask("/api/demo/tiny/search", id=rows[0]["synapse_id"], region="' OR 1=1 --")
+    assert [group["neighbours"] for group in no_match["groups"]] == [[]] * len(no_match["groups"])
 
 
 @pytest.mark.parametrize(
@@ -154,8 +154,8 @@ def test_filters_leave_only_what_fits(site: Site, rows: list[dict[str, Any]]):
         ("/api/demo/tiny/synapses/12", 404, "unknown or was rejected"),
         ("/api/demo/tiny/search?id=12", 404, "unknown or was rejected"),
         ("/api/demo/tiny/search?id=9223372036854775808", 400, "below 2^63"),
-        ("/api/demo/tiny/search?id=-1", 400, "no id of a synapse"),
-        ("/api/demo/tiny/search", 400, "no id of a synapse"),
+        ("/api/demo/tiny/search?id=-1", 400, "is not a synapse id"),
+        ("/api/demo/tiny/search", 400, "is not a synapse id"),
         ("/api/demo/tiny/search?id=ID&metric=manhattan", 400, "cosine, l2, dot, l1"),
         ("/api/demo/tiny/search?id=ID&per_class=0", 400, "from 1 to 100"),
         ("/api/demo/tiny/search?id=ID&per_class=1e9", 400, "from 1 to 100"),
@@ -163,24 +163,26 @@ def test_filters_leave_only_what_fits(site: Site, rows: list[dict[str, Any]]):
         ("/api/demo/tiny/search?id=ID&metrc=l1", 400, "'metrc' is unknown"),
         ("/api/demo/tiny/search?id=ID&id=ID", 400, "given twice"),
         ("/api/demo/tiles/12.png", 404, "no tile of synapse 12"),
-        ("/api/demo/tiles/x.png", 400, "no id of a synapse"),
+        ("/api/demo/tiles/x.png", 400, "is not a synapse id"),
         ("/api/demo/tiles/..%2F..%2Fsynapses.png", 404, ""),
         ("/api/..%2Fdata/tiny/about", 404, ""),
         ("/../../../etc/passwd", 404, ""),
-        ("/..%2F..%2Fapp.py", 404, ""),
+        ("/..%2F..%2Fserver.py", 404, ""),
     ],
 )
-def test_what_is_not_there_or_wrong_is_said_in_a_sentence(
+def test_an_unknown_name_or_wrong_value_is_refused_with_a_sentence(
     site: Site, rows: list[dict[str, Any]], path: str, status: int, says: str
 ):
     connection = http.client.HTTPConnection(site.url.removeprefix("http://"))
-    connection.request("GET", path.replace("ID", str(rows[0]["synapse_id"])))  # as it is: urllib would tidy the path
+    connection.request(
+        "GET", path.replace("ID", str(rows[0]["synapse_id"]))
+    )  # not urllib, which would normalise the path
     answer = connection.getresponse()
     assert answer.status == status
     assert says in json.load(answer)["error"]
 
 
-def test_a_tile_is_the_one_of_the_store_and_is_sent_once(site: Site, rows: list[dict[str, Any]]):
+def test_a_tile_equals_the_one_in_the_store_and_is_sent_once(site: Site, rows: list[dict[str, Any]]):
     row = rows[3]
     url = f"{site.url}/api/demo/tiles/{row['synapse_id']}.png"
     with urllib.request.urlopen(url) as answer:
@@ -192,7 +194,7 @@ def test_a_tile_is_the_one_of_the_store_and_is_sent_once(site: Site, rows: list[
         urllib.request.urlopen(urllib.request.Request(url, headers={"If-None-Match": tag}))
 
 
-def test_the_map_has_every_place_and_what_it_is_coloured_by(site: Site, rows: list[dict[str, Any]]):
+def test_the_map_has_all_positions_and_the_columns_that_colour_it(site: Site, rows: list[dict[str, Any]]):
     content = urllib.request.urlopen(f"{site.url}/api/demo/tiny/map").read()
     length = int.from_bytes(content[:4], "little")
     header, body = json.loads(content[4 : 4 + length]), content[4 + length :]
@@ -227,7 +229,7 @@ def test_an_image_of_a_tile_finds_its_synapse(site: Site, rows: list[dict[str, A
     assert found["query"] is None
     nearest = min((one for group in found["groups"] for one in group["neighbours"]), key=lambda one: one["distance"])
     assert (nearest["id"], nearest["distance"]) == (str(row["synapse_id"]), pytest.approx(0, abs=1e-4))
-    # Wider surroundings are cut to the same tile: at its own scale, never resized.
+    # A larger image is cropped to the same tile and never resized.
     wide = np.pad(tile, ((0, 0), (100, 100), (40, 40))).transpose(1, 2, 0)
     assert site.send(png(np.ascontiguousarray(wide)), per_class=1)["groups"] == found["groups"]
 
@@ -235,12 +237,12 @@ def test_an_image_of_a_tile_finds_its_synapse(site: Site, rows: list[dict[str, A
 @pytest.mark.parametrize(
     ("content", "says"),
     [
-        (b"", "no PNG image"),
-        (b"GIF89a" + bytes(100), "no PNG image"),
-        (png(np.zeros((64, 64), np.uint8))[:-30], "no PNG image"),
+        (b"", "cannot be read as PNG"),
+        (b"GIF89a" + bytes(100), "cannot be read as PNG"),
+        (png(np.zeros((64, 64), np.uint8))[:-30], "cannot be read as PNG"),
         (png(np.zeros((16, 300), np.uint8)), "at least 32×32"),
-        (png(np.zeros((9000, 9000), np.uint8)), "at most 4,194,304"),  # 80 KB that would be 81 MB
-        (png(np.zeros((64, 64), np.uint16)), "8 bits a channel"),
+        (png(np.zeros((9000, 9000), np.uint8)), "at most 4,194,304"),  # a file of 80 KB with 81 MB of pixels
+        (png(np.zeros((64, 64), np.uint16)), "8 bits per channel"),
     ],
 )
 def test_an_image_that_cannot_be_used_is_refused(site: Site, content: bytes, says: str):
@@ -248,13 +250,13 @@ def test_an_image_that_cannot_be_used_is_refused(site: Site, content: bytes, say
     assert status == 400 and says in sentence
 
 
-def test_a_large_or_a_strange_body_is_refused(site: Site):
+def test_a_large_body_or_another_type_is_refused(site: Site):
     assert site.send(b"{}", "application/json")[0] == 415
     status, sentence = site.send(bytes(5 * 2**20))
     assert status == 413 and "4 MB" in sentence
 
 
-def test_only_this_machine_is_answered_and_browsers_are_told_to_stay(site: Site):
+def test_other_host_names_are_refused_and_responses_have_security_headers(site: Site):
     port = site.url.rpartition(":")[2]
     for host, status in ((f"localhost:{port}", 200), ("elsewhere.example", 400)):
         connection = http.client.HTTPConnection("127.0.0.1", int(port))
@@ -266,10 +268,10 @@ def test_only_this_machine_is_answered_and_browsers_are_told_to_stay(site: Site)
     assert headers["X-Content-Type-Options"] == "nosniff"
 
 
-def test_while_an_index_is_rebuilt_every_answer_is_of_the_old_or_the_new_one(
+def test_while_an_index_is_rebuilt_each_answer_comes_from_the_old_or_the_new_version(
     site: Site, rows: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(answers, "FRESH_S", 0.01)
+    monkeypatch.setattr(answers, "VERSION_CHECK_S", 0.01)
     before = site.ask("/api/demo/tiny/about")["version"]
     wrong: list[Any] = []
     seen: set[int] = set()
@@ -301,7 +303,7 @@ def test_while_an_index_is_rebuilt_every_answer_is_of_the_old_or_the_new_one(
     assert min(seen) == before < max(seen)
 
 
-def test_the_command_says_where_it_is_and_ends_on_interrupt(project: Project):
+def test_the_command_prints_its_address_and_ends_on_interrupt(project: Project):
     before = {path: path.stat().st_mtime_ns for path in project.store.rglob("*")}
     command = [str(Path(sys.executable).parent / "synpipe"), "explore", "--port", "0"]
     process = subprocess.Popen(command, env=environment(project), stdout=subprocess.PIPE, text=True)

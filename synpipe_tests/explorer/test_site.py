@@ -1,4 +1,4 @@
-"""The static site in a browser: what it answers, held against numpy; what it asks of its host; that it needs none twice."""
+"""The static site in a browser: its answers compared with numpy, its requests to the host, and its use without a network."""
 
 import gzip
 import json
@@ -20,14 +20,14 @@ from playwright.sync_api import Browser, ConsoleMessage, Page, expect
 
 from synpipe.annotations.schema import UNLABELLED
 from synpipe.assets.manifest import Manifest, write_manifest
+from synpipe.assets.volume import find_viewer
 from synpipe.datasets import Dataset, DatasetSpec
 from synpipe.errors import SynpipeError
 from synpipe.explorer import column_files, tile_packs
 from synpipe.explorer.quantised import quantise
-from synpipe.explorer.site import Report, export_site
+from synpipe.explorer.site import SiteReport, export_site
 from synpipe.index.distances import METRICS
 from synpipe.index.publish import publish
-from synpipe.assets.volume import find_viewer
 from synpipe.store.files import write_table
 from synpipe_tests.conftest import project_of, run_synpipe
 from synpipe_tests.support import tables
@@ -37,11 +37,11 @@ from synpipe_tests.support.tables import clustered, embedding_table, unit
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="neither chromium nor google-chrome is on the PATH")
 
-CLASSES = ("acetylcholine", "gaba", "serotonin", "octopamine")  # nobody is octopaminergic here
+CLASSES = ("acetylcholine", "gaba", "serotonin", "octopamine")  # no synapse here is octopaminergic
 GROUPS = [*CLASSES, UNLABELLED]
 COUNT = 1_500
-DIMENSIONS = {"tiny": 33, "other": 64}  # 33: no whole number of four
-FIRST_ID = 2**63 - 1 - COUNT  # the largest ids there are: no float64 tells two of them apart
+DIMENSIONS = {"tiny": 33, "other": 64}  # 33 is not a multiple of four
+FIRST_ID = 2**63 - 1 - COUNT  # the largest possible ids, which float64 cannot distinguish
 REGIONS = ("AL", "O'Brien", "<b>MB</b>", "' OR '1'='1", None)
 TILES = 40
 PACK_BYTES, PIECE_BYTES = 200_000, 20_000  # many packs, and more than one file of vectors
@@ -50,11 +50,11 @@ VOXEL_NM_ZYX = (40.0, 4.0, 4.6)
 
 @dataclass
 class Exported:
-    """A data set and its site, and what the site must know. vectors: by encoder, as the encoder gave them."""
+    """A data set, its site, and the true content of the site. vectors: those of each encoder, not normalised."""
 
     dataset: Dataset
     folder: Path
-    report: Report
+    report: SiteReport
     ids: np.ndarray
     columns: dict[str, list[Any]]
     vectors: dict[str, np.ndarray]
@@ -91,7 +91,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Exported:
         "region": [REGIONS[place] for place in random.integers(0, len(REGIONS), COUNT)],
         "hemilineage": [("07B", None)[place] for place in random.integers(0, 2, COUNT)],
         "neuron_id": [None if place == 0 else 2**63 - int(place) for place in random.integers(0, 40, COUNT)],
-        "x_nm": (np.arange(COUNT) + 1e6 / 3).tolist(),  # no float32
+        "x_nm": (np.arange(COUNT) + 1e6 / 3).tolist(),  # not exact in float32
         "y_nm": (np.arange(COUNT) * 2.0).tolist(),
         "z_nm": (np.arange(COUNT) * 3.0).tolist(),
     }
@@ -126,7 +126,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Exported:
 
 
 def write_tiles(dataset: Dataset, ids: np.ndarray) -> np.ndarray:
-    """A few tiles of squares, of which every synapse has one: uint8 (40, 3, 256, 256), that of row i at i % 40."""
+    """Write 40 tiles of squares, uint8 (40, 3, 256, 256), which the synapses share: row i has tile i % 40. Returns the tiles."""
     squares = np.random.default_rng(1).integers(0, 256, (TILES, 3, 16, 16), dtype=np.uint8)
     tiles = squares.repeat(16, axis=2).repeat(16, axis=3)
     dataset.folder.mkdir(exist_ok=True)
@@ -161,7 +161,7 @@ def served(exported: Exported) -> Iterator[Host]:
 
 @pytest.fixture
 def page(browser: Browser) -> Iterator[Page]:
-    """A page of a browser that has kept nothing yet; what it says on the console is an error."""
+    """A page of a browser with an empty cache. An error on its console fails the test."""
     context = browser.new_context()
     page = context.new_page()
     said: list[str] = []
@@ -179,12 +179,12 @@ def page(browser: Browser) -> Iterator[Page]:
 
 @pytest.fixture
 def source(page: Page, served: Host) -> Page:
-    """A page in which the source is opened, without the pages."""
+    """A page that has opened the source only, without the explorer's pages."""
     return open_source(page, served)
 
 
 def open_source(page: Page, served: Host) -> Page:
-    page.goto(f"{served.url}icon.svg")  # asks for nothing else
+    page.goto(f"{served.url}icon.svg")  # loads nothing else
     page.evaluate(
         """async () => {
             window.source = await (await import(new URL("js/source-static.js", location.href))).open(location.href);
@@ -207,7 +207,7 @@ def failure(source: Page, call: str) -> dict[str, Any]:
 
 
 def distances(vectors: np.ndarray, query: int, metric: str) -> np.ndarray:
-    """By the definitions in a textbook."""
+    """Distances by their textbook definitions."""
     all_, here = vectors.astype(np.float64), vectors[query].astype(np.float64)
     return {
         "cosine": lambda: 1 - all_ @ here / np.linalg.norm(all_, axis=1) / np.linalg.norm(here),
@@ -220,7 +220,7 @@ def distances(vectors: np.ndarray, query: int, metric: str) -> np.ndarray:
 def nearest(
     exported: Exported, vectors: np.ndarray, query: int, metric: str, count: int, keep: np.ndarray
 ) -> dict[str, list[int]]:
-    """Rows by class, those of `keep` alone; the query itself left out."""
+    """The nearest rows of each class among the rows of `keep`, without the query itself."""
     labels = np.array([label or UNLABELLED for label in exported.columns["neurotransmitter"]])
     order = np.argsort(distances(vectors, query, metric), kind="stable")
     order = order[(order != query) & keep[order]]
@@ -228,7 +228,7 @@ def nearest(
 
 
 def stored_vectors(exported: Exported, encoder: str) -> np.ndarray:
-    """The vectors with their lengths as the files of the site have them, read by their description, in the order of `ids`."""
+    """The vectors with their lengths, read from the files of the site as `site.json` describes them, in the order of `ids`."""
     (entry,) = exported.site["datasets"]
     ids = read_columns(exported.folder, entry["synapses"])["synapse_id"]
     found = read_columns(exported.folder, entry["encoders"][encoder]["columns"])
@@ -270,7 +270,7 @@ def test_each_metric_finds_the_nearest_of_every_class(exported: Exported, source
     assert np.mean(same) >= 0.97
 
 
-def test_the_recall_that_the_site_states_is_the_one_it_has(exported: Exported, source: Page) -> None:
+def test_the_site_states_its_true_recall(exported: Exported, source: Page) -> None:
     stated = exported.site["datasets"][0]["encoders"]["other"]["recall"]
     hits: dict[str, list[bool]] = {name: [] for name in GROUPS}
     for query in range(0, COUNT, 30):
@@ -302,17 +302,17 @@ def test_vectors_that_share_a_large_component_keep_their_neighbours() -> None:
         return float(np.mean([len({*answer} & {*right}) / 4 for answer, right in zip(answers, true, strict=True)]))
 
     assert recall(found) > 0.95 and recall(plainly) < 0.3
-    (one,) = quantise(vectors[:1]).rows(slice(None))  # is its own mean
+    (one,) = quantise(vectors[:1]).rows(slice(None))  # equals its own mean
     np.testing.assert_allclose(one, vectors[0], atol=1e-6)
 
 
-def test_neighbours_say_who_they_are(exported: Exported, source: Page) -> None:
+def test_neighbours_have_their_metadata(exported: Exported, source: Page) -> None:
     found = search(source, exported.ids[7])
     assert found["query"]["id"] == str(exported.ids[7])
     viewer = find_viewer(exported.dataset)
     for group in found["groups"]:
         for neighbour in group["neighbours"]:
-            row = exported.row(neighbour["id"])  # an id that a float64 has touched is not among them
+            row = exported.row(neighbour["id"])  # fails for an id that was rounded to float64
             neuron = exported.columns["neuron_id"][row]
             assert neighbour["neuron"] == (None if neuron is None else str(neuron))
             for column in ("neurotransmitter", "region", "hemilineage"):
@@ -352,18 +352,18 @@ def test_filters(exported: Exported, source: Page) -> None:
     assert [group["neighbours"] for group in nowhere["groups"]] == [[]] * len(GROUPS)
 
 
-def test_what_makes_no_sense_is_said(exported: Exported, source: Page) -> None:
+def test_invalid_queries_are_refused_with_a_sentence(exported: Exported, source: Page) -> None:
     place = "dataset: 'made_up', encoder: 'tiny'"
     known = f"id: '{exported.ids[0]}'"
     for call, words, status in (
         (f"source.search({{{place}, id: '17', metric: 'l2', perClass: 4}})", "Synapse 17 is not on this site", 404),
         (f"source.search({{{place}, id: '{2**63}', metric: 'l2', perClass: 4}})", "is not on this site", 404),
-        (f"source.search({{{place}, id: '1 OR 1', metric: 'l2', perClass: 4}})", "no id of a synapse", 400),
+        (f"source.search({{{place}, id: '1 OR 1', metric: 'l2', perClass: 4}})", "is not a synapse id", 400),
         (f"source.search({{{place}, {known}, metric: 'euclid', perClass: 4}})", "metric “euclid” is unknown", 400),
         (f"source.search({{{place}, {known}, metric: 'l2', perClass: 0}})", "from 1 to 100, not “0”", 400),
         ("source.random('made_up', 'toString')", "no encoder “toString” here; it has tiny, other", 404),
         ("source.about('elsewhere', 'tiny')", "no data set “elsewhere”", 404),
-        ("source.tile('made_up', '../../x')", "no id of a synapse", 400),
+        ("source.tile('made_up', '../../x')", "is not a synapse id", 400),
     ):
         said = failure(source, call)
         assert said["name"] == "SourceError" and words in said["message"] and said["status"] == status
@@ -371,7 +371,7 @@ def test_what_makes_no_sense_is_said(exported: Exported, source: Page) -> None:
     assert failure(source, aborted)["name"] == "AbortError"
 
 
-def test_what_there_is(exported: Exported, source: Page) -> None:
+def test_data_sets_and_indexes_are_described(exported: Exported, source: Page) -> None:
     (dataset,) = source.evaluate("source.datasets()")
     assert dataset["name"] == "made_up" and dataset["encoders"] == ["tiny", "other"]
     assert dataset["classes"] == GROUPS and dataset["neuroglancer"] is True
@@ -381,7 +381,7 @@ def test_what_there_is(exported: Exported, source: Page) -> None:
     assert source.evaluate("source.random('made_up', 'tiny')") in set(map(str, exported.ids))
 
 
-def test_the_map_has_every_synapse_at_its_place(exported: Exported, source: Page) -> None:
+def test_the_map_has_every_synapse_at_its_position(exported: Exported, source: Page) -> None:
     found = source.evaluate(
         """async () => {
             const map = await source.map("made_up", "tiny", (at) => window.last = at);
@@ -402,7 +402,7 @@ def test_the_map_has_every_synapse_at_its_place(exported: Exported, source: Page
 
 
 @pytest.mark.parametrize("ranges", [True, False])
-def test_tiles_come_out_of_packs(exported: Exported, page: Page, ranges: bool) -> None:
+def test_tiles_are_read_from_packs(exported: Exported, page: Page, ranges: bool) -> None:
     with host(exported.folder, ranges) as served:
         open_source(page, served)
         rows = [0, 1, 2, 700, 701, COUNT - 1]
@@ -428,25 +428,25 @@ def test_tiles_come_out_of_packs(exported: Exported, page: Page, ranges: bool) -
         assert {status for _, status, _ in packs} == {206} and sum(size for _, _, size in packs) < len(rows) * 40_000
     else:
         assert {status for _, status, _ in packs} <= {200, 304}
-        assert len(packs) <= len({path for path, _, _ in packs}) + 1  # each once, and the question for Range
+        assert len(packs) <= len({path for path, _, _ in packs}) + 1  # each pack once, and the test for Range support
 
 
-def test_progress_is_told_in_bytes(exported: Exported, source: Page) -> None:
+def test_progress_is_reported_in_bytes(exported: Exported, source: Page) -> None:
     search(source, exported.ids[0])
-    told = source.evaluate("progress")
+    progress = source.evaluate("progress")
     (entry,) = exported.site["datasets"]
     parts = (entry["synapses"], entry["encoders"]["tiny"]["columns"], entry["encoders"]["tiny"]["vectors"])
-    assert told[-1]["loaded"] == told[-1]["total"] == sum(part["bytes"] for part in parts)
-    assert all(before["loaded"] <= after["loaded"] for before, after in pairwise(told))
+    assert progress[-1]["loaded"] == progress[-1]["total"] == sum(part["bytes"] for part in parts)
+    assert all(before["loaded"] <= after["loaded"] for before, after in pairwise(progress))
 
 
-def test_what_came_in_part_is_asked_for_again(exported: Exported, source: Page) -> None:
+def test_an_incomplete_download_is_repeated(exported: Exported, source: Page) -> None:
     asked = (
         f"source.search({{dataset: 'made_up', encoder: 'tiny', id: '{exported.ids[0]}', metric: 'l2', perClass: 4}})"
     )
     files = "**/data/vectors-*"
     source.context.route(files, lambda route: route.fulfill(body=b"half"))
-    assert "bytes: try again" in failure(source, asked)["message"]
+    assert "arrived: try again" in failure(source, asked)["message"]
     source.context.unroute(files)
     assert len(source.evaluate(asked)["groups"]) == len(GROUPS)
 
@@ -468,13 +468,13 @@ def test_a_reload_downloads_nothing_and_needs_no_network(exported: Exported, pag
         address = urlsplit(served.url).netloc
     page.reload()
     wait_for_answer(page)
-    page.goto(f"{page.url.split('?')[0]}?id={exported.ids[6]}&metric=l1")  # not asked before
+    page.goto(f"{page.url.split('?')[0]}?id={exported.ids[6]}&metric=l1")  # not loaded before
     expect(page.locator(f"text={exported.ids[6]}").first).to_be_visible()
     assert hosts - {""} == {address}
 
 
 def wait_for_answer(page: Page) -> None:
-    """Neighbours of every class that has some, with their tiles."""
+    """Wait for the neighbours of all classes and their tiles."""
     page.wait_for_function(
         """() => {
             const tiles = [...document.querySelectorAll(".neighbour img")];
@@ -485,7 +485,7 @@ def wait_for_answer(page: Page) -> None:
 
 
 def until(page: Page, condition: str, argument: Any = None) -> None:
-    """`wait_for_function` takes a promise for true."""
+    """Wait for a condition that may be a promise, which `wait_for_function` would take as true."""
     deadline = time.monotonic() + 20
     while not page.evaluate(condition, argument):
         assert time.monotonic() < deadline, condition
@@ -517,8 +517,8 @@ def test_a_new_export_replaces_the_old_one(exported: Exported, browser: Browser,
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(tile_packs, "PACK_BYTES", PACK_BYTES)
             export_site(exported.dataset, ["other"], folder, log.append)
-        assert {file.name: file.stat().st_ino for file in folder.glob("data/tiles-*/*")} == packs  # not made again
-        assert any("those of the earlier site" in line for line in log)
+        assert {file.name: file.stat().st_ino for file in folder.glob("data/tiles-*/*")} == packs  # reused
+        assert any("tiles of the earlier site" in line for line in log)
         until(
             page,
             """async () => {
@@ -530,7 +530,7 @@ def test_a_new_export_replaces_the_old_one(exported: Exported, browser: Browser,
         page.reload()
         wait_for_answer(page)
         there = [f"/{file.relative_to(folder).as_posix()}" for file in folder.rglob("*") if file.is_file()]
-        until(  # nothing of the former site is kept
+        until(  # nothing of the earlier site is cached
             page,
             """async (there) => {
                 const caches_ = await Promise.all((await caches.keys()).map((name) => caches.open(name)));
@@ -554,10 +554,10 @@ def test_the_same_export_has_the_same_files(exported: Exported, tmp_path: Path) 
     assert first == second
 
 
-def test_what_is_no_site_is_not_overwritten(exported: Exported, tmp_path: Path) -> None:
+def test_other_files_are_not_overwritten(exported: Exported, tmp_path: Path) -> None:
     for name, content in (("letter.txt", "dear"), ("site.json", "[]"), ("site.json", '{"mine": 1}')):
         (tmp_path / name).write_text(content)
-        with pytest.raises(SynpipeError, match="holds something that is no earlier export: name another folder"):
+        with pytest.raises(SynpipeError, match=r"contains files that are not an earlier export\. Name another folder"):
             export_site(exported.dataset, ["tiny"], tmp_path, lambda line: None)
         assert (tmp_path / name).read_text() == content and len(list(tmp_path.iterdir())) == 1
         (tmp_path / name).unlink()
@@ -566,12 +566,13 @@ def test_what_is_no_site_is_not_overwritten(exported: Exported, tmp_path: Path) 
     assert list(tmp_path.iterdir()) == []
 
 
-def test_tiles_of_another_version_stop_the_export(exported: Exported, tmp_path: Path) -> None:
+def test_the_export_stops_if_tiles_or_synapses_have_changed(exported: Exported, tmp_path: Path) -> None:
     stale = Dataset("made_up", exported.dataset.spec, tmp_path / "store", tmp_path, {}, tmp_path)
     write_tiles(stale, exported.ids[::-1])
     publish(exported.dataset.base / "tiny.parquet", stale.lancedb_folder, "tiny", "a" * 32, lambda line: None)
     with pytest.raises(
-        SynpipeError, match="of other tiles than there are now: `synpipe materialize --dataset made_up --stale`"
+        SynpipeError,
+        match=r"have changed since its indexes were made\. Run `synpipe materialize --dataset made_up --stale`",
     ):
         export_site(stale, ["tiny"], tmp_path / "site", lambda line: None)
     with pytest.MonkeyPatch.context() as patch:
@@ -579,22 +580,22 @@ def test_tiles_of_another_version_stop_the_export(exported: Exported, tmp_path: 
         path = embedding_table(tmp_path / "other.parquet", exported.vectors["other"], synapse_id=exported.ids)
         publish(path, stale.lancedb_folder, "other", "a" * 32, lambda line: None)
     with pytest.raises(
-        SynpipeError, match="tiny, other are of different versions of the synapses and cannot share a site"
+        SynpipeError, match="tiny, other were made from different versions of the synapses and cannot share a site"
     ):
         export_site(stale, ["tiny", "other"], tmp_path / "site", lambda line: None)
     assert not (tmp_path / "site").exists()
 
 
 def test_the_command(made: Dataset, tmp_path: Path, page: Page) -> None:
-    """A data set as the pipeline makes it: nothing public, no map."""
+    """A data set from the pipeline, with a local volume and without a map."""
     run = run_synpipe(project_of(made), "export-site", str(tmp_path / "site"), "-e", "tiny", "-e", "other")
     assert run.returncode == 0, run.stderr
     assert "96 synapses in" in run.stdout and "MB before the first answer" in run.stdout
-    assert "tiny: 96 × " in run.stderr
+    assert "tiny: quantising 96 × " in run.stderr
     (entry,) = json.loads((tmp_path / "site" / "site.json").read_text())["datasets"]
     assert list(entry["encoders"]) == ["tiny", "other"] and entry["neuroglancer"] is None
     with host(tmp_path / "site", ranges=True) as served:
-        page.goto(served.url)  # any synapse
+        page.goto(served.url)  # a random synapse
         page.locator(".neighbour button").first.click()
         expect(page.locator(".neighbour img").first).to_be_visible()
         expect(page.get_by_text("recall@4").first).to_be_visible()
@@ -603,4 +604,4 @@ def test_the_command(made: Dataset, tmp_path: Path, page: Page) -> None:
         page.goto(f"{served.url}?id=1")
         expect(page.get_by_text("Synapse 1 is not on this site: it is unknown or was rejected.")).to_be_visible()
     again = run_synpipe(project_of(made), "export-site", str(tmp_path), "-e", "tiny")
-    assert again.returncode == 1 and "no earlier export" in again.stderr
+    assert again.returncode == 1 and "not an earlier export" in again.stderr

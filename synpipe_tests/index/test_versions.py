@@ -27,8 +27,7 @@ from synpipe.index import search
 from synpipe.index.distances import METRICS
 from synpipe.index.publish import open_current, publish, tag_for
 from synpipe.index.search import SynapseIndex
-from synpipe.reports.housekeeping import Leftover, leftovers
-from synpipe.reports.versions import (
+from synpipe.index.versions import (
     Version,
     diff,
     forget,
@@ -38,6 +37,7 @@ from synpipe.reports.versions import (
     rollback,
     versions,
 )
+from synpipe.reports.housekeeping import Leftover, leftovers
 from synpipe.store.files import read_table
 from synpipe.tiles.tile import TileReader
 from synpipe_tests.index.test_search import make as index_of

@@ -16,11 +16,11 @@ from neuroglancer.read_precomputed_annotations import AnnotationReader
 from synpipe.annotations.schema import SYNAPSE_SCHEMA, UNLABELLED
 from synpipe.assets.graph import states, steps
 from synpipe.assets.manifest import read_manifest
+from synpipe.assets.volume import find_viewer
 from synpipe.datasets import NEUROTRANSMITTERS, Dataset, DatasetSpec
 from synpipe.defs import show
 from synpipe.errors import SynpipeError
 from synpipe.reports.annotation_layer import CELL_SYNAPSES, UNKNOWN, annotation_layer, write_layer
-from synpipe.assets.volume import find_viewer
 from synpipe.store.files import read_table
 from synpipe.volumes.neuroglancer import Viewer, image_layer
 from synpipe.volumes.volume import Volume, VolumeSpec

@@ -1,4 +1,5 @@
-// Files of columns: fetched once, kept by the browser, unpacked into typed arrays. `site.json` describes them.
+// Loads files of columns: fetches each file once, keeps it in the browser's cache, and unpacks it into typed arrays. `site.json`
+// describes the files.
 
 import { SourceError } from "./errors.js";
 
@@ -11,7 +12,7 @@ const ARRAYS = {
   float64: Float64Array,
 };
 
-/** What the browser keeps of the site at this address; null where it keeps nothing, as on plain http. */
+/** The browser's cache of the site at this address; null if there is no cache, for example on plain http. */
 export async function openCache(root) {
   try {
     return await caches.open(`synpipe data ${root}`);
@@ -20,29 +21,29 @@ export async function openCache(root) {
   }
 }
 
-/** Answers a request: from the cache, else from the host. Throws `SourceError` where neither has it. */
+/** Fetches an address. Throws `SourceError` if there is no connection or the host refuses. */
 export async function ask(address, options = {}) {
   let response;
   try {
     response = await fetch(address, options);
   } catch {
-    throw new SourceError("There is no connection, and this part of the site has not been kept by the browser.");
+    throw new SourceError("There is no connection, and the browser has not saved this part of the site.");
   }
   if (response.ok) return response;
-  const reason = response.status === 404 ? "the site has been renewed meanwhile: reload the page" : `the host answers ${response.status}`;
+  const reason = response.status === 404 ? "the site has been updated: reload the page" : `the host answered with status ${response.status}`;
   throw new SourceError(`${address.pathname.split("/").pop()} cannot be loaded: ${reason}.`, response.status);
 }
 
 /**
- * The columns of a file, which may be in several pieces: {name: {array, kind, names}}.
- * onBytes: called with the number of bytes that have come, each time some have.
+ * The columns of a file, which may consist of several pieces: {name: {array, kind, names}}.
+ * onBytes: is called with the number of new bytes whenever some have arrived.
  */
 export async function loadColumns(root, file, onBytes) {
   const cache = await openCache(root);
   const pieces = await Promise.all(file.paths.map((path) => loadPiece(cache, new URL(path, root), onBytes)));
   const packed = new Blob(pieces.map(({ blob }) => blob));
   if (packed.size !== file.bytes) {
-    throw new SourceError(`${file.paths[0]} came with ${packed.size} of ${file.bytes} bytes: try again.`);
+    throw new SourceError(`Only ${packed.size} of ${file.bytes} bytes of ${file.paths[0]} arrived: try again.`);
   }
   for (const { address, blob, kept } of pieces) if (!kept) keep(cache, address, blob);
   const unpacked = packed.stream().pipeThrough(new DecompressionStream("gzip"));
@@ -71,12 +72,12 @@ async function loadPiece(cache, address, onBytes) {
       onBytes(value.length);
     }
   } catch {
-    throw new SourceError("The connection broke off: try again.");
+    throw new SourceError("The connection was interrupted: try again.");
   }
   return { address, blob: new Blob(parts), kept: false };
 }
 
-/** A full disk is no reason not to answer. */
+/** Keeps a file in the cache. A failure, such as a full disk, is only logged. */
 export function keep(cache, address, blob) {
-  cache?.put(address, new Response(blob)).catch((error) => console.warn(`The browser does not keep ${address}: ${error}`));
+  cache?.put(address, new Response(blob)).catch((error) => console.warn(`The browser could not save ${address}: ${error}`));
 }

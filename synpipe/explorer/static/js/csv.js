@@ -1,8 +1,11 @@
-// Selected synapses as CSV (RFC 4180), made in pieces, so that the page goes on answering meanwhile.
+// Selected synapses as CSV (RFC 4180). The text is built in pieces, so that the page stays responsive.
 
 const ROWS_AT_ONCE = 20_000;
 
-/** rows: of `ids`, int64. names, codes: the known transmitter; a code beyond the names is none. Resolves to a `Blob`. */
+/**
+ * rows: which synapses. ids: of all synapses, int64. names, codes: the known transmitter of all synapses; a code beyond the names
+ * means that it is unknown. Resolves to a `Blob`.
+ */
 export async function csvOf(rows, ids, names, codes) {
   const fields = names.map(csvField);
   const parts = ["synapse_id,neurotransmitter\r\n"];
@@ -17,7 +20,7 @@ export async function csvOf(rows, ids, names, codes) {
 
 const csvField = (text) => (/[",\r\n]/.test(text) ? `"${text.replaceAll('"', '""')}"` : text);
 
-/** Hand a file to the user. */
+/** Downloads a file. */
 export function save(blob, name) {
   const link = document.createElement("a");
   link.href = URL.createObjectURL(blob);

@@ -1,8 +1,8 @@
-// Building elements without a framework. Text is always set as text, never as HTML.
+// Builds elements without a framework. Text is always inserted as text, never as HTML.
 
 /**
- * An element. attributes: `class`, `for`, … as in HTML; a function is a listener (`onclick`); true and false switch an
- * attribute; null leaves it out. children: elements, strings, null (left out), or lists of them.
+ * Creates an element. attributes: `class`, `for`, … as in HTML. A function becomes an event listener (`onclick`), true and false
+ * set and omit a boolean attribute, and null omits an attribute. children: elements, strings, null (omitted), or lists of these.
  */
 export function el(tag, attributes = {}, ...children) {
   const element = document.createElement(tag);
@@ -15,19 +15,19 @@ export function el(tag, attributes = {}, ...children) {
   return element;
 }
 
-/** A labelled control: the label stands above it. */
+/** A control with its label above it. */
 export function field(label, control, className = "") {
   return el("label", { class: `field ${className}` }, el("span", {}, label), control);
 }
 
-/** A <select>. options: [value, text, disabled?] each. */
+/** A <select>. options: a list of [value, text, disabled?]. */
 export function select(options, value, onchange, attributes = {}) {
   const element = el("select", { ...attributes, onchange: (event) => onchange(event.target.value) });
   setOptions(element, options, value);
   return element;
 }
 
-/** Give a <select> other options; it is left alone where nothing changes, so that an open list stays open. */
+/** Gives a <select> new options. Equal options are not replaced, so that an open list stays open. */
 export function setOptions(element, options, value) {
   const wanted = JSON.stringify(options);
   if (element.dataset.options !== wanted) {

@@ -1,6 +1,6 @@
-// What goes wrong and is told to the user: a sentence that says what is wrong and what to do.
+// Errors that are shown to the user, each as a sentence that says what is wrong and what to do.
 
-/** status: as of HTTP; 0 where the source did not answer at all. */
+/** An error with a message for the user. status: the HTTP status, or 0 if the source did not answer. */
 export class SourceError extends Error {
   constructor(message, status = 0) {
     super(message);
@@ -9,12 +9,12 @@ export class SourceError extends Error {
   }
 }
 
-/** Whether a request was called off because a newer one was made: nothing to tell. */
+/** Whether a request was cancelled because of a newer one. Such an error is not shown. */
 export const isAbort = (error) => error?.name === "AbortError";
 
-/** The sentence to show. What is no SourceError is a fault of these pages: it goes to the console, too. */
+/** The sentence to show. An error that is not a SourceError is a bug in these pages, so it is also logged. */
 export function sentence(error) {
   if (error instanceof SourceError) return error.message;
   console.error(error);
-  return `Something went wrong in this page: ${error?.message ?? error}`;
+  return `Unexpected error in this page: ${error?.message ?? error}`;
 }

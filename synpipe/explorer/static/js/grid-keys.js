@@ -1,10 +1,10 @@
-// Arrow keys move through tiles as they lie on the screen, whatever the layout is; one of them is in the tab order.
+// Arrow keys move between tiles according to their positions on the screen, in any layout. One tile is in the tab order.
 
 const ARROWS = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] };
-// How much more a step aside counts than one ahead.
-const ASIDE = 4;
+// How much more a sideways distance costs than a distance in the direction of the key.
+const SIDEWAYS_COST = 4;
 
-/** Make the elements that match `selector` below `container` one stop of the tab order (roving tabindex). */
+/** Makes the elements that match `selector` below `container` a single stop of the tab order (roving tabindex). */
 export function arrowKeys(container, selector) {
   const all = () => [...container.querySelectorAll(selector)];
   const current = () => container.querySelector(`${selector}[tabindex="0"]`);
@@ -31,7 +31,7 @@ export function arrowKeys(container, selector) {
     to.scrollIntoView({ block: "nearest" });
   });
   return {
-    /** After the tiles have changed. takeFocus: where the focus was on a tile that is gone. */
+    /** Call this after the tiles have changed. takeFocus: whether the focus was on a tile that has been removed. */
     refresh(takeFocus) {
       const first = all()[0];
       if (first) makeCurrent(first);
@@ -49,8 +49,8 @@ function nearest(from, tiles, [right, down]) {
     const [x, y] = [there.x - here.x, there.y - here.y];
     const ahead = right * x + down * y;
     const aside = Math.abs(right ? y : x);
-    if (tile === from || ahead <= 1 || aside > ahead * ASIDE) continue;
-    const cost = ahead + ASIDE * aside;
+    if (tile === from || ahead <= 1 || aside > ahead * SIDEWAYS_COST) continue;
+    const cost = ahead + SIDEWAYS_COST * aside;
     if (cost < bestCost) [best, bestCost] = [tile, cost];
   }
   return best;

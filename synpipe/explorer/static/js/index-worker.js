@@ -1,5 +1,5 @@
-// A worker: builds the spatial index of the map's points, which takes a second for a million of them.
-// In: {x, y}, float32. Out: the data of a KDBush index.
+// A worker that builds the spatial index of the map's points. A million points take a second.
+// Input: {x, y}, float32. Output: the data of a KDBush index.
 
 import KDBush from "../vendor/kdbush.js";
 

@@ -1,5 +1,5 @@
-// The start: opens the source of answers, reads the state from the address, and shows its page. Every change of the state is
-// an entry of the browser's history.
+// Starts the explorer: opens the source of answers, reads the state from the address, and shows the page. Each change of the state
+// becomes an entry in the browser's history.
 
 import { DARK } from "./colours.js";
 import { el, field, select, setOptions } from "./dom.js";
@@ -15,12 +15,12 @@ const PAGES = { search: ["Similarity search", searchPage], map: ["Map", mapPage]
 
 let source;
 let datasets;
-let asked = new AbortController();
-const made = {};
+let request = new AbortController(); // cancels the answers of the previous state
+const pages = {}; // those that have been shown, by name
 
 function navigate(changes, { replace = false, memory = null, keep = false } = {}) {
   const state = { ...readState(location.search), ...changes };
-  // keep: an image that was searched stays the query when a setting changes.
+  // keep: an uploaded image stays the query when a setting changes.
   const remembered = memory ?? (keep ? history.state : null);
   history[replace ? "replaceState" : "pushState"](remembered, "", addressOf(state));
   if ("id" in changes && !replace) scrollTo(0, 0);
@@ -28,16 +28,16 @@ function navigate(changes, { replace = false, memory = null, keep = false } = {}
 }
 
 async function show() {
-  asked.abort();
-  asked = new AbortController();
-  const { signal } = asked;
+  request.abort();
+  request = new AbortController();
+  const { signal } = request;
   const state = readState(location.search);
   try {
     const { dataset, encoder } = placeOf(state, datasets);
     showTop(state, dataset, encoder);
     const about = await source.about(dataset.name, encoder);
     if (signal.aborted) return;
-    const page = (made[state.page] ??= PAGES[state.page][1]({ source, navigate }));
+    const page = (pages[state.page] ??= PAGES[state.page][1]({ source, navigate }));
     if (page.element.parentNode !== main) main.replaceChildren(page.element);
     showAbout(about);
     await page.show(state, { dataset, encoder, about, memory: history.state, signal });
@@ -49,16 +49,16 @@ async function show() {
 
 function fail(error) {
   document.title = "synpipe explorer";
-  // With something to go on from, where the address names nothing that is there.
+  // If the address names an unknown data set, show the choices of the first one.
   if (datasets?.length && !document.getElementById("where").firstChild) showTop({}, datasets[0], datasets[0].encoders[0]);
-  const title = error.status === 404 ? "Not found" : "That does not work";
+  const title = error.status === 404 ? "Not found" : "Something went wrong";
   main.replaceChildren(
     el(
       "div",
       { class: "problem", role: "alert" },
       el("h1", {}, title),
       el("p", {}, sentence(error)),
-      el("p", {}, el("a", { href: "./" }, "Back to the start")),
+      el("p", {}, el("a", { href: "./" }, "Back to the start page")),
     ),
   );
 }
@@ -81,7 +81,7 @@ function showTop(state, dataset, encoder) {
   if (!where.firstChild) where.append(field("Data set", datasetChoice), field("Encoder", encoderChoice));
 }
 
-/** Follow a link between the pages without loading them anew, unless a new tab is wanted. */
+/** Follows a link between the pages without reloading, unless the user opens it in a new tab. */
 function follow(event, href) {
   if (event.ctrlKey || event.metaKey || event.shiftKey || event.button) return;
   event.preventDefault();

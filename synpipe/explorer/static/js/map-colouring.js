@@ -1,15 +1,15 @@
-// How the points are coloured by a column: a code for each point, and for each code its name, number, colour and shape.
+// Colours the points of the map by a column: a code for each point, and a name, count, colour and shape for each code.
 
 import { markOf, noneColour, rampColour, rgb } from "./colours.js";
 import { NONE } from "./map-points.js";
 import { UNLABELLED } from "./synapse.js";
 
-const STEPS = 256; // of the ramp, for columns of numbers
+const STEPS = 256; // codes of the colour ramp, for columns of numbers
 
 /**
- * column: of a map. classes: of the data set; they keep their colours in every column that holds them.
- * Returns {codes (uint16), entries: [{code, name, count, colour, shape}], range?: [low, high]}. Of numbers there is one entry,
- * of those that have none; their codes are 0 … 255.
+ * column: a column of a map. classes: the classes of the data set, which have the same colours in every column.
+ * Returns {codes (uint16), entries: [{code, name, count, colour, shape}], range?: [low, high]}. A column of numbers has the codes
+ * 0 … 255, and a single entry for missing values.
  */
 export function colouring(column, classes) {
   return column.kind === "number" ? byNumber(column) : byCategory(column, classes);
@@ -20,7 +20,7 @@ function byCategory({ name, names, codes }, classes) {
   for (let row = 0; row < codes.length; row++) counts[codes[row]]++;
   const used = names.map((each, code) => ({ code, name: each, count: counts[code] })).filter((entry) => entry.count);
   const areClasses = used.every((entry) => classes.includes(entry.name));
-  // Classes keep their order; of others, the frequent ones get the colours that are told apart best.
+  // Classes keep their order. Other names are sorted by frequency, so that frequent ones get the most distinct colours.
   if (areClasses) used.sort((a, b) => classes.indexOf(a.name) - classes.indexOf(b.name));
   else used.sort((a, b) => b.count - a.count);
   const entries = used.map((entry, place) => ({ ...entry, ...markOf(areClasses ? classes.indexOf(entry.name) : place) }));
@@ -46,7 +46,7 @@ function byNumber({ values }) {
   return { codes, entries: missing ? [none(missing, "none")] : [], range: missing < values.length ? [low, high] : null };
 }
 
-/** For `PointsView.setLooks`: the codes that there are, and how each looks. off: names that are hidden. */
+/** The colour and shape of each visible code, for `PointsView.setLooks`. off: names that are hidden. */
 export function looksOf({ entries, range }, off) {
   const looks = new Map();
   if (range) for (let code = 0; code < STEPS; code++) looks.set(code, { rgb: rampColour(code / (STEPS - 1)), shape: "circle" });

@@ -1,5 +1,5 @@
-// Mouse, touch and keyboard on the map: drag or one finger pans (or draws the lasso), wheel or two fingers zoom, a click or a
-// tap picks. Arrow keys, + − and 0 do the same from the keyboard.
+// Mouse, touch and keyboard on the map. Dragging or one finger pans (or draws the lasso), the wheel or two fingers zoom, and a click
+// or a tap picks a point. Arrow keys, +, − and 0 pan and zoom from the keyboard.
 
 const CLICK_PX = 4;
 const KEY_PAN_PX = 60;
@@ -7,12 +7,12 @@ const KEY_ZOOM = 1.4;
 const WHEEL_LINE_PX = 16;
 
 /**
- * on: {lassoing(), lasso(path, done), hover(at), leave(), pick(at, isTouch)}; places are CSS pixels of the canvas.
+ * on: {lassoing(), lasso(path, done), hover(at), leave(), pick(at, isTouch)}. Positions are CSS pixels of the canvas.
  * view: a `PointsView`.
  */
 export function listen(canvas, view, on) {
   const pointers = new Map();
-  let path = null; // of the lasso that is being drawn
+  let path = null; // the lasso while it is drawn
   let start = null;
   let moved = false;
   const place = (event) => {
@@ -70,7 +70,7 @@ export function listen(canvas, view, on) {
   }
   canvas.addEventListener("pointerup", end);
   canvas.addEventListener("pointercancel", end);
-  // A finger leaves whenever it is lifted; what it has picked stays.
+  // A finger leaves the canvas whenever it is lifted, and the picked point must stay. So only a mouse can leave.
   canvas.addEventListener("pointerleave", (event) => event.pointerType === "mouse" && !pointers.size && on.leave());
 
   canvas.addEventListener(

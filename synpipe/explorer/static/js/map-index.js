@@ -1,18 +1,18 @@
-// Which point lies here, and which lie inside a line drawn around them.
+// Finds the point at a position, and the points inside a polygon.
 
 import KDBush from "../vendor/kdbush.js";
 
-/** The spatial index of points, made by a worker. x, y: float32 (n). Resolves to a `KDBush`. */
+/** Builds the spatial index of points in a worker. x, y: float32 (n). Resolves to a `KDBush`. */
 export function buildIndex(x, y) {
   return new Promise((resolve, reject) => {
     const worker = new Worker(new URL("./index-worker.js", import.meta.url), { type: "module" });
     worker.onmessage = ({ data }) => (worker.terminate(), resolve(KDBush.from(data)));
-    worker.onerror = (event) => (worker.terminate(), reject(new Error(event.message || "The worker of the map did not start.")));
+    worker.onerror = (event) => (worker.terminate(), reject(new Error(event.message || "The map's worker did not start. Reload the page.")));
     worker.postMessage({ x, y });
   });
 }
 
-/** The row of the nearest point within `radius` of a place, or -1. points: {x, y, index}; visible(row): whether it counts. */
+/** The row of the nearest point within `radius` of a position, or -1. points: {x, y, index}. visible(row): whether to consider it. */
 export function nearestRow({ x, y, index }, [atX, atY], radius, visible) {
   let best = -1;
   let bestSquare = radius * radius;

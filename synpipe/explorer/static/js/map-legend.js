@@ -1,10 +1,10 @@
-// The legend of the map: what a colour means, how many there are, and a switch for each.
+// The legend of the map: the meaning of each colour, the number of points, and a checkbox to hide them.
 
 import { rampGradient } from "./colours.js";
 import { el } from "./dom.js";
 import { count, value } from "./format.js";
 
-/** shown: of `colouring`. off: the names switched off. change(names): asks for others. */
+/** The first argument is the result of `colouring`. off: names that are hidden. change(names): hides these names instead. */
 export function legend({ entries, range }, off, change) {
   const items = entries.map(({ name, count: number, colour, shape }) => {
     const swatch = el("span", { class: `mark ${shape}`, "aria-hidden": "true" });
@@ -21,7 +21,7 @@ export function legend({ entries, range }, off, change) {
   ramp.style.background = rampGradient();
   return el(
     "div",
-    { class: "legend", role: "group", "aria-label": "Legend: what is shown" },
+    { class: "legend", role: "group", "aria-label": "Legend: show or hide points" },
     range && [ramp, el("p", { class: "ends" }, el("span", {}, value(range[0])), el("span", {}, value(range[1])))],
     el("ul", {}, items),
     items.length > 1 &&

@@ -1,6 +1,6 @@
-// The map: every synapse of an encoder as a point; near ones look alike.
+// The map page: each synapse of an encoder is a point, and points that are close together look alike.
 //
-// In: the state of the address. Out: the page. The points stay in memory, so that coming back to the map is instant.
+// Input: the state of the address. Output: the page. The points stay in memory, so that returning to the map is instant.
 
 import { el, field, select, setOptions } from "./dom.js";
 import { SourceError, sentence } from "./errors.js";
@@ -16,22 +16,22 @@ import { readOff, writeOff } from "./state.js";
 import { picture } from "./synapse.js";
 
 const PICK_PX = 8;
-const TILE_WAIT_MS = 60; // so that sweeping over the map asks for no tile
+const TILE_WAIT_MS = 60; // a mouse that sweeps over the map loads no tiles
 const SVG = "http://www.w3.org/2000/svg";
 
 export function mapPage({ source, navigate }) {
-  let shown = null; // {state, dataset, encoder, points, coloured, looks}: what is drawn
+  let shown = null; // what is drawn: {dataset, encoder, points, column, dark, coloured, looks}
   let loaded = null; // {key, points: a promise}
   let view = null;
   let hovered = -1;
   let tileTimer = 0;
-  let selection = null; // {polygon, of the map; rows}
+  let selection = null; // {polygon: in map coordinates, rows}
   let lassoing = false;
 
   const canvas = el("canvas", {
     tabindex: 0,
     role: "application",
-    "aria-label": "Map of synapses. Arrow keys pan, plus and minus zoom, 0 shows all.",
+    "aria-label": "Map of synapses. Use arrow keys to pan, plus and minus to zoom, and 0 to show all.",
   });
   const line = document.createElementNS(SVG, "polygon");
   const overlay = document.createElementNS(SVG, "svg");
@@ -42,14 +42,14 @@ export function mapPage({ source, navigate }) {
   const tip = el("div", { class: "tip", hidden: true });
   const loading = el("label", { class: "progress" }, el("span", {}, "Loading the map"), el("progress"));
   const stage = el("div", { class: "stage" }, canvas, overlay, ring, tip, loading);
-  const said = el("p", { class: "said", role: "status" });
+  const statusLine = el("p", { class: "said", role: "status" });
   const colourBy = select([], "", (name) => navigate({ colour: name, off: "" }));
   const legendPlace = el("div");
   const tool = (name, label, onclick, attributes = {}) => el("button", { type: "button", title: label, "aria-label": label, onclick, ...attributes }, name);
-  const lassoTool = tool("Lasso", "Lasso: draw around synapses to select them", () => setLasso(!lassoing), { "aria-pressed": "false" });
+  const lassoTool = tool("Lasso", "Lasso: draw a line around synapses to select them", () => setLasso(!lassoing), { "aria-pressed": "false" });
   const tools = el(
     "div",
-    { class: "tools", role: "toolbar", "aria-label": "Map" },
+    { class: "tools", role: "toolbar", "aria-label": "Map tools" },
     lassoTool,
     tool("+", "Zoom in", () => view?.zoom(1.5)),
     tool("−", "Zoom out", () => view?.zoom(1 / 1.5)),
@@ -61,10 +61,10 @@ export function mapPage({ source, navigate }) {
   const hint = el(
     "p",
     { class: "hint" },
-    el("span", { class: "mouse" }, "Drag to pan, scroll to zoom, Shift-drag to select. Click a point to search from it."),
-    el("span", { class: "finger" }, "Drag to pan, pinch to zoom. Tap a point to see it, and again to search from it."),
+    el("span", { class: "mouse" }, "Drag to pan, scroll to zoom, Shift-drag to select. Click a point to search for similar synapses."),
+    el("span", { class: "finger" }, "Drag to pan, pinch to zoom. Tap a point to see it, and tap again to search for similar synapses."),
   );
-  const panel = el("div", { class: "panel" }, field("Colour by", colourBy), legendPlace, tools, selected, said, hint);
+  const panel = el("div", { class: "panel" }, field("Colour by", colourBy), legendPlace, tools, selected, statusLine, hint);
   const element = el("div", { class: "map" }, el("h1", { class: "unseen" }, "Map of synapses"), stage, panel);
   new ResizeObserver(() => view?.resize()).observe(stage);
 
@@ -79,7 +79,7 @@ export function mapPage({ source, navigate }) {
   function startView() {
     view = new PointsView(canvas);
     view.onview = ({ x, y, scale }) => {
-      // Where the map stands: pixels per unit, and the place in the middle.
+      // The position in the middle and the pixels per unit, for tests.
       stage.dataset.view = `${x} ${y} ${scale}`;
       drawLine(selection?.polygon.map((corner) => view.toCanvas(corner)));
       placeTip();
@@ -117,8 +117,8 @@ export function mapPage({ source, navigate }) {
     const { points, dataset } = shown;
     const id = String(points.ids[row]);
     const facts = points.columns.map((column) => {
-      const held = column.kind === "category" ? column.names[column.codes[row]] : value(column.values[row]);
-      return held === undefined ? null : [el("dt", {}, columnTitle(column.name)), el("dd", {}, held)];
+      const shownValue = column.kind === "category" ? column.names[column.codes[row]] : value(column.values[row]);
+      return shownValue === undefined ? null : [el("dt", {}, columnTitle(column.name)), el("dd", {}, shownValue)];
     });
     const tile = el("div", { class: "place" });
     tip.replaceChildren(tile, el("strong", {}, id), el("dl", {}, facts));
@@ -127,7 +127,7 @@ export function mapPage({ source, navigate }) {
     placeTip();
   }
 
-  /** Beside the point, inside the map. */
+  /** Places the tooltip beside the point, inside the map. */
   function placeTip() {
     if (hovered < 0) return;
     const [right, down] = view.toCanvas([shown.points.x[hovered], shown.points.y[hovered]]);
@@ -141,7 +141,7 @@ export function mapPage({ source, navigate }) {
     line.setAttribute("points", (path ?? []).map((place) => place.join(",")).join(" "));
   }
 
-  /** Select what is visible inside a polygon of the map; null selects nothing. */
+  /** Selects the visible points inside a polygon in map coordinates; null clears the selection. */
   function choose(polygon) {
     const rows = polygon && shown.points.index ? rowsInside(shown.points, polygon, isShown) : null;
     selection = rows && { polygon, rows };
@@ -150,14 +150,14 @@ export function mapPage({ source, navigate }) {
     view.setChosen(rows?.length ? rows : null);
     if (selection) selected.querySelector("strong").textContent = `${count(rows.length)} selected`;
     exportButton.disabled = !rows?.length;
-    said.textContent = selection ? `${plural(rows.length, "synapse")} selected` : "";
+    statusLine.textContent = selection ? `${plural(rows.length, "synapse")} selected` : "";
   }
 
   async function exportCsv() {
     const { points, dataset, encoder } = shown;
-    const known = points.columns.find(({ name }) => name === "neurotransmitter");
+    const transmitter = points.columns.find(({ name }) => name === "neurotransmitter");
     exportButton.disabled = true;
-    save(await csvOf(selection.rows, points.ids, known?.names ?? [], known?.codes), `${dataset.name}_${encoder}_selected.csv`);
+    save(await csvOf(selection.rows, points.ids, transmitter?.names ?? [], transmitter?.codes), `${dataset.name}_${encoder}_selected.csv`);
     exportButton.disabled = false;
   }
 
@@ -171,7 +171,7 @@ export function mapPage({ source, navigate }) {
         points.index = index;
         stage.dataset.ready = "";
       },
-      (error) => (said.textContent = sentence(error)),
+      (error) => (statusLine.textContent = sentence(error)),
     );
     return points;
   }
@@ -181,7 +181,7 @@ export function mapPage({ source, navigate }) {
     title: () => "Map",
     async show(state, { dataset, encoder, about, signal }) {
       if (!about.has_map) {
-        throw new SourceError(`There is no map of ${encoder} in ${dataset.name}: materialise projection_${encoder}, then the table and the index.`, 404);
+        throw new SourceError(`There is no map of ${encoder} in ${dataset.name}. Materialise projection_${encoder}, then the table and the index.`, 404);
       }
       if (!view) startView();
       const key = JSON.stringify([dataset.name, encoder, about.version]);
@@ -196,7 +196,7 @@ export function mapPage({ source, navigate }) {
       loading.hidden = true;
       const names = points.columns.map(({ name }) => name);
       const column = points.columns.find(({ name }) => name === (state.colour || names[0]));
-      if (!column) throw new SourceError(`The map has no column “${state.colour}”: use one of ${names.join(", ")}.`, 400);
+      if (!column) throw new SourceError(`The map has no column “${state.colour}”. Use one of ${names.join(", ")}.`, 400);
       const off = readOff(state.off);
       const fresh = shown?.points !== points;
       const dark = DARK.matches;
@@ -216,7 +216,7 @@ export function mapPage({ source, navigate }) {
       if (recolour) view.setCodes(coloured.codes);
       view.setLooks(shown.looks.keys(), (code) => shown.looks.get(code));
       if (selection || fresh) choose(selection?.polygon ?? null);
-      if (!selection) said.textContent = plural(points.rows, "synapse");
+      if (!selection) statusLine.textContent = plural(points.rows, "synapse");
     },
   };
 }

@@ -1,7 +1,7 @@
-// The points of the map, drawn by three.js (WebGL 2) straight from the typed arrays in which they came.
+// Draws the points of the map with three.js (WebGL 2), directly from the typed arrays of the map file.
 //
-// A point has a code (uint16); a texture says for each code how it looks. So another legend costs one small texture, another
-// column two bytes a point, and panning, zooming and hovering cost no upload at all.
+// Each point has a code (uint16), and a texture contains the look of each code. A change of the legend therefore uploads one small
+// texture, a change of the column two bytes per point, and panning, zooming and hovering upload nothing.
 
 import {
   BufferAttribute,
@@ -15,16 +15,17 @@ import {
 } from "../vendor/three.js";
 import { SourceError } from "./errors.js";
 
-export const NONE = 65535; // the code of what has no value
-const LOOKS_SIDE = 256; // of the texture, a texel for each of 65,536 codes
+export const NONE = 65535; // the code of a missing value
+const LOOKS_SIDE = 256; // side of the texture, which has a texel for each of 65,536 codes
 const HIDDEN = 0;
 const SHAPE_CODES = { circle: 1, triangle: 2, square: 3 };
-const FADED = 0.12; // opacity of what is not selected
+const FADED = 0.12; // opacity of points that are not selected
 
-// While the view moves, as many points are drawn as the machine draws in time, a random part of all; at rest, all of them.
+// While the view moves, only a random part of the points is drawn, as many as the machine can draw in time. At rest, all points are
+// drawn.
 const SLOW_MS = 40;
 const FAST_MS = 24;
-const FEWEST = 20_000;
+const MIN_POINTS = 20_000;
 const REST_MS = 250;
 
 const VERTEX = `
@@ -41,7 +42,7 @@ void main() {
   shape = int(look.a * 255.0 + 0.5);
   bool none = each == ${NONE};
   colour = vec4(look.rgb, opacity * (chosen > 0.5 ? 1.0 : faded));
-  // What has no value lies behind; what is hidden lies outside.
+  // Points without a value are behind the others. Hidden points are outside the view.
   gl_Position = shape == ${HIDDEN} ? vec4(2.0, 2.0, 2.0, 1.0) : vec4((vec2(x, y) - centre) * scale, none ? 0.5 : 0.0, 1.0);
   gl_PointSize = size;
 }`;
@@ -61,15 +62,15 @@ void main() {
   drawn = vec4(colour.rgb * alpha, alpha);
 }`;
 
-/** The view: `x`, `y` the place in the middle; `scale` in CSS pixels per unit of the map. */
+/** Draws the map. Its `view` is {x, y, scale}: the map position in the middle, and the CSS pixels per unit of the map. */
 export class PointsView {
-  /** Throws `SourceError` where there is no WebGL 2. */
+  /** Throws `SourceError` if the browser has no WebGL 2. */
   constructor(canvas) {
     this.canvas = canvas;
     try {
       this.renderer = new WebGLRenderer({ canvas, alpha: true, antialias: false, depth: true, powerPreference: "high-performance" });
     } catch {
-      throw new SourceError("This browser offers no WebGL 2, with which the map is drawn: switch on hardware acceleration, or use another browser.");
+      throw new SourceError("The map needs WebGL 2, which this browser does not offer. Switch on hardware acceleration, or use another browser.");
     }
     this.renderer.setClearColor(0, 0);
     this.renderer.sortObjects = false;
@@ -91,14 +92,14 @@ export class PointsView {
       premultipliedAlpha: true,
     });
     this.scene = new Scene();
-    this.camera = new OrthographicCamera(); // three.js wants one; the shader has its own
+    this.camera = new OrthographicCamera(); // three.js requires a camera, but the shader does not use it
     this.view = { x: 0, y: 0, scale: 1 };
     this.frame = 0;
     this.moving = { now: false, held: false, part: Infinity, most: Infinity, last: 0, timer: 0 };
     this.onview = () => {};
   }
 
-  /** x, y: float32 (n). The arrays are used as they are. */
+  /** x, y: float32 (n). The arrays are used without copying. */
   setPoints(x, y) {
     this.scene.clear();
     this.geometry?.dispose();
@@ -124,7 +125,7 @@ export class PointsView {
     this.draw();
   }
 
-  /** look(code) gives {rgb, shape} for a code that is shown, null for one that is hidden; codes: those that there are. */
+  /** codes: all codes in use. look(code): {rgb, shape} of a visible code, null for a hidden one. */
   setLooks(codes, look) {
     const texels = this.looks.image.data.fill(HIDDEN);
     for (const code of codes) {
@@ -135,7 +136,7 @@ export class PointsView {
     this.draw();
   }
 
-  /** Make all others faint. rows: of the points chosen, or null for all of them alike. */
+  /** Fades all points except these rows; null shows all points alike. */
   setChosen(rows) {
     const attribute = this.geometry.getAttribute("chosen");
     attribute.array.fill(rows ? 0 : 1);
@@ -156,7 +157,7 @@ export class PointsView {
     this.draw(true);
   }
 
-  /** Show all points. */
+  /** Zooms so that all points are visible. */
   fit() {
     if (!this.width) return;
     const { left, right, low, high } = this.bounds;
@@ -172,13 +173,13 @@ export class PointsView {
     this.draw();
   }
 
-  /** Whether a hand is on the map: then it counts as moving, though it may lie still. */
+  /** Whether a button or a finger is down. The map then counts as moving, even without movement. */
   hold(held) {
     this.moving.held = held;
     this.settle();
   }
 
-  /** All points again, once the view has been at rest for a while. */
+  /** Draws all points again when the view has been at rest for a while. */
   settle() {
     clearTimeout(this.moving.timer);
     if (this.moving.held || !this.moving.now) return;
@@ -188,7 +189,7 @@ export class PointsView {
     }, REST_MS);
   }
 
-  /** How many points the next frame draws. time: its own, in milliseconds. */
+  /** How many points the next frame draws. time: of this frame, in milliseconds. */
   budget(time) {
     const { moving } = this;
     const all = this.x.length;
@@ -196,9 +197,9 @@ export class PointsView {
     const took = moving.last ? time - moving.last : 0;
     moving.last = time;
     if (took > SLOW_MS) {
-      // What was too many is not tried again at once.
+      // A number of points that was too slow is not tried again at once.
       moving.most = Math.min(moving.part, all);
-      moving.part = Math.max(moving.most / 2, FEWEST);
+      moving.part = Math.max(moving.most / 2, MIN_POINTS);
     } else if (took && took < FAST_MS) {
       moving.most *= 1.01;
       moving.part = Math.min(moving.part * 1.1, 0.8 * moving.most);
@@ -206,7 +207,7 @@ export class PointsView {
     return Math.min(Math.round(moving.part), all);
   }
 
-  /** Zoom by a factor about a place of the canvas (CSS pixels). */
+  /** Zooms by a factor about a position on the canvas, in CSS pixels. */
   zoom(factor, at = [this.width / 2, this.height / 2]) {
     const scale = Math.min(Math.max(this.view.scale * factor, this.fitted / 4), this.fitted * 2000);
     const [x, y] = this.toMap(at);
@@ -228,13 +229,13 @@ export class PointsView {
     return [this.width / 2 + (x - this.view.x) * this.view.scale, this.height / 2 - (y - this.view.y) * this.view.scale];
   }
 
-  /** Diameter of a point in CSS pixels: by how many there are, growing slowly as one comes nearer. */
+  /** The diameter of a point in CSS pixels. It depends on the number of points and grows slowly when the user zooms in. */
   get pointPx() {
     const alone = Math.min(Math.max(40 / this.x.length ** 0.26, 1), 8);
     return Math.min(Math.max(alone * Math.sqrt(Math.max(this.view.scale / this.fitted, 1)), 1), 14);
   }
 
-  /** Draw at the next frame; once a frame, however often it is asked for. */
+  /** Draws at the next frame. Several calls before that frame draw once. */
   draw(now = false) {
     if (!this.geometry || !this.width) return;
     if (now) {
@@ -256,7 +257,7 @@ export class PointsView {
   }
 }
 
-/** Rows 0 … n−1 in a random order (Fisher and Yates), so that no class lies over another because of its place in the table. */
+/** Rows 0 … n−1 in random order (Fisher–Yates), so that the order of the table does not decide which class covers another. */
 function shuffled(n) {
   const order = Uint32Array.from({ length: n }, (_, row) => row);
   for (let last = n - 1; last > 0; last--) {

@@ -1,11 +1,11 @@
-// The nearest rows by class among quantised vectors, exactly.
+// Finds the nearest rows of each class among quantised vectors. The search is exact.
 //
-// Row i is centre[i] * mean + scale[i] * codes[i], of unit length (synpipe/explorer/quantised.py); norm[i] is the length that
-// the encoder gave it. The codes stay bytes: a sum over them takes no longer than over floats, and a quarter of the memory.
+// Row i is centre[i] * mean + scale[i] * codes[i] and has unit length (synpipe/explorer/quantised.py); norm[i] is the length of the
+// encoder's vector. The codes stay bytes, because a sum over bytes is as fast as over floats and needs a quarter of the memory.
 
 /**
  * vectors: {codes: Int8Array (n * d), mean (d), scale (n), centre (n), norm (n)}. query: a row. starts: the first row of each
- * class, and n behind the last. keep: whether a row may be an answer. Returns for each class [{row, distance}, …].
+ * class, followed by n. keep(row): whether a row may be a neighbour. Returns [{row, distance}, …] for each class.
  */
 export function nearestByClass(vectors, { query, metric, perClass, starts, keep }) {
   const distance = distanceTo(vectors, query, metric);
@@ -51,7 +51,7 @@ function distanceTo({ codes, mean, scale, centre, norm }, query, metric) {
   }
 }
 
-// Four sums at a time: an addition need not wait for the one before.
+// Four independent sums, so that an addition does not wait for the previous one.
 function dot(codes, from, vector) {
   const whole = vector.length & ~3;
   let a = 0;

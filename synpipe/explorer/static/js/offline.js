@@ -1,12 +1,13 @@
-// The service worker of a static site, behind a line with SITE: {version, pages, data}, which `synpipe export-site` writes.
-// It keeps the pages; what they search in, columns.js keeps itself. A new export has another version: it takes over at once.
+// The service worker of a static site. `synpipe export-site` writes a line with SITE = {version, pages, data} before this text.
+//
+// The worker caches the pages; columns.js caches the data. The worker of a new export has another version and takes over at once.
 
 const scope = self.registration.scope;
 const PAGES = `synpipe pages ${scope} `;
 const DATA = `synpipe data ${scope}`;
 
 self.addEventListener("install", (event) => event.waitUntil(keepPages()));
-self.addEventListener("activate", (event) => event.waitUntil(forgetFormer().then(() => self.clients.claim())));
+self.addEventListener("activate", (event) => event.waitUntil(deleteFormer().then(() => self.clients.claim())));
 self.addEventListener("fetch", (event) => {
   const { request } = event;
   if (request.method === "GET" && request.url.startsWith(scope) && !request.headers.has("range")) {
@@ -20,7 +21,7 @@ async function keepPages() {
   await self.skipWaiting();
 }
 
-async function forgetFormer() {
+async function deleteFormer() {
   for (const name of await caches.keys()) {
     if (name.startsWith(PAGES) && name !== PAGES + SITE.version) await caches.delete(name);
   }

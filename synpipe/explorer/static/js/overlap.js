@@ -1,8 +1,8 @@
-// How far two encoders agree about the neighbours of one synapse.
+// Measures how far two encoders agree about the neighbours of one synapse.
 
 /**
- * groups: of two answers to the same question. Returns, by class and in all, how many neighbours both name, of how many
- * there could be (the longer list of each class), and the ids of the shared ones.
+ * first, second: the groups of two answers to the same query. Returns, for each class and in total, how many neighbours are shared
+ * and how many could be (the length of the longer list); and the ids of the shared neighbours.
  */
 export function overlap(first, second) {
   const others = new Map(second.map(({ name, neighbours }) => [name, neighbours.map(({ id }) => id)]));

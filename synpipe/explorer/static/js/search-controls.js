@@ -1,4 +1,4 @@
-// The controls of the search page. They show the state and ask for another one; they keep none themselves, but for a number
+// The controls of the search page. They show the state and request a new one. They hold no state of their own, except for a number
 // that is being typed.
 
 import { el, field, select, setOptions } from "./dom.js";
@@ -65,7 +65,7 @@ export function searchControls(ask) {
     ),
     el(
       "div",
-      { class: "settings", role: "group", "aria-label": "Settings of the search" },
+      { class: "settings", role: "group", "aria-label": "Search settings" },
       field("Metric", metric),
       field("Compare with", compare),
       field("Per class", perClass, "narrow"),

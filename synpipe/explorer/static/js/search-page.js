@@ -1,7 +1,7 @@
-// Similarity search: a query synapse, and the most similar ones of every class.
+// The search page: a query synapse and the most similar synapses of each class.
 //
-// In: the state of the address. Out: the page. A new question calls off the one before; the old answer stays, dimmed, until
-// the new one is there.
+// Input: the state of the address. Output: the page. A new query cancels the previous one. The old answer stays visible, dimmed, until
+// the new one arrives.
 
 import { columns, sideBySide } from "./answers.js";
 import { el } from "./dom.js";
@@ -16,10 +16,10 @@ const IMAGE_TYPE = "image/png";
 
 /** app: {source, navigate(changes, options)}. Returns the page's element, title and `show`. */
 export function searchPage({ source, navigate }) {
-  let shown = null; // {state, dataset, encoder, about} of the last `show`
-  const uploads = []; // files of this visit; an address cannot hold them
+  let shown = null; // the arguments of the last `show`: {state, dataset, encoder, about}
+  const uploads = []; // files of this visit, because an address cannot contain them
   const query = el("section", { class: "query", "aria-label": "Query" });
-  const said = el("p", { class: "said", role: "status" });
+  const statusLine = el("p", { class: "said", role: "status" });
   const answer = el("div", { class: "answer" });
   const keys = arrowKeys(answer, "button.tile");
   const controls = searchControls({
@@ -28,7 +28,7 @@ export function searchPage({ source, navigate }) {
     random: () => random(false).catch(fail),
     image: (file) => upload(file),
   });
-  const element = el("div", { class: "search" }, el("div", { class: "band" }, query, controls.element), said, answer);
+  const element = el("div", { class: "search" }, el("div", { class: "band" }, query, controls.element), statusLine, answer);
   dropImages(element.ownerDocument, () => element.isConnected && shown?.about.upload, upload);
 
   async function random(replace) {
@@ -38,7 +38,7 @@ export function searchPage({ source, navigate }) {
 
   function upload(file) {
     if (file.type !== IMAGE_TYPE) {
-      fail(new SourceError(`“${file.name}” is no PNG image: use a grey one, or three sections as red, green and blue.`, 415));
+      fail(new SourceError(`“${file.name}” is not a PNG image. Use a grey image, or one with three sections as red, green and blue.`, 415));
       return;
     }
     navigate({ id: "" }, { memory: { upload: uploads.push(file) - 1 } });
@@ -47,14 +47,14 @@ export function searchPage({ source, navigate }) {
   function fail(error) {
     if (isAbort(error)) return;
     const start = addressOf({ ...shown.state, page: "search", id: "", region: "", hemilineage: "", metric: "cosine", per_class: "4", exclude_neuron: "", tiles: "colour" });
-    said.textContent = "";
+    statusLine.textContent = "";
     answer.removeAttribute("aria-busy");
     query.replaceChildren();
     answer.replaceChildren(
       el(
         "div",
         { class: "problem", role: "alert" },
-        el("h1", {}, error.status === 404 ? "Not found" : "That does not work"),
+        el("h1", {}, error.status === 404 ? "Not found" : "Something went wrong"),
         el("p", {}, sentence(error)),
         el("p", {}, el("a", { href: start }, "Back to a random synapse")),
       ),
@@ -64,8 +64,8 @@ export function searchPage({ source, navigate }) {
   async function ask(file, signal) {
     const { state, dataset, encoder } = shown;
     const began = performance.now();
-    if (file) said.textContent = `${file.name} is embedded and searched …`;
-    const asked = {
+    if (file) statusLine.textContent = `Embedding ${file.name} and searching …`;
+    const request = {
       dataset: dataset.name,
       id: state.id,
       file,
@@ -75,9 +75,9 @@ export function searchPage({ source, navigate }) {
       region: state.region,
       hemilineage: state.hemilineage,
     };
-    const of = (each) => (file ? source.upload({ ...asked, encoder: each }, signal) : source.search({ ...asked, encoder: each }, signal));
+    const answerOf = (each) => (file ? source.upload({ ...request, encoder: each }, signal) : source.search({ ...request, encoder: each }, signal));
     const compared = state.compare && state.compare !== encoder ? [state.compare] : [];
-    const answers = await Promise.all([encoder, ...compared].map(of));
+    const answers = await Promise.all([encoder, ...compared].map(answerOf));
     signal.throwIfAborted();
     const milliseconds = Math.max(1, Math.round(performance.now() - began));
 
@@ -89,8 +89,8 @@ export function searchPage({ source, navigate }) {
     };
     const hadFocus = answer.contains(document.activeElement);
     showQuery(answers[0].query, file, show);
-    const found = answers[0].groups.reduce((sum, { neighbours }) => sum + neighbours.length, 0);
-    let summary = `${plural(found, "neighbour")} by ${METRICS[state.metric]} in ${milliseconds} ms`;
+    const count = answers[0].groups.reduce((sum, { neighbours }) => sum + neighbours.length, 0);
+    let summary = `${plural(count, "neighbour")} by ${METRICS[state.metric]} in ${milliseconds} ms`;
     if (answers.length > 1) {
       const both = sideBySide(answers[0], answers[1], show);
       answer.replaceChildren(both.element);
@@ -98,7 +98,7 @@ export function searchPage({ source, navigate }) {
     } else {
       answer.replaceChildren(columns(answers[0], show));
     }
-    said.textContent = found ? summary : "No synapse matches: take a filter away.";
+    statusLine.textContent = count ? summary : "No synapse matches. Remove a filter.";
     answer.removeAttribute("aria-busy");
     keys.refresh(hadFocus);
   }
@@ -146,15 +146,15 @@ export function searchPage({ source, navigate }) {
       } catch (error) {
         if (!signal.aborted) fail(error);
       }
-      if (!signal.aborted) answer.dataset.of = location.search; // what is on the page is of this address
+      if (!signal.aborted) answer.dataset.of = location.search; // the address whose answer the page shows
     },
   };
 }
 
-/** A file that is dropped anywhere asks; without this the browser would leave the page for it. */
-function dropImages(document, wanted, upload) {
+/** Uploads an image that is dropped anywhere. Without this, the browser would open the file instead of the page. */
+function dropImages(document, isWanted, upload) {
   const body = document.documentElement;
-  const isFile = (event) => event.dataTransfer?.types.includes("Files") && wanted();
+  const isFile = (event) => event.dataTransfer?.types.includes("Files") && isWanted();
   document.addEventListener("dragover", (event) => {
     if (!isFile(event)) return;
     event.preventDefault();

@@ -1,41 +1,41 @@
-// Answers from `synpipe explore`. What another source (source-static.js) does has the same form.
+// Gets answers from the server of `synpipe explore`. It has the same functions as the other source, source-static.js.
 
 import { SourceError } from "./errors.js";
 
-/** base: the address of the folder that holds the pages; the server's answers are below it, in api/. */
+/** Opens the source. base: the address of the folder with the pages. The server answers below it, in api/. */
 export async function open(base) {
-  const place = (dataset, encoder) => `${encodeURIComponent(dataset)}/${encodeURIComponent(encoder)}`;
-  const json = async (path, options) => (await request(new URL(`api/${path}`, base), options)).json();
-  const searchPath = (asked) => `${place(asked.dataset, asked.encoder)}/search?${queryOf(asked)}`;
+  const path = (dataset, encoder) => `${encodeURIComponent(dataset)}/${encodeURIComponent(encoder)}`;
+  const json = async (below, options) => (await fetchOk(new URL(`api/${below}`, base), options)).json();
+  const searchPath = (query) => `${path(query.dataset, query.encoder)}/search?${parametersOf(query)}`;
 
   return {
     onprogress: null,
     datasets: async () => (await json("datasets")).datasets,
-    about: (dataset, encoder) => json(`${place(dataset, encoder)}/about`), // each time: an index may be built anew meanwhile
-    search: (asked, signal) => json(searchPath(asked), { signal }),
-    upload: (asked, signal) =>
-      // An image is of no neuron.
-      json(searchPath({ ...asked, id: "", excludeNeuron: false }), { signal, method: "POST", body: asked.file, headers: { "Content-Type": "image/png" } }),
-    random: async (dataset, encoder) => (await json(`${place(dataset, encoder)}/random`, { cache: "no-store" })).id,
-    synapse: (dataset, encoder, id) => json(`${place(dataset, encoder)}/synapses/${encodeURIComponent(id)}`),
+    about: (dataset, encoder) => json(`${path(dataset, encoder)}/about`), // not cached, because an index may be rebuilt
+    search: (query, signal) => json(searchPath(query), { signal }),
+    upload: (query, signal) =>
+      // An image has no neuron that could be excluded.
+      json(searchPath({ ...query, id: "", excludeNeuron: false }), { signal, method: "POST", body: query.file, headers: { "Content-Type": "image/png" } }),
+    random: async (dataset, encoder) => (await json(`${path(dataset, encoder)}/random`, { cache: "no-store" })).id,
+    synapse: (dataset, encoder, id) => json(`${path(dataset, encoder)}/synapses/${encodeURIComponent(id)}`),
     tile: async (dataset, id) => new URL(`api/${encodeURIComponent(dataset)}/tiles/${encodeURIComponent(id)}.png`, base).href,
     map: async (dataset, encoder, onProgress) => {
-      const response = await request(new URL(`api/${place(dataset, encoder)}/map`, base));
+      const response = await fetchOk(new URL(`api/${path(dataset, encoder)}/map`, base));
       return parseMap(await readAll(response, onProgress));
     },
   };
 }
 
-function queryOf({ id, metric, perClass, excludeNeuron, region, hemilineage }) {
-  const query = new URLSearchParams({ metric, per_class: perClass });
-  if (id) query.set("id", id);
-  if (excludeNeuron) query.set("exclude_neuron", "1");
-  if (region) query.set("region", region);
-  if (hemilineage) query.set("hemilineage", hemilineage);
-  return query;
+function parametersOf({ id, metric, perClass, excludeNeuron, region, hemilineage }) {
+  const parameters = new URLSearchParams({ metric, per_class: perClass });
+  if (id) parameters.set("id", id);
+  if (excludeNeuron) parameters.set("exclude_neuron", "1");
+  if (region) parameters.set("region", region);
+  if (hemilineage) parameters.set("hemilineage", hemilineage);
+  return parameters;
 }
 
-async function request(address, options = {}) {
+async function fetchOk(address, options = {}) {
   let response;
   try {
     response = await fetch(address, options);
@@ -44,8 +44,8 @@ async function request(address, options = {}) {
     throw new SourceError("The server does not answer. Is `synpipe explore` still running?");
   }
   if (response.ok) return response;
-  const said = await response.json().catch(() => null);
-  throw new SourceError(said?.error ?? `The server answers ${response.status} and says no more.`, response.status);
+  const answer = await response.json().catch(() => null);
+  throw new SourceError(answer?.error ?? `The server answered with status ${response.status} and no message.`, response.status);
 }
 
 async function readAll(response, onProgress) {
@@ -62,7 +62,7 @@ async function readAll(response, onProgress) {
   return new Blob(parts).arrayBuffer();
 }
 
-/** A header's length (uint32), the header (JSON), then the columns, each at a multiple of eight bytes after the header. */
+/** Reads a map file; synpipe/explorer/map_file.py describes its layout. */
 function parseMap(buffer) {
   const headerBytes = new DataView(buffer).getUint32(0, true);
   const header = JSON.parse(new TextDecoder().decode(new Uint8Array(buffer, 4, headerBytes)));

@@ -1,13 +1,14 @@
-// Answers from a static site: site.json says what there is, a worker searches in it. The same form as source-server.js.
+// Gets answers from a static site. site.json describes its files, and a worker searches them. It has the same functions as
+// source-server.js.
 
 import { SourceError } from "./errors.js";
 
-const TILES_HELD = 1000;
+const MAX_TILES = 1000; // kept in memory
 
-/** base: an address in the folder of the site. */
+/** Opens the source. base: an address in the folder of the site. */
 export async function open(base) {
   if (!("DecompressionStream" in globalThis)) {
-    throw new SourceError("This browser is too old for this site: it needs one of 2023 or later.");
+    throw new SourceError("This browser is too old for this site. Use a browser of 2023 or later.");
   }
   const root = new URL("./", base).href;
   const site = await readSite(root);
@@ -33,7 +34,7 @@ export async function open(base) {
     }
   };
   worker.onerror = () => {
-    for (const { reject } of waiting.values()) reject(new SourceError("The search cannot be started in this browser."));
+    for (const { reject } of waiting.values()) reject(new SourceError("The search could not be started in this browser. Reload the page, or use another browser."));
     waiting.clear();
   };
 
@@ -54,16 +55,16 @@ export async function open(base) {
         neuroglancer: neuroglancer !== null,
       })),
     about: async (dataset, encoder) => about(site, dataset, encoder),
-    search: (asked, signal) => orAbort(ask("search", asked), signal),
+    search: (query, signal) => orAbort(ask("search", query), signal),
     random: (dataset, encoder) => ask("random", dataset, encoder),
     synapse: (dataset, encoder, id) => ask("synapse", dataset, encoder, id),
     tile: (dataset, id) => {
       const key = `${dataset} ${id}`;
       const address = addresses.get(key) ?? ask("tile", dataset, id).then((blob) => URL.createObjectURL(blob));
-      addresses.delete(key); // and to the end: the first is the one that has not been shown for the longest
+      addresses.delete(key); // inserted again at the end, so that the first entry is the least recently used
       addresses.set(key, address);
       address.catch(() => addresses.delete(key));
-      if (addresses.size > TILES_HELD) forgetFirst(addresses);
+      if (addresses.size > MAX_TILES) releaseFirst(addresses);
       return address;
     },
     map: async (dataset, encoder, onProgress) => {
@@ -80,7 +81,7 @@ export async function open(base) {
 
 async function readSite(root) {
   const response = await fetch(new URL("site.json", root)).catch(() => null);
-  if (!response?.ok) throw new SourceError("site.json of this site cannot be loaded: is there a connection?", response?.status ?? 0);
+  if (!response?.ok) throw new SourceError("The site's site.json cannot be loaded. Check the connection.", response?.status ?? 0);
   return response.json();
 }
 
@@ -103,16 +104,16 @@ function about(site, dataset, encoder) {
     regions: names("region"),
     hemilineages: names("hemilineage"),
     upload: false,
-    recall: shownRecall(recall),
+    recall: recallByName(recall),
   };
 }
 
-/** How many of the true neighbours the search finds, by what to call it: overall, and of the class that has the fewest rows. */
-function shownRecall({ per_class: count, overall, rarest, rarest_class: name }) {
+/** The share of the true neighbours that the search finds, overall and for the rarest class, by the name to show. */
+function recallByName({ per_class: count, overall, rarest, rarest_class: name }) {
   return { [`recall@${count}`]: overall, ...(name && { [`recall@${count} of ${name}`]: rarest }) };
 }
 
-/** The worker goes on, but nobody waits for it. */
+/** Stops waiting when the signal aborts. The worker still finishes. */
 function orAbort(answer, signal) {
   if (!signal) return answer;
   return new Promise((resolve, reject) => {
@@ -123,7 +124,7 @@ function orAbort(answer, signal) {
   });
 }
 
-async function forgetFirst(addresses) {
+async function releaseFirst(addresses) {
   const [key, address] = addresses.entries().next().value;
   addresses.delete(key);
   URL.revokeObjectURL(await address);
@@ -131,12 +132,12 @@ async function forgetFirst(addresses) {
 
 let answered = false;
 
-/** After the first answer, for which the network is free then. Plain http has no service worker; the site works without. */
+/** Starts the service worker after the first answer, when the network is idle. Plain http has no service worker, which is fine. */
 function keepPages(root) {
   if (answered) return;
   answered = true;
   navigator.serviceWorker?.register(new URL("sw.js", root), { scope: root }).catch((error) => console.warn(error));
 }
 
-// The site has been renewed while this page, of the former one, was opened: what it would ask for may be gone.
+// The site was updated while this page was open. Files that the page would need may be gone, so it reloads unless it has an answer.
 navigator.serviceWorker?.addEventListener("controllerchange", () => answered || location.reload());

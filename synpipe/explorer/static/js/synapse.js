@@ -1,13 +1,13 @@
-// A synapse as it is shown: its tile and its facts.
+// Shows a synapse: its tile and facts.
 
 import { markOf } from "./colours.js";
 import { el } from "./dom.js";
 import { distance, nanometres } from "./format.js";
 
-export const UNLABELLED = "unlabelled"; // the last of the classes: what has none
+export const UNLABELLED = "unlabelled"; // the last class: synapses without a label
 const TILE_PX = 256;
 
-/** A coloured mark of a class; hollow where the class is predicted. It only repeats what text says. */
+/** The coloured mark of a class, hollow if the class is predicted. It is hidden from screen readers, because text says the same. */
 export function mark(name, classes, hollow = false) {
   const place = name === UNLABELLED ? -1 : classes.indexOf(name);
   const element = el("span", { class: `mark ${hollow ? "hollow" : ""} ${place < 0 ? "none" : ""}`, "aria-hidden": "true" });
@@ -20,8 +20,8 @@ export function mark(name, classes, hollow = false) {
 }
 
 /**
- * The image of a tile, in the way asked for: `colour`, `grey` (the middle section), or `strip` (all three, z−1 z z+1).
- * address: a promise. The place is reserved from the start, so that nothing moves when the image comes.
+ * The image of a tile. way: `colour`, `grey` (the middle section) or `strip` (all three sections, z−1 z z+1). address: a promise.
+ * The space is reserved at once, so that nothing moves when the image arrives.
  */
 export function picture(address, way) {
   const sections = { colour: [null], grey: [1], strip: [0, 1, 2] }[way];
@@ -45,7 +45,7 @@ export function picture(address, way) {
   return frame;
 }
 
-/** Known and predicted transmitter, told apart by words and by the mark. */
+/** The known and the predicted transmitter, distinguished by words and by the mark. */
 export function transmitter(synapse, classes) {
   const { neurotransmitter: known, predicted, probability } = synapse;
   const lines = [];
@@ -59,7 +59,7 @@ export function transmitter(synapse, classes) {
   return lines.length ? lines : [el("span", { class: "unknown" }, mark(null, classes), UNLABELLED)];
 }
 
-/** Place in nm, and the way there. */
+/** The position in nm, and a link to it in Neuroglancer. */
 export function place(synapse) {
   const [x, y, z] = nanometres(synapse.position_nm);
   return [
@@ -79,12 +79,12 @@ export function place(synapse) {
   ];
 }
 
-// The site is named by a data set's file; anything but the web is not followed.
+// The address comes from a data set's file. Only web addresses become links.
 const safeLink = (address) => (/^https?:\/\//.test(address) ? address : null);
 
 /**
- * A neighbour: its tile is a button that asks again from it.
- * shared: whether the other encoder names it, too; null where there is no other.
+ * A neighbour. Its tile is a button that searches from this neighbour.
+ * shared: whether the other encoder finds it, too; null if there is no other encoder.
  */
 export function neighbour(synapse, { address, way, classes, shared = null, ask }) {
   const known = synapse.neurotransmitter ?? (synapse.predicted ? `predicted ${synapse.predicted}` : UNLABELLED);
@@ -94,7 +94,7 @@ export function neighbour(synapse, { address, way, classes, shared = null, ask }
     { class: `neighbour ${shared ? "shared" : ""}`, "data-id": synapse.id },
     el(
       "button",
-      { type: "button", class: "tile", tabindex: "-1", "aria-label": shared ? `${label}, named by both encoders` : label, onclick: ask },
+      { type: "button", class: "tile", tabindex: "-1", "aria-label": shared ? `${label}, found by both encoders` : label, onclick: ask },
       picture(address, way),
     ),
     el(

@@ -1,13 +1,13 @@
-// Tiles out of packs: a part of a file where the host knows Range requests, else the whole file.
+// Reads tiles from packs: a part of the file if the host supports Range requests, otherwise the whole file.
 
 import { ask, keep, openCache } from "./columns.js";
 
-const PACKS_HELD = 8; // of 4 MiB, where the host sends whole ones
+const MAX_PACKS = 8; // of 4 MiB, kept in memory if the host sends whole files
 
-let ranged = null; // a promise: whether the host knows Range requests
+let ranged = null; // a promise: whether the host supports Range requests
 const packs = new Map();
 
-/** The tile of a row, a JPEG. places: {length: bytes of each tile, pack: the first tile of each pack}. */
+/** The tile of a row as JPEG. The third argument has the bytes of each tile and the first tile of each pack. */
 export async function readTile(root, folder, { length, pack }, row) {
   const number = pack.array.findLastIndex((first) => first <= row);
   let start = 0;
@@ -22,7 +22,7 @@ async function read(root, address, start, stop) {
   const key = new URL(`?bytes=${start}-${stop - 1}`, address);
   const kept = await cache?.match(key);
   if (kept) return kept.blob();
-  ranged ??= knowsRanges(address).catch((error) => ((ranged = null), Promise.reject(error)));
+  ranged ??= supportsRanges(address).catch((error) => ((ranged = null), Promise.reject(error)));
   const part = (await ranged)
     ? await (await ask(address, { headers: { Range: `bytes=${start}-${stop - 1}` } })).blob()
     : (await wholePack(address)).slice(start, stop);
@@ -30,19 +30,19 @@ async function read(root, address, start, stop) {
   return part;
 }
 
-async function knowsRanges(address) {
+async function supportsRanges(address) {
   const enough = new AbortController();
   const response = await ask(address, { headers: { Range: "bytes=0-0" }, signal: enough.signal });
-  enough.abort(); // the answer may be the whole file
+  enough.abort(); // stops the download, because the answer may be the whole file
   return response.status === 206;
 }
 
 function wholePack(address) {
   const { href } = address;
   const pack = packs.get(href) ?? ask(address).then((response) => response.blob());
-  packs.delete(href); // and to the end: the first is the one that has not been asked for the longest
+  packs.delete(href); // inserted again at the end, so that the first entry is the least recently used
   packs.set(href, pack);
   pack.catch(() => packs.delete(href));
-  if (packs.size > PACKS_HELD) packs.delete(packs.keys().next().value);
+  if (packs.size > MAX_PACKS) packs.delete(packs.keys().next().value);
   return pack;
 }

@@ -1,21 +1,21 @@
-// The worker of a static site: holds its columns and answers from them.
+// The worker of a static site: keeps the site's columns in memory and answers queries from them.
 //
-// In: first {root, site}, the address of the folder and its site.json; then {call, method, args}. Out: {call, result} or
-// {call, error: {message, status}}; and {progress: {loaded, total, what}} while files come.
+// Input: first {root, site}, the address of the folder and its site.json; then {call, method, args}. Output: {call, result} or
+// {call, error: {message, status}}; and {progress: {loaded, total, what}} while files are loaded.
 
 import { loadColumns } from "./columns.js";
 import { SourceError } from "./errors.js";
 import { nearestByClass } from "./nearest.js";
 import { readTile } from "./tile-packs.js";
 
-const MOST_PER_CLASS = 100;
-const NONE16 = 2 ** 16 - 1;
-const NONE32 = 2 ** 32 - 1;
-const DECIMALS = 6; // of a voxel, as in synpipe/links.py
+const MAX_PER_CLASS = 100;
+const NO_CATEGORY = 2 ** 16 - 1;
+const NO_NEURON = 2 ** 32 - 1;
+const DECIMALS = 6; // of a position in voxels, as in synpipe/reports/links.py
 
 let root, site;
-const held = new Map();
-const coming = { files: 0, loaded: 0, total: 0 };
+const files = new Map(); // promises of columns, by path
+const downloads = { files: 0, loaded: 0, total: 0 };
 const METHODS = { search, random, synapse, map, tile };
 
 self.onmessage = async ({ data }) => {
@@ -36,25 +36,25 @@ async function search({ dataset, encoder, id, metric, perClass, excludeNeuron, r
     throw new SourceError(`The metric “${metric}” is unknown: use one of ${site.metrics.join(", ")}.`, 400);
   }
   const count = Number(perClass);
-  if (!Number.isInteger(count) || count < 1 || count > MOST_PER_CLASS) {
-    throw new SourceError(`per_class is a whole number from 1 to ${MOST_PER_CLASS}, not “${perClass}”.`, 400);
+  if (!Number.isInteger(count) || count < 1 || count > MAX_PER_CLASS) {
+    throw new SourceError(`per_class must be a whole number from 1 to ${MAX_PER_CLASS}, not “${perClass}”.`, 400);
   }
-  const place = await open(dataset, encoder);
-  const query = rowOf(place, id);
-  const { neuron } = place.synapses;
-  const own = excludeNeuron && neuron.array[query] !== NONE32 ? neuron.array[query] : null;
-  const wanted = [...conditions(place.synapses, { region, hemilineage })];
+  const opened = await open(dataset, encoder);
+  const query = rowOf(opened, id);
+  const { neuron } = opened.synapses;
+  const ownNeuron = excludeNeuron && neuron.array[query] !== NO_NEURON ? neuron.array[query] : null;
+  const wanted = [...conditions(opened.synapses, { region, hemilineage })];
   const keep = (row) =>
     row !== query &&
-    (own === null || neuron.array[row] !== own) &&
+    (ownNeuron === null || neuron.array[row] !== ownNeuron) &&
     wanted.every(([codes, code]) => codes[row] === code);
-  const found = nearestByClass(place.vectors, { query, metric, perClass: count, starts: place.shared.starts, keep });
-  const { version, fingerprint } = place.entry;
+  const found = nearestByClass(opened.vectors, { query, metric, perClass: count, starts: opened.shared.starts, keep });
+  const { version, fingerprint } = opened.entry;
   const groups = found.map((rows, number) => ({
-    name: place.shared.classes[number],
-    neighbours: rows.map(({ row, distance }) => ({ ...describe(place, row), distance })),
+    name: opened.shared.classes[number],
+    neighbours: rows.map(({ row, distance }) => ({ ...describe(opened, row), distance })),
   }));
-  return { dataset, encoder, metric, version, fingerprint, query: describe(place, query), groups };
+  return { dataset, encoder, metric, version, fingerprint, query: describe(opened, query), groups };
 }
 
 async function random(dataset, encoder) {
@@ -63,8 +63,8 @@ async function random(dataset, encoder) {
 }
 
 async function synapse(dataset, encoder, id) {
-  const place = await open(dataset, encoder);
-  return describe(place, rowOf(place, id));
+  const opened = await open(dataset, encoder);
+  return describe(opened, rowOf(opened, id));
 }
 
 async function map(dataset, encoder) {
@@ -76,10 +76,10 @@ async function map(dataset, encoder) {
     load(entry.map, "map"),
   ]);
   const labelled = { neurotransmitter: transmitters(shared), ...columns, ...synapses, ...more };
-  const placed = x.array.some(Number.isNaN) ? x.array.reduce((rows, value, row) => (value === value && rows.push(row), rows), []) : null;
-  const pick = (array) => (placed ? array.constructor.from(placed, (row) => array[row]) : array);
+  const rowsOnMap = x.array.some(Number.isNaN) ? x.array.reduce((rows, value, row) => (value === value && rows.push(row), rows), []) : null;
+  const pick = (array) => (rowsOnMap ? array.constructor.from(rowsOnMap, (row) => array[row]) : array);
   return {
-    rows: placed?.length ?? x.array.length,
+    rows: rowsOnMap?.length ?? x.array.length,
     ids: pick(synapses.synapse_id.array),
     x: pick(x.array),
     y: pick(y.array),
@@ -108,7 +108,7 @@ function find(dataset, encoder = null) {
   return { shared, entry: shared.encoders[encoder] };
 }
 
-/** What a search in the vectors of an encoder needs. */
+/** Loads everything that a search in the vectors of an encoder needs. */
 async function open(dataset, encoder) {
   const { shared, entry } = find(dataset, encoder);
   const [synapses, columns, { codes }] = await Promise.all([
@@ -121,31 +121,31 @@ async function open(dataset, encoder) {
   return { shared, entry, synapses, columns, vectors };
 }
 
-/** The columns of a file. What has failed to come is asked for again the next time. */
+/** The columns of a file. A failed download is tried again at the next call. */
 function load(file, what) {
   const [path] = file.paths;
-  if (!held.has(path)) held.set(path, fetchFile(file, what).catch((error) => (held.delete(path), Promise.reject(error))));
-  return held.get(path);
+  if (!files.has(path)) files.set(path, fetchFile(file, what).catch((error) => (files.delete(path), Promise.reject(error))));
+  return files.get(path);
 }
 
 async function fetchFile(file, what) {
-  coming.files += 1;
-  coming.total += file.bytes;
+  downloads.files += 1;
+  downloads.total += file.bytes;
   try {
     return await loadColumns(root, file, (bytes) => {
-      coming.loaded += bytes;
-      self.postMessage({ progress: { loaded: coming.loaded, total: coming.total, what } });
+      downloads.loaded += bytes;
+      self.postMessage({ progress: { loaded: downloads.loaded, total: downloads.total, what } });
     });
   } finally {
-    coming.files -= 1;
-    if (!coming.files) coming.loaded = coming.total = 0;
+    downloads.files -= 1;
+    if (!downloads.files) downloads.loaded = downloads.total = 0;
   }
 }
 
-/** The row of a synapse; within a class the ids are sorted. */
+/** The row of a synapse. Ids are sorted within each class. */
 function rowOf({ shared, synapses }, text) {
   if (!/^[0-9]{1,19}$/.test(text)) {
-    throw new SourceError(`“${text}” is no id of a synapse: that is a whole number below 2^63.`, 400);
+    throw new SourceError(`“${text}” is not a synapse id: an id is a whole number below 2^63.`, 400);
   }
   const id = BigInt(text);
   const ids = synapses.synapse_id.array;
@@ -165,7 +165,7 @@ function firstAtLeast(values, value, low, high) {
   return low;
 }
 
-/** Pairs of codes and the wanted code; a name that no row has is wanted in vain. */
+/** Pairs of a column's codes and the wanted code. A name that no row has matches nothing. */
 function* conditions(columns, names) {
   for (const [column, name] of Object.entries(names)) {
     if (name) yield [columns[column]?.array ?? [], columns[column]?.names.indexOf(name) ?? 0];
@@ -180,7 +180,7 @@ function describe({ shared, synapses, columns }, row) {
   const position = [..."xyz"].map((axis) => synapses[`${axis}_nm`].array[row]);
   return {
     id,
-    neuron: neuron === NONE32 ? null : String(synapses.neurons.array[neuron]),
+    neuron: neuron === NO_NEURON ? null : String(synapses.neurons.array[neuron]),
     neurotransmitter: number === shared.classes.length - 1 ? null : shared.classes[number],
     predicted: nameAt(columns.predicted_neurotransmitter, row),
     probability: Number.isFinite(probability) ? probability : null,
@@ -199,9 +199,9 @@ function link({ neuroglancer, voxel_size_nm: size }, id, position) {
   return [..."xyz"].reduce((address, axis, at) => address.replaceAll(`{${axis}}`, places[at]), neuroglancer).replaceAll("{id}", id);
 }
 
-/** The class of every row, as a column: rows are sorted by it. */
+/** The class of each row, as a column. Rows are sorted by class. */
 function transmitters({ classes, starts }) {
-  const array = new Uint16Array(starts.at(-1)).fill(NONE16);
+  const array = new Uint16Array(starts.at(-1)).fill(NO_CATEGORY);
   const names = classes.slice(0, -1);
   names.forEach((_, number) => array.fill(number, starts[number], starts[number + 1]));
   return { array, kind: "category", names };
