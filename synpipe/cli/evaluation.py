@@ -187,4 +187,4 @@ def _classifier_figures(dataset: "Dataset", encoder: str) -> tuple[dict[str, Any
     manifest = read_manifest(dataset, f"classifier_{encoder}")
     if "confusion" not in manifest.figures:
         raise SynpipeError(f"The classifier of {dataset.name} and {encoder} has no figures. {' '.join(manifest.notes)}")
-    return manifest.figures, manifest.notes
+    return {"rows": manifest.rows, **manifest.figures}, manifest.notes

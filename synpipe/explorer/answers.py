@@ -23,6 +23,7 @@ import pyarrow as pa
 
 from synpipe.annotations.schema import UNLABELLED
 from synpipe.assets.compressed import open_branch
+from synpipe.assets.index import open_index
 from synpipe.assets.manifest import find_manifest
 from synpipe.assets.rgb_tiles import open_tiles
 from synpipe.assets.volume import find_viewer

@@ -3,7 +3,7 @@
 Input: the Parquet file of `embedding_table_<encoder>`. Output: a new version of the LanceDB table of the encoder. The tag
 `current` moves only after rows, indexes and recall have been verified. Readers who check out the tag therefore never see a
 table without its indexes, even if a build is killed. There may be one writer at a time. Only this module,
-`synpipe.index.build`, `synpipe.index.search` and `synpipe.reports.versions` import LanceDB.
+`synpipe.index.build`, `synpipe.index.search` and `synpipe.index.versions` import LanceDB.
 """
 
 import contextlib

@@ -42,9 +42,9 @@ class Version:
 class Difference:
     """How version b differs from version a.
 
-    added, removed, changed: synapse ids. matched: number of rows in both. mean_cosine: mean cosine of the vectors of those rows; None
-    if there are none, or if the dimensions differ. same_encoder: whether the encoder has the same fingerprint in both; if
-    not, cosines mean little.
+    added, removed, changed: synapse ids. matched: number of rows in both. mean_cosine: mean cosine of the vectors of those
+    rows; None if there are none, or if the dimensions differ. same_encoder: whether the encoder has the same fingerprint in
+    both; if not, cosines mean little.
     """
 
     added: list[int]

@@ -13,7 +13,6 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 from PIL import Image
-from synpipe.assets.classifier_steps import make_classifier
 
 from synpipe.analysis import classifier_scores
 from synpipe.analysis.classifier_scores import (
@@ -25,7 +24,8 @@ from synpipe.analysis.classifier_scores import (
 )
 from synpipe.analysis.linear_probe import Balance, class_weights, fit_probe, fit_temperature, sample_rows
 from synpipe.annotations.schema import SYNAPSE_SCHEMA
-from synpipe.assets import checks
+from synpipe.assets import checks, classifier
+from synpipe.assets.asset import Task
 from synpipe.assets.graph import states
 from synpipe.assets.manifest import read_manifest
 from synpipe.datasets import Project
@@ -246,7 +246,7 @@ def test_the_evaluation_reports_the_model_of_the_classifier(own: Project):
     change_spec(own, evaluation={"queries": 10, "places": 10, "singles": 1})
     make_outdated(own)
     dataset = own.dataset("demo")
-    figures = read_manifest(dataset, "classifier_tiny").counts
+    figures = read_manifest(dataset, "classifier_tiny").figures
     report = json.loads(dataset.scores_path("tiny").read_text())
     for end in ("", "_low", "_high"):
         probe = report["figures"]["probe_neuron"][end.removeprefix("_") or "value"]
@@ -283,12 +283,12 @@ def test_classes_of_the_test_side_teach_nothing(own: Project):
         if row["synapse_id"] in test:
             row["neurotransmitter"] = wrong[row["neurotransmitter"]]
     write_table(dataset.synapses_path, pa.Table.from_pylist(rows, SYNAPSE_SCHEMA))
-    made = make_classifier(dataset, "tiny", {"synapses": "relabelled"}, lambda line: None)
+    made = classifier.make(Task(dataset, "tiny", {"synapses": "relabelled"}, None, False, lambda line: None))
     after = read_table(dataset.predictions_path("tiny"))
     np.testing.assert_array_equal(read_probabilities(after), read_probabilities(before))
     assert after["neurotransmitter"].to_pylist() != before["neurotransmitter"].to_pylist()
     assert (
-        made.counts["balanced_accuracy"] < 0.2
+        made.figures["balanced_accuracy"] < 0.2
     )  # the predictions were right, so they are wrong for the changed labels
 
 
@@ -361,7 +361,7 @@ def test_a_wrong_spec_is_named(tmp_path: Path, spec: dict, said: str):
 
 def test_figures_in_the_terminal_and_as_a_picture(made: Project, tmp_path: Path):
     said = answer(made, "confusion", "--picture", str(tmp_path / "confusion.png"))
-    figures = read_manifest(made.dataset("demo"), "classifier_tiny").counts
+    figures = read_manifest(made.dataset("demo"), "classifier_tiny").figures
     for name in CLASSES:
         assert f"{figures['recalls'][name]['recall']:.2f} (" in next(
             line for line in said.splitlines() if line.startswith(name)

@@ -14,10 +14,11 @@ from synpipe.analysis.charts import draw_figures
 from synpipe.analysis.compare import SHOWN_QUERIES, encoder_table, format_figure
 from synpipe.analysis.evaluation import FIGURES
 from synpipe.analysis.metrics import Estimate
-from synpipe.assets.graph import states, steps
+from synpipe.assets.graph import nodes, states
 from synpipe.datasets import Dataset, Project
 from synpipe.errors import SynpipeError
 from synpipe.reports.comparison import read_comparison, read_encoder_rows
+from synpipe.reports.housekeeping import find_leftovers, remove_leftovers
 from synpipe.store.files import read_table, write_table
 from synpipe.text import format_table
 from synpipe_tests.conftest import QUICK_EVALUATION, project_of
@@ -104,7 +105,7 @@ def test_what_cannot_be_compared(made: Dataset, project: Project):
 def test_one_encoder_alone_can_be_judged_and_the_evaluation_waits_for_the_other(made: Dataset, tmp_path: Path):
     dataset = own_copy(made, tmp_path)
     dataset.manifest_path("scores_other").unlink()
-    last = steps(dataset)[-1]
+    last = nodes(dataset)[-1]
     assert last.asset == "evaluation"
     last.run(lambda line: None)
     assert [row["encoder"] for row in read_encoder_rows(dataset)] == ["tiny"]
@@ -115,20 +116,20 @@ def test_one_encoder_alone_can_be_judged_and_the_evaluation_waits_for_the_other(
 def test_switched_off_nothing_is_judged_and_the_figures_may_go(own: Own):
     own.edit_dataset(lambda content: content.update(evaluation=None))
     scores = {f"scores_{encoder}" for encoder in own.dataset.encoders}
-    assert {step.asset for step in steps(own.dataset)} == TRUNK | branch("tiny", "other") - scores - {"evaluation"}
+    assert {node.name for node in nodes(own.dataset)} == TRUNK | branch("tiny", "other") - scores - {"evaluation"}
     assert own.outdated() == {}
     for names in ((), ("tiny", "other")):
         assert "`evaluation: null`" in refusal(invoke(own.project, "compare", *names, "--dataset", NAME))
 
     before = files(own.dataset.folder)
-    remove(leftovers(own.dataset))
+    remove_leftovers(find_leftovers(own.dataset))
     gone = before.keys() - files(own.dataset.folder).keys()
     figures = {f"evaluation/{encoder}.{kind}" for encoder in own.dataset.encoders for kind in ("json", "parquet")}
     judged = scores | {"evaluation"}
     lineage = {path for path in gone if path.split("/")[0] == "lineage"}
     assert {path.split("/")[1] for path in lineage} == judged
     assert gone - lineage == figures | {"evaluation.parquet", *(f"manifests/{asset}.json" for asset in judged)}
-    assert own.outdated() == {} and leftovers(own.dataset) == []
+    assert own.outdated() == {} and find_leftovers(own.dataset) == []
 
     own.edit_dataset(lambda content: content.update(evaluation=QUICK_EVALUATION))
     assert own.outdated() == dict.fromkeys(scores | {"evaluation"}, "missing")

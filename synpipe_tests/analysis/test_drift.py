@@ -45,7 +45,7 @@ def add_a_synapse(own: Own) -> None:
 
 def disturb(own: Own, encoder: str, amount: float) -> None:
     """Add noise, as a share of a vector's length, to all that is cached of an encoder."""
-    fingerprint = read_manifest(own.dataset, f"embeddings_{encoder}").counts["encoder_fingerprint"]
+    fingerprint = read_manifest(own.dataset, f"embeddings_{encoder}").figures["encoder_fingerprint"]
     random = np.random.default_rng(0)
     for path in (own.dataset.embeddings_folder / fingerprint).glob("*.parquet"):
         table = read_table(path)
@@ -99,7 +99,7 @@ def test_a_disturbed_cache_is_a_warning_and_stops_nothing(own: Own) -> None:
 
 def test_vectors_of_another_length_are_a_warning(own: Own) -> None:
     """As after another contrast: the same directions, twice as long."""
-    fingerprint = read_manifest(own.dataset, "embeddings_tiny").counts["encoder_fingerprint"]
+    fingerprint = read_manifest(own.dataset, "embeddings_tiny").figures["encoder_fingerprint"]
     for path in (own.dataset.embeddings_folder / fingerprint).glob("*.parquet"):
         table = read_table(path)
         column = table["vector"].combine_chunks()

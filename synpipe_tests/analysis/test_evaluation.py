@@ -231,14 +231,14 @@ def test_a_probe_without_a_second_class_or_a_test_side_is_none():
 def test_the_figures_of_a_data_set(made: Dataset):
     rows = {row["encoder"]: row for row in read_table(made.evaluation_path).to_pylist()}
     assert list(rows) == list(made.encoders)
-    count = read_manifest(made, "rgb_tiles").counts["rows"]
+    count = read_manifest(made, "rgb_tiles").rows
     for name, row in rows.items():
         report = json.loads(made.scores_path(name).read_text())
         for figure in ("instance_recall_at_1", "instance_recall_at_5", "knn_balanced_accuracy", "map", "probe_random"):
             assert 0 <= row[f"{figure}_low"] <= row[figure] <= row[f"{figure}_high"] <= 1
             assert report["figures"][figure]["value"] == row[figure]
         assert row["index_recall"] >= 0.99
-        assert row["bytes_per_vector"] == read_manifest(made, f"embedding_table_{name}").counts["bytes_per_vector"]
+        assert row["bytes_per_vector"] == read_manifest(made, f"embedding_table_{name}").figures["bytes_per_vector"]
         assert set(report["classes"]) <= set(made.spec.classes)
         table = read_table(made.queries_path(name))
         assert len(table) == count

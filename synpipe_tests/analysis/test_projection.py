@@ -13,10 +13,10 @@ import torch
 from synpipe.analysis import projection
 from synpipe.analysis.charts import PALETTE, draw_map
 from synpipe.analysis.projection import ProjectionSpec, fit_map
-from synpipe.assets import derived_steps
+from synpipe.assets import projection as projection_asset
 from synpipe.assets.manifest import read_manifest
 from synpipe.index.publish import open_current
-from synpipe.reports.housekeeping import leftovers
+from synpipe.reports.housekeeping import find_leftovers
 from synpipe.store.files import read_table
 from synpipe_tests.support import changes
 from synpipe_tests.support.changes import NAME, TRUNK, Own, make_outdated
@@ -65,7 +65,7 @@ def test_the_map_is_in_the_projection_the_table_and_the_index(mapped: Own) -> No
     ]
     assert tables[0] == tables[1] == tables[2]
     assert len(np.unique(places_of(mapped), axis=0)) == 40
-    assert read_manifest(dataset, "projection_tiny").counts["method"] == "umap"
+    assert read_manifest(dataset, "projection_tiny").figures["method"] == "umap"
 
 
 def test_a_map_leaves_torch_its_threads(mapped: Own, threads: int) -> None:
@@ -124,16 +124,16 @@ def test_switched_off_the_columns_are_empty_and_the_vectors_stay(own: Own) -> No
     assert {table[name].null_count for name in MAP} == {len(table)}
     assert table["vector"].equals(vectors)
     assert "projection_tiny" not in own.versions()
-    assert dataset.projection_path("tiny") in {leftover.path for leftover in leftovers(dataset)}
+    assert dataset.projection_path("tiny") in {leftover.path for leftover in find_leftovers(dataset)}
 
 
 def test_more_vectors_than_a_fit_takes_are_placed_among_their_like(own: Own, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(projection, "FIT_ROWS", 30)
-    monkeypatch.setattr(derived_steps, "TRANSFORM_ROWS", 4)
+    monkeypatch.setattr(projection_asset, "TRANSFORM_ROWS", 4)
     own.dataset.projection_path("tiny").unlink()
     make_outdated(own.dataset)
     assert np.isfinite(places_of(own)).all()
-    assert read_manifest(own.dataset, "projection_tiny").counts["fitted_on"] == 30
+    assert read_manifest(own.dataset, "projection_tiny").figures["fitted_on"] == 30
 
 
 def test_clusters_of_vectors_are_clusters_on_the_map_also_of_vectors_that_come_later() -> None:

@@ -162,7 +162,7 @@ def test_the_split_of_a_data_set(made: Dataset):
     assert table.column_names == ["synapse_id", *splits.SCHEMES]
     assert table["synapse_id"].to_pylist() == sorted(read_table(made.tiles_path)["synapse_id"].to_pylist())
     manifest = read_manifest(made, "split")
-    classes = manifest.counts["split"]["neuron"]
+    classes = manifest.figures["split"]["neuron"]
     assert set(classes) == set(made.spec.classes)
     assert all(count["groups"] > 0 for count in classes.values())
     few = [name for name, count in classes.items() if not all(count[side] for side in SIDES)]

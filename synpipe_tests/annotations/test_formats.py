@@ -17,13 +17,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import TypeAdapter
-from synpipe.assets.pipeline import make_synapses
 
 from synpipe import annotations
 from synpipe.annotations import table_files
 from synpipe.annotations.formats import AnnotationSpec
 from synpipe.annotations.schema import SYNAPSE_SCHEMA
 from synpipe.annotations.source import AnnotationSource
+from synpipe.assets import synapses
+from synpipe.assets.asset import Task
 from synpipe.datasets import Dataset, DatasetSpec
 from synpipe.errors import SynpipeError
 from synpipe.store import sorting as annotation_sorting
@@ -434,7 +435,7 @@ def test_the_pipeline_writes_the_same_tables_and_leaves_no_temporary_files(tmp_p
     spec = {"title": "t", "volume": {"path": "volume.h5"}, "annotations": [entry], "encoders": ["none"]}
     dataset = Dataset("d", DatasetSpec.parse(spec, "t"), tmp_path / "store", tmp_path, {}, tmp_path)
     log_lines: list[str] = []
-    made = make_synapses(dataset, {"annotations": "a"}, log_lines.append)
+    made = synapses.make(Task(dataset, "", {"annotations": "a"}, None, False, log_lines.append))
     in_memory = read_annotations(
         dataset.spec.annotations, tmp_path, bounds_from_origin([2000, 1600, 1600], [40, 4, 4]), dataset.spec.classes
     )
@@ -444,8 +445,8 @@ def test_the_pipeline_writes_the_same_tables_and_leaves_no_temporary_files(tmp_p
     assert read_table(dataset.synapse_rejects_path) == in_memory.rejects
     assert {path.name for path in dataset.folder.iterdir()} == {"synapses.parquet", "synapse_rejects.parquet"}
     labels = written["neurotransmitter"].to_pylist()
-    assert made.counts == {
-        "rows": len(written),
+    assert made.rows == len(written)
+    assert made.figures == {
         "rejects": 1000 - len(written),
         "classes": {"gaba": labels.count("gaba"), "acetylcholine": labels.count("acetylcholine"), "unlabelled": labels.count(None)},
     }  # fmt: skip

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import yaml
 
-from synpipe.assets.checks import rejects_are_few
 from synpipe.datasets import DatasetSpec, Project
 from synpipe.errors import SynpipeError
 from synpipe_tests.conftest import write_project
@@ -52,9 +51,9 @@ def test_too_many_rejects_fail_the_run_and_nothing_else(project: Project) -> Non
         assert words in message
     assert "max_reject_share" in message and str(project.dataset("demo").rejects_path) in message
     state = assets(project)
-    assert state["rgb_tiles"]["state"] == "fresh" and state["rgb_tiles"]["made"]["counts"]["rows"] == 17
+    assert state["rgb_tiles"]["state"] == "fresh" and state["rgb_tiles"]["made"]["rows"] == 17
     assert state["rejects"]["state"] == "stale" and "are_few has not passed" in state["rejects"]["reasons"][0]
-    assert state["rejects"]["made"]["counts"]["share"] == 0.15
+    assert state["rejects"]["made"]["figures"]["share"] == 0.15
     before = runs(project)
 
     change(project, max_reject_share=0.15)
@@ -69,7 +68,7 @@ def test_too_many_rejects_fail_the_run_and_nothing_else(project: Project) -> Non
 def test_the_check_tells_the_share_and_the_reasons(project: Project) -> None:
     change(project, max_reject_share=1)
     assert invoke(project, "materialize", "-s", "+rejects").exit_code == 0
-    found = rejects_are_few(project.dataset("demo"))
+    found = are_few(project.dataset("demo"), "")
     assert found.passed
     assert found.figures == {"share": 0.15, "allowed": 1, "blank_section": 2, "missing_coordinate": 1}
 

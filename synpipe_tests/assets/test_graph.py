@@ -350,7 +350,7 @@ def test_checks_of_stacks_find_what_is_lost_strange_and_repeated(tampered: Datas
 
 @pytest.mark.parametrize("value", [0.5, 0.0, np.nan])
 def test_checks_of_vectors_find_constant_and_broken_ones(tampered: Dataset, value: float):
-    fingerprint = read_manifest(tampered, "embeddings_tiny").counts["encoder_fingerprint"]
+    fingerprint = read_manifest(tampered, "embeddings_tiny").figures["encoder_fingerprint"]
     cache = EmbeddingCache(tampered.embeddings_folder, fingerprint)
     for path in cache.folder.glob("*.parquet"):
         table = read_table(path)

@@ -1,4 +1,4 @@
-"""Peak memory and time of `make_synapses` for tables of many rows: `python -m synpipe_tests.bench.annotations --rows 10000000`.
+"""Peak memory and time of the asset `synapses` for large tables: `python -m synpipe_tests.bench.annotations --rows 10000000`.
 
 Each format is generated and converted in a process of its own, from the file to `synapses.parquet` with every check. The
 rows are in no order; 0.1 % each are repeated, without a coordinate, outside the volume, of a misspelt transmitter.
@@ -21,7 +21,8 @@ import pyarrow as pa
 import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
 
-from synpipe.assets.pipeline import make_synapses
+from synpipe.assets import synapses
+from synpipe.assets.asset import Task
 from synpipe.datasets import Dataset, DatasetSpec
 
 FORMATS = ("csv", "parquet", "feather")
@@ -47,7 +48,7 @@ def main() -> None:
 
 
 def print_memory(rows: int, formats: tuple[str, ...] = FORMATS, folder: Path | None = None) -> None:
-    print(f"\nmake_synapses of {rows:,} rows; {platform.platform()}, {os.cpu_count()} cores, pyarrow {pa.__version__}")
+    print(f"\nsynapses from {rows:,} rows; {platform.platform()}, {os.cpu_count()} cores, pyarrow {pa.__version__}")
     print(f"  {'':<8} {'file, MB':>9} {'peak, MB':>9} {'seconds':>8}  synapses, rejects")
     with tempfile.TemporaryDirectory(dir=folder) as made:
         for suffix in formats:
@@ -70,9 +71,9 @@ def _dataset(folder: Path, suffix: str) -> Dataset:
 
 def _convert(folder: Path, suffix: str) -> None:
     started = time.monotonic()
-    counts = make_synapses(_dataset(folder, suffix), {"annotations": ""}, lambda _: None).counts
+    made = synapses.make(Task(_dataset(folder, suffix), "", {"annotations": ""}, None, False, lambda _: None))
     elapsed, peak_kb = time.monotonic() - started, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    print(f"{peak_kb * 1024 / 1e6:9,.0f} {elapsed:8.1f}  {counts['rows']:,}, {counts['rejects']:,}")
+    print(f"{peak_kb * 1024 / 1e6:9,.0f} {elapsed:8.1f}  {made.rows:,}, {made.facts.rejects:,}")
 
 
 def write(folder: Path, suffix: str, rows: int) -> Path:

@@ -31,7 +31,7 @@ import pyarrow as pa
 import pyarrow.csv as pa_csv
 import yaml
 
-from synpipe.assets.graph import steps
+from synpipe.assets.graph import nodes
 from synpipe.datasets import Project
 from synpipe_tests.bench.bars import row
 from synpipe_tests.bench.explorer import FREQUENCY
@@ -147,23 +147,23 @@ def write_synapses(path: Path, count: int) -> None:
 
 def measure(project: Project) -> Iterator[tuple[str, tuple[float, float]]]:
     """Asset, peak in MB and seconds, in the order in which the data flows."""
-    for step in steps(project.dataset("bench")):
-        if step.encoder == COMPRESSED and step.kind != "embeddings":
+    for node in nodes(project.dataset("bench")):
+        if node.encoder == COMPRESSED and node.asset.name != "embeddings":
             continue  # the same work as for its base
         peak = 0.0
         command = [sys.executable, "-m", "synpipe_tests.bench.memory_step", str(project.data), str(project.store)]
         process = subprocess.Popen(
-            [*command, step.asset], stdout=subprocess.PIPE, text=True, env=environment(project) | ALLOCATORS
+            [*command, node.name], stdout=subprocess.PIPE, text=True, env=environment(project) | ALLOCATORS
         )
         while process.poll() is None:
             peak = max(peak, anonymous_mb(process.pid))
             time.sleep(INTERVAL_S)
         assert process.stdout is not None
         if process.returncode:
-            raise SystemExit(f"{step.asset} failed")
+            raise SystemExit(f"{node.name} failed")
         seconds = json.loads(process.stdout.read().splitlines()[-1])["seconds"]
-        print(f"  {int(project.data.parent.name):>9,}  {step.asset:<34} {peak:6.0f} MB {seconds:8.1f} s", flush=True)
-        yield step.asset, (peak, seconds)
+        print(f"  {int(project.data.parent.name):>9,}  {node.name:<34} {peak:6.0f} MB {seconds:8.1f} s", flush=True)
+        yield node.name, (peak, seconds)
 
 
 def anonymous_mb(process_id: int) -> float:

@@ -102,7 +102,7 @@ def table_bytes() -> dict[str, float]:
     project = Project.locate()
     materialize(project, "demo")
     demo = project.dataset("demo")
-    made = {name: read_manifest(demo, f"embedding_table_{name}").counts for name in demo.encoders}
+    made = {name: read_manifest(demo, f"embedding_table_{name}").figures for name in demo.encoders}
     return {name: counts["bytes"] / counts["rows"] for name, counts in made.items()}
 
 

@@ -16,7 +16,7 @@ import lancedb
 import pytest
 import yaml
 
-from synpipe.assets.graph import states, steps
+from synpipe.assets.graph import nodes, states
 from synpipe.datasets import Dataset, Project
 from synpipe.defs import schedules
 from synpipe.defs.definitions import build_definitions
@@ -290,10 +290,10 @@ def test_a_check_that_failed_keeps_its_asset_out_of_date_and_stops_what_is_downs
 
 
 def test_an_asset_whose_process_ended_before_its_checks_is_out_of_date(fresh: CodeLocation):
-    (step,) = [step for step in steps(fresh.project.dataset("demo")) if step.asset == "embeddings_tiny"]
-    step.run(lambda message: None, checks=["vectors_vary"])
+    (node,) = [node for node in nodes(fresh.project.dataset("demo")) if node.name == "embeddings_tiny"]
+    node.run(lambda message: None, checks=["vectors_vary"])
     assert wanted(fresh.tick()) == {*(f"{kind}_tiny" for kind in KINDS), "evaluation"}
-    step.passed(["vectors_vary"])
+    node.pass_checks(["vectors_vary"])
     assert fresh.tick() == UP_TO_DATE
 
 

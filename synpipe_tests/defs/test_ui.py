@@ -8,7 +8,7 @@ from urllib.parse import urlsplit
 import pytest
 from playwright.sync_api import Page, expect
 
-from synpipe.assets.graph import steps
+from synpipe.assets.graph import nodes
 from synpipe.datasets import Project
 from synpipe.defs.assets import CHECKS
 from synpipe_tests.support.browser import CHROMIUM, Ui, chromium, serve
@@ -42,13 +42,13 @@ def test_from_an_empty_store_to_green_assets_with_one_click(project: Project, tm
             expect(page.get_by_role("dialog")).to_have_count(0)
 
             assets = ui.ask(ASSETS)["assetNodes"]
-            expected = steps(project.dataset("demo"))
-            assert {tuple(asset["assetKey"]["path"]) for asset in assets} == {("demo", step.asset) for step in expected}
+            expected = nodes(project.dataset("demo"))
+            assert {tuple(asset["assetKey"]["path"]) for asset in assets} == {("demo", node.name) for node in expected}
             for asset in assets:
                 assert [made["runId"] for made in asset["assetMaterializations"]] == [run_id], asset
                 assert asset["staleStatus"] == "FRESH", asset
             checks = [check for asset in assets for check in asset["assetChecksOrError"].get("checks", [])]
-            assert len(checks) == sum(len(CHECKS.get(step.kind, ())) for step in expected)
+            assert len(checks) == sum(len(CHECKS.get(node.asset.name, ())) for node in expected)
             assert {check["executionForLatestMaterialization"]["status"] for check in checks} == {"SUCCEEDED"}, checks
 
             _all_are_green(page, ui, len(expected))

@@ -17,6 +17,7 @@ from synpipe.embeddings.encoders import open_encoder
 from synpipe.embeddings.registry import chosen_encoders, load_registry
 from synpipe.errors import SynpipeError
 from synpipe.index.search import SynapseIndex
+from synpipe.reports.housekeeping import find_leftovers, remove_leftovers
 from synpipe.store.files import read_table
 from synpipe_tests.support import changes
 from synpipe_tests.support.changes import Own, make_outdated
@@ -150,7 +151,7 @@ def test_a_compressed_branch_needs_no_tile_and_leaves_its_base_alone(
     assert base() == before
 
     own.edit_dataset(lambda content: content.update(encoders=["tiny", "other"]))
-    remove(leftovers(own.dataset))
+    remove_leftovers(find_leftovers(own.dataset))
     assert own.outdated() == {"evaluation": "stale"}  # it is of all encoders
     assert not list(own.folder.rglob("*pca8*.parquet"))
     assert not list(own.folder.rglob("*.safetensors"))
@@ -165,9 +166,9 @@ def test_the_table_holds_the_principal_components_of_the_base(compressed: Own) -
     np.testing.assert_allclose(
         np.abs(np.array(pca["vector"].to_pylist())), np.abs(exact), atol=0.02
     )  # both are rounded
-    counts = {name: read_manifest(dataset, f"embedding_table_{name}").counts for name in ("tiny", "tiny_pca8")}
+    counts = {name: read_manifest(dataset, f"embedding_table_{name}").figures for name in ("tiny", "tiny_pca8")}
     assert counts["tiny_pca8"]["bytes_per_vector"] < counts["tiny"]["bytes_per_vector"] / 4
-    costs = {name: read_manifest(dataset, f"index_{name}").counts for name in ("tiny", "tiny_pca8")}
+    costs = {name: read_manifest(dataset, f"index_{name}").figures for name in ("tiny", "tiny_pca8")}
     assert costs["tiny_pca8"]["bytes"] < costs["tiny"]["bytes"]
     assert costs["tiny_pca8"]["query_ms"] > 0
 
@@ -201,7 +202,7 @@ def test_a_tile_from_elsewhere_is_embedded_as_those_of_the_table_were(compressed
 
 def test_added_synapses_and_another_base_lead_to_the_store_that_is_made_from_scratch(own: Own) -> None:
     own.edit_dataset(lambda content: content.update(encoders=["tiny", "tiny+pca8"]))
-    remove(leftovers(own.dataset))
+    remove_leftovers(find_leftovers(own.dataset))
     own.edit_synapses(
         lambda rows: rows.append({**rows[0], "synapse_id": "900", "x_nm": str(float(rows[0]["x_nm"]) + 500)})
     )
@@ -214,7 +215,7 @@ def test_added_synapses_and_another_base_lead_to_the_store_that_is_made_from_scr
     }
     make_outdated(own.dataset)
     own.is_as_from_scratch()
-    remove(leftovers(own.dataset))
+    remove_leftovers(find_leftovers(own.dataset))
     assert own.outdated() == {}
     kept = {path.name for path in own.dataset.embeddings_folder.iterdir() if any(path.iterdir())}
     assert len(kept) == 2

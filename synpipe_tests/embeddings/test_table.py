@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from synpipe.assets.embedding_table import DERIVED_FIELDS
 from synpipe.embeddings.table import round_vectors, table_schema, write_embedding_table
 from synpipe.errors import SynpipeError
 from synpipe_tests.support.tables import PROVENANCE, clustered, embedding_table, synapses, tiles_of, unit
@@ -62,7 +63,7 @@ def test_columns_and_types_are_those_that_are_documented(tmp_path: Path) -> None
     path = embedding_table(tmp_path / "table.parquet", clustered(50, 16), shards=3)
     schema = pq.read_schema(path)
     assert {field.name: str(field.type) for field in schema} == COLUMNS
-    assert schema.equals(table_schema(16))
+    assert schema.equals(table_schema(16, DERIVED_FIELDS))
     assert {field.name for field in schema if not field.nullable} == {
         *("synapse_id", "content_hash", "vector", "norm", "encoder", "encoder_fingerprint", "dataset_version")
     }

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import yaml
 
-from synpipe.assets.graph import steps
+from synpipe.assets.graph import nodes
 from synpipe.datasets import Project
 from synpipe.errors import SynpipeError
 from synpipe_tests.conftest import SMALL_ENCODERS, environment
@@ -190,9 +190,9 @@ def mend(own: Own, whole: Own) -> None:
 def make_what_can_be(project: Project) -> str | None:
     """As the command does it, without Dagster's history, which takes most of its time; what the first asset that fails says."""
     failures = []
-    for step in steps(project.dataset("mine")):
+    for node in nodes(project.dataset("mine")):
         try:
-            step.run(lambda line: None)
+            node.run(lambda line: None)
         except SynpipeError as error:
             failures.append(str(error))
     return failures[0] if failures else None

@@ -15,7 +15,7 @@ from typing import Any
 import h5py
 import pytest
 
-from synpipe.assets.graph import Step, states, steps
+from synpipe.assets.graph import Node, nodes, states
 from synpipe.assets.manifest import read_manifest
 from synpipe.errors import SynpipeError
 from synpipe.index.publish import IndexReport, published
@@ -270,8 +270,8 @@ def test_the_command_says_what_changed_and_makes_just_that(own: Own):
 # What a run leaves that was killed, or that was told to do half of the work.
 
 
-def step_of(own: Own, asset: str) -> Step:
-    return next(step for step in steps(own.dataset) if step.asset == asset)
+def step_of(own: Own, asset: str) -> Node:
+    return next(node for node in nodes(own.dataset) if node.name == asset)
 
 
 @pytest.mark.parametrize(
@@ -291,13 +291,13 @@ def test_a_run_that_was_killed_is_not_forgotten_when_the_change_is_undone(
     """Its files may be of the next version, though everything else says the former one."""
     inputs = files(own.folder / "data")
     there(own)
-    for step in steps(own.dataset):
-        if step.asset == asset:
+    for node in nodes(own.dataset):
+        if node.name == asset:
             with pytest.raises(Killed):
-                killed_at_the_end(step).run(lambda line: None)
+                killed_at_the_end(node).run(lambda line: None)
             break
-        if step.asset in own.outdated():
-            step.run(lambda line: None)
+        if node.name in own.outdated():
+            node.run(lambda line: None)
     for path, content in inputs.items():
         (own.folder / "data" / path).write_bytes(content)
     assert "its last run was interrupted" in reasons(own)[asset]

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner
 
-from synpipe.assets.graph import states, steps
+from synpipe.assets.graph import nodes, states
 from synpipe.assets.manifest import read_manifest
 from synpipe.cluster import engines
 from synpipe.cluster.engines import Cluster, connect, on_cluster
@@ -78,9 +78,9 @@ def kill_the_first_at_work(killed: list[int]) -> None:
 
 
 def run(dataset: Dataset, assets: tuple[str, ...], log: list[str]) -> None:
-    for step in steps(dataset):
-        if step.asset in assets:
-            step.run(log.append)
+    for node in nodes(dataset):
+        if node.name in assets:
+            node.run(log.append)
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +103,7 @@ def both(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> tuple[Da
 
 def parts(dataset: Dataset) -> Iterator[tuple[str, pa.Table]]:
     """Name and table of each part of vectors."""
-    fingerprint = read_manifest(dataset, "embeddings_tiny").counts["encoder_fingerprint"]
+    fingerprint = read_manifest(dataset, "embeddings_tiny").figures["encoder_fingerprint"]
     for path in (dataset.embeddings_folder / fingerprint).glob("*.parquet"):
         yield path.name, pq.read_table(pa.BufferReader(path.read_bytes()))
 
@@ -141,7 +141,7 @@ def test_a_killed_worker_costs_its_shard_and_nothing_is_embedded_twice(both) -> 
     assert sum("a worker died at shard" in line for line in log) == 1
     tiles = read_table(there.tiles_path, ["shard", "content_hash"])
     contents = set(tiles["content_hash"].to_pylist())
-    counts = read_manifest(there, "embeddings_tiny").counts
+    counts = read_manifest(there, "embeddings_tiny").figures
     assert counts["rows"] == len(tiles) and counts["tiles_embedded"] == len(contents)
     held = Counter(name for _, table in parts(there) for name in table["content_hash"].to_pylist())
     assert set(held) == contents and set(held.values()) == {1}
@@ -177,7 +177,7 @@ def test_one_process_carries_on_with_what_the_cluster_has_made(both, monkeypatch
     log: list[str] = []
     run(there, ASSETS, log)
     assert any(line.startswith(f"{lost} tiles embedded") for line in log)
-    assert read_manifest(there, "synapse_stacks").counts["cut_outs_made"] >= cut > 0
+    assert read_manifest(there, "synapse_stacks").figures["cut_outs_made"] >= cut > 0
     versions = [read_manifest(dataset, "embedding_table_tiny").data_version for dataset in (here, there)]
     assert versions[0] == versions[1]
 

@@ -13,13 +13,14 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from synpipe.assets.graph import states, steps
+from synpipe.assets.graph import nodes, states
 from synpipe.assets.rgb_tiles import open_tiles
 from synpipe.datasets import Dataset, Project
 from synpipe.embeddings import cache as embedding_cache
 from synpipe.errors import SynpipeError
 from synpipe.index.publish import open_current
 from synpipe.index.versions import rollback, versions
+from synpipe.reports.housekeeping import find_leftovers, remove_leftovers
 from synpipe.tiles import extraction
 from synpipe.tiles.parts import mark_damaged
 from synpipe_tests.support.inputs import Inputs, Store
@@ -31,9 +32,9 @@ def materialise(dataset: Dataset, only_stale: bool = False) -> str:
     """Every step, as `synpipe materialize` runs them, or with --stale; what they said."""
     said: list[str] = []
     stale = {state.asset for state in states(dataset) if state.state != "fresh"}
-    for step in steps(dataset):
-        if step.asset in stale or not only_stale:
-            step.run(said.append)
+    for node in nodes(dataset):
+        if node.name in stale or not only_stale:
+            node.run(said.append)
     return "\n".join(said)
 
 
@@ -57,10 +58,10 @@ def is_whole_again(dataset: Dataset, expected: Store) -> None:
     found = Store.read(Project(dataset.weights_base, dataset.folder.parent))
     expected.assert_same(found)
     assert {state.state for state in states(dataset)} == {"fresh"}
-    listed = leftovers(dataset)
+    listed = find_leftovers(dataset)
     assert listed
-    remove(listed)
-    assert leftovers(dataset) == []
+    remove_leftovers(listed)
+    assert find_leftovers(dataset) == []
     Store.read(Project(dataset.weights_base, dataset.folder.parent)).assert_same(expected)
     assert len(open_tiles(dataset).read(np.arange(12))) == 12
 
@@ -165,7 +166,7 @@ def test_marks_of_a_former_version_mean_nothing_and_are_cleared_up(
     path = the("tiles/*/*.h5")(dataset)
     mark = path.with_name(f"{path.name}.suspect")
     mark.touch()
-    assert [leftover.path for leftover in leftovers(dataset)] == [mark]
+    assert [leftover.path for leftover in find_leftovers(dataset)] == [mark]
     assert "0 cut-outs made" in materialise(dataset)
     is_whole_again(dataset, whole[1])
 
@@ -213,10 +214,10 @@ def used_kb(whole: tuple[Project, Store], tmp_path_factory: pytest.TempPathFacto
     """What the store takes before and after each step."""
     dataset = Project(whole[0].data, tmp_path_factory.mktemp("measured")).dataset("demo")
     found, used = {}, 0
-    for step in steps(dataset):
-        step.run(lambda line: None)
+    for node in nodes(dataset):
+        node.run(lambda line: None)
         now = sum(-(-path.stat().st_size // 4096) * 4 for path in dataset.folder.rglob("*") if path.is_file())
-        found[step.kind], used = (used, now), now
+        found[node.asset.name], used = (used, now), now
     return found
 
 
@@ -241,7 +242,7 @@ def test_a_full_disk_is_named_and_with_space_the_same_command_carries_on(
     assert str(dataset.folder) in message and "space" in message and "\n" not in message
     assert list(dataset.folder.rglob(".tmp-*")) == []
     outdated = [state.asset for state in states(dataset) if state.state != "fresh"]
-    order = [step.kind for step in steps(dataset)]
+    order = [node.asset.name for node in nodes(dataset)]
     # Files of LanceDB that are half written, or a manifest that did not fit, are of the step or of the one before.
     assert abs(order.index(outdated[0].removesuffix("_tiny")) - order.index(kind)) <= 1
     # A part counts once its index stands beside it.

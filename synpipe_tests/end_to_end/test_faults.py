@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from synpipe.assets.graph import steps
+from synpipe.assets.graph import nodes
 from synpipe.assets.manifest import read_manifest
 from synpipe.datasets import Dataset, Project
 from synpipe.store.files import read_table
@@ -109,8 +109,8 @@ def project(folder: Path, source: Path, kind: str, place: str) -> Project:
 
 
 def make(dataset: Dataset) -> None:
-    for step in steps(dataset)[: len(TRUNK)]:
-        step.run(lambda message: None)
+    for node in nodes(dataset)[: len(TRUNK)]:
+        node.run(lambda message: None)
 
 
 def result(dataset: Dataset) -> tuple[Tiles, Rejects]:
@@ -195,7 +195,7 @@ def test_what_stays_fails_its_shards_only(
         make(dataset)
     assert result(dataset) == result(clean(kind))
     missing = [row for row in stacks if place(row) not in kept]
-    assert read_manifest(dataset, "synapse_stacks").counts["cut_outs_made"] == len(missing) > 0
+    assert read_manifest(dataset, "synapse_stacks").figures["cut_outs_made"] == len(missing) > 0
     needed = {(row["shard"], chunk) for row in missing for chunk in chunks_of(row)}
     assert 0 < sum(chunks_asked_for(server).values()) <= len(needed)
 

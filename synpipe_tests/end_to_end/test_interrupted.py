@@ -20,7 +20,7 @@ import pytest
 
 from synpipe.assets.graph import states
 from synpipe.datasets import Project
-from synpipe.reports.housekeeping import leftovers
+from synpipe.reports.housekeeping import find_leftovers
 from synpipe.store.files import TEMPORARY_PREFIX, read_table, remove_leftovers
 from synpipe_tests.conftest import QUICK_EVALUATION
 from synpipe_tests.support.command import files
@@ -190,7 +190,7 @@ def test_what_learns_and_judges_killed_at_any_moment(process: Killable, tmp_path
         remove_leftovers(project.store, older_than_s=0)
         assert learnt(project) == expected
         assert {state.state for state in states(project.dataset("demo"))} == {"fresh"}
-        assert leftovers(project.dataset("demo")) == []
+        assert find_leftovers(project.dataset("demo")) == []
         shutil.rmtree(project.store)
 
 

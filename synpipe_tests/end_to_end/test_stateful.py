@@ -15,6 +15,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 from synpipe.assets.graph import states
 from synpipe.assets.manifest import read_manifest
 from synpipe.datasets import Project
+from synpipe.reports.housekeeping import find_leftovers, remove_leftovers
 from synpipe.store.files import read_table
 from synpipe_tests.support.inputs import SHAPE, Inputs, Place, Store
 from synpipe_tests.support.killable import Killable, killable
@@ -131,8 +132,8 @@ class Changes(RuleBasedStateMachine):
     @rule()
     def clear_up(self) -> None:
         before = states(self.project.dataset("demo"))
-        remove(leftovers(self.project.dataset("demo")))
-        assert leftovers(self.project.dataset("demo")) == []
+        remove_leftovers(find_leftovers(self.project.dataset("demo")))
+        assert find_leftovers(self.project.dataset("demo")) == []
         assert states(self.project.dataset("demo")) == before
 
     @rule()
@@ -161,7 +162,7 @@ class Changes(RuleBasedStateMachine):
         expected = parts | {part.with_suffix(".parquet") for part in parts}
         assert set(dataset.cut_outs_folder.glob("*/[!.]*")) == expected
         fingerprints = {
-            read_manifest(dataset, f"embeddings_{encoder}").counts["encoder_fingerprint"]
+            read_manifest(dataset, f"embeddings_{encoder}").figures["encoder_fingerprint"]
             for encoder in dataset.encoders
         }
         assert {path.name for path in dataset.embeddings_folder.glob("*") if any(path.iterdir())} == fingerprints

@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 import pytest
 
 from synpipe.annotations.schema import SYNAPSE_SCHEMA
-from synpipe.assets.graph import steps
+from synpipe.assets.graph import nodes
 from synpipe.assets.manifest import read_manifest
 from synpipe.embeddings.encoders import open_encoder
 from synpipe.embeddings.table import write_embedding_table
@@ -37,7 +37,7 @@ from synpipe.index.versions import (
     rollback,
     versions,
 )
-from synpipe.reports.housekeeping import Leftover, leftovers
+from synpipe.reports.housekeeping import Leftover
 from synpipe.store.files import read_table
 from synpipe.tiles.tile import TileReader
 from synpipe_tests.index.test_search import make as index_of
@@ -82,7 +82,7 @@ def invert_volume(own: Own) -> None:
 def test_every_build_is_a_version_that_names_its_data_and_its_encoder(own: Own):
     dataset = own.dataset
     (first,) = versions(dataset, "tiny")
-    fingerprint = read_manifest(dataset, "embeddings_tiny").counts["encoder_fingerprint"]
+    fingerprint = read_manifest(dataset, "embeddings_tiny").figures["encoder_fingerprint"]
     data_version = read_manifest(dataset, "index_tiny").data_version
     assert first == Version(
         tag_for(data_version, fingerprint), first.number, first.made_at, 40, data_version, fingerprint, True
@@ -269,7 +269,7 @@ def test_provenance_is_that_of_the_version_that_readers_see(own: Own):
 
 def listed(own: Own) -> dict[str, str]:
     """Reason by path below the data set's folder, without the manifests of former versions."""
-    found = {str(each.path.relative_to(own.dataset.folder)): each.reason for each in leftovers(own.dataset)}
+    found = {str(each.path.relative_to(own.dataset.folder)): each.reason for each in find_leftovers(own.dataset)}
     return {path: reason for path, reason in found.items() if not path.startswith("lineage/")}
 
 
@@ -282,7 +282,7 @@ def test_in_a_store_that_is_in_order_nothing_is_left_over(own: Own):
 def test_what_no_longer_serves_is_listed_and_nothing_else_is_lost(own: Own, template: Own):
     dataset, inputs = own.dataset, files(own.folder / "data")
     store = set(files(dataset.folder))
-    fingerprint = read_manifest(dataset, "embeddings_tiny").counts["encoder_fingerprint"]
+    fingerprint = read_manifest(dataset, "embeddings_tiny").figures["encoder_fingerprint"]
     old = {name for name in store if name.startswith(f"embeddings/{fingerprint}/")}
     (first,) = versions(dataset, "tiny")
 
@@ -315,7 +315,7 @@ def test_what_no_longer_serves_is_listed_and_nothing_else_is_lost(own: Own, temp
     of_other |= {"tables/other.parquet", "former_tables/other.parquet"}
     of_other |= {"evaluation/other.json", "evaluation/other.parquet"}
     others = {name for name in fresh if name.startswith("embeddings/")} - old - vectors
-    tiny = read_manifest(own.dataset, "embeddings_tiny").counts["encoder_fingerprint"]
+    tiny = read_manifest(own.dataset, "embeddings_tiny").figures["encoder_fingerprint"]
     others = {name for name in others if tiny not in name}
     expected = old | parts | vectors | of_other | others
     assert listed(own).keys() == expected
@@ -366,7 +366,7 @@ def test_what_is_forgotten_is_removed_and_what_a_tag_names_is_not(own: Own):
     of_first = [dataset.lineage_path("embeddings_tiny", read_manifest(dataset, "embeddings_tiny").data_version)]
 
     def large() -> list[Leftover]:
-        return [each for each in leftovers(own.dataset) if each.path.suffix == ".lance"]
+        return [each for each in find_leftovers(own.dataset) if each.path.suffix == ".lance"]
 
     def gc() -> int:
         """Bytes that it says to remove of indexes, which it must."""
@@ -410,7 +410,7 @@ def test_what_is_forgotten_is_removed_and_what_a_tag_names_is_not(own: Own):
     assert [(each.path.name, each.reason) for each in large()] == [("tiny.lance", "index of an encoder no longer used")]
     gc()
     assert [path.name for path in folder.iterdir()] == ["other.lance"]
-    assert not list((dataset.folder / "lineage").glob("*_tiny/*")) and leftovers(own.dataset) == []
+    assert not list((dataset.folder / "lineage").glob("*_tiny/*")) and find_leftovers(own.dataset) == []
     own.edit_dataset(lambda spec: spec["encoders"].append("tiny"))
     make_outdated(own.dataset)
     own.is_as_from_scratch()
@@ -421,13 +421,13 @@ def test_what_an_interrupted_run_would_take_up_is_not_left_over(own: Own):
     set_entry(own, seed=7)
     change_row(own, ids(own)[0], lambda row: row.update(x_nm=str(float(row["x_nm"]) + 80)))
     for asset in ("synapse_stacks", "embeddings_tiny"):
-        for step in steps(own.dataset):
-            if step.asset in own.outdated():
-                if step.asset == asset:
+        for node in nodes(own.dataset):
+            if node.name in own.outdated():
+                if node.name == asset:
                     with pytest.raises(Killed):
-                        killed_at_the_end(step).run(lambda line: None)
+                        killed_at_the_end(node).run(lambda line: None)
                     break
-                step.run(lambda line: None)
+                node.run(lambda line: None)
         assert set(files(own.dataset.folder)) - before
         assert listed(own) == {}
     made = {name for name in set(files(own.dataset.folder)) - before if name.startswith(("tiles/", "embeddings/"))}

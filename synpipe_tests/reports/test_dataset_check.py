@@ -84,7 +84,7 @@ def test_the_demo(made: Dataset, tmp_path: Path) -> None:
     result = check(project_of(made), "demo", "--picture", str(tmp_path / "sheet.png"))
     assert picture_of(result) > (700, 500)  # eight tiles of each of six classes
     assert files(made.folder) == before
-    counts = read_manifest(made, "synapses").counts
+    counts = read_manifest(made, "synapses").figures
     assert f"annotations  {counts['rows']} usable, {counts['rejects']} rejected" in result.stdout
     for name, count in counts["classes"].items():
         assert f"{name}: {count} synapses" in result.stdout

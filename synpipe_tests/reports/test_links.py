@@ -14,7 +14,7 @@ import yaml
 from neuroglancer.read_precomputed_annotations import AnnotationReader
 
 from synpipe.annotations.schema import SYNAPSE_SCHEMA, UNLABELLED
-from synpipe.assets.graph import states, steps
+from synpipe.assets.graph import nodes, states
 from synpipe.assets.manifest import read_manifest
 from synpipe.assets.volume import find_viewer
 from synpipe.datasets import NEUROTRANSMITTERS, Dataset, DatasetSpec
@@ -170,9 +170,9 @@ def test_neuroglancer_shows_the_voxel_of_the_position_whatever_holds_it(tmp_path
 
 
 def make(dataset: Dataset, *assets: str) -> None:
-    for step in steps(dataset):
-        if step.asset in assets:
-            step.run(print)
+    for node in nodes(dataset):
+        if node.name in assets:
+            node.run(print)
 
 
 @pytest.fixture(scope="module")
@@ -207,7 +207,7 @@ def test_rejects_and_synapses_have_links(remote):
             assert row["neuroglancer"] is None
             continue
         state = neuroglancer.parse_url(row["neuroglancer"])
-        size = read_manifest(dataset, "volume").counts["voxel_size_nm_zyx"][::-1]
+        size = read_manifest(dataset, "volume").figures["voxel_size_nm_zyx"][::-1]
         np.testing.assert_allclose(state.position, np.array(nm) / size, atol=1e-6)
     synapse = read_table(dataset.synapses_path).slice(0, 1)
     link = answer(remote, "link", str(synapse["synapse_id"][0])).strip()

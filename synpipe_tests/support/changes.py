@@ -19,9 +19,10 @@ import yaml
 from dagster._core.definitions.data_version import CachingStaleStatusResolver
 from dagster._core.loader import LoadingContextForTest
 
-from synpipe.assets.graph import Step, states, steps
+from synpipe.assets.asset import Made, Task
+from synpipe.assets.graph import Node, nodes, states
 from synpipe.assets.manifest import read_manifest
-from synpipe.assets.pipeline import shard_name
+from synpipe.cluster.workers import shard_name
 from synpipe.datasets import Dataset, Project
 from synpipe.defs.definitions import build_definitions
 from synpipe.defs.run import materialize, prepare_home
@@ -127,7 +128,7 @@ class Own:
                 for entry in instance.all_logs(run_id, of_type=dg.DagsterEventType.ASSET_MATERIALIZATION)
             ]
         assets = {event.asset_key.path[-1] for event in events if event is not None}
-        counts = {asset: read_manifest(self.dataset, asset).counts for asset in assets}
+        counts = {asset: read_manifest(self.dataset, asset).figures for asset in assets}
         return Ran(
             assets,
             counts["synapse_stacks"]["cut_outs_made"] if "synapse_stacks" in counts else 0,
@@ -155,7 +156,7 @@ class Own:
         return dg.DagsterInstance.get()
 
     def versions(self) -> dict[str, str]:
-        return {step.asset: read_manifest(self.dataset, step.asset).data_version for step in steps(self.dataset)}
+        return {node.name: read_manifest(self.dataset, node.name).data_version for node in nodes(self.dataset)}
 
     def branch_files(self, encoder: str) -> dict[str, bytes]:
         """Manifests and table of an encoder."""
@@ -173,30 +174,30 @@ class Own:
 def make_outdated(dataset: Dataset) -> None:
     """What is out of date, without Dagster."""
     outdated = {state.asset for state in states(dataset) if state.state != "fresh"}
-    for step in steps(dataset):
-        if step.asset in outdated:
-            step.run(lambda line: None)
+    for node in nodes(dataset):
+        if node.name in outdated:
+            node.run(lambda line: None)
 
 
 class Killed(BaseException):
     """Stands for the end of the process."""
 
 
-def killed_at_the_end(step: Step) -> Step:
-    """The step, whose process ends when all of its files are written and its manifest is not."""
+def killed_at_the_end(node: Node) -> Node:
+    """The asset, but its process ends when all of its files are written and its manifest is not."""
 
-    def make(*arguments: Any) -> None:
-        step.make(*arguments)
+    def make(task: Task) -> Made[Any]:
+        node.asset.make(task)
         raise Killed
 
-    return replace(step, make=make)
+    return replace(node, asset=replace(node.asset, make=make))
 
 
 def same_store(here: Dataset, there: Dataset) -> None:
     """Data versions, rows, vectors and rejects are the same, whatever was made before and where tiles are kept."""
-    for step in steps(here):
-        versions = [read_manifest(dataset, step.asset).data_version for dataset in (here, there)]
-        assert versions[0] == versions[1], step.asset
+    for node in nodes(here):
+        versions = [read_manifest(dataset, node.name).data_version for dataset in (here, there)]
+        assert versions[0] == versions[1], node.name
     for name in ("synapses_path", "rejects_path"):
         assert _plain(read_table(getattr(here, name))) == _plain(read_table(getattr(there, name))), name
     tiles = [read_table(dataset.tiles_path).drop_columns(["file", "row"]) for dataset in (here, there)]
@@ -255,7 +256,7 @@ def _plain(table: pa.Table) -> list[dict[str, Any]]:
 
 def _embedded(dataset: Dataset, encoder: str) -> np.ndarray:
     """Unit vectors by synapse id, as the encoder gave them."""
-    fingerprint = read_manifest(dataset, f"embeddings_{encoder}").counts["encoder_fingerprint"]
+    fingerprint = read_manifest(dataset, f"embeddings_{encoder}").figures["encoder_fingerprint"]
     cache = EmbeddingCache(dataset.embeddings_folder, fingerprint)
     tiles = read_table(dataset.tiles_path, ["synapse_id", "shard", "content_hash"]).sort_by("synapse_id").to_pylist()
     vectors = np.concatenate([cache.read(shard_name(tile["shard"]), [tile["content_hash"]]) for tile in tiles])

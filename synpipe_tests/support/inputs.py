@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import yaml
 
-from synpipe.assets.graph import steps
+from synpipe.assets.graph import nodes
 from synpipe.assets.manifest import read_manifest
 from synpipe.datasets import Dataset, Project
 from synpipe.index.build import BITMAP_COLUMNS, BTREE_COLUMNS
@@ -104,7 +104,7 @@ class Store:
     def read(cls, project: Project) -> "Store":
         """Of every encoder the published index, which must agree with the Parquet table."""
         dataset = project.dataset("demo")
-        found = cls({step.asset: read_manifest(dataset, step.asset).data_version for step in steps(dataset)}, {}, {})
+        found = cls({node.name: read_manifest(dataset, node.name).data_version for node in nodes(dataset)}, {}, {})
         for encoder in dataset.encoders:
             index, file = published(dataset, encoder), read_table(dataset.table_path(encoder))
             found.rows[encoder], found.vectors[encoder] = _rows(index), _vectors(index)

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from synpipe.assets.graph import states, steps
+from synpipe.assets.graph import nodes, states
 from synpipe.datasets import Project
 from synpipe.embeddings import embed as embedding
 from synpipe.store.files import TEMPORARY_PREFIX
@@ -196,10 +196,10 @@ def materialise(order: dict[str, Any], mark: Callable[[bytes], Any]) -> None:
     count("__call__", embedding._Launch, lambda _launch, staged: mark(b"e" * len(staged)) if for_the_cache() else None)
     dataset = Project(Path(order["data"]), Path(store)).dataset("demo")
     stale = {state.asset for state in states(dataset) if state.state != "fresh"}
-    for step in steps(dataset):
-        if step.asset in stale:
-            kind = b"l" if step.kind in LEARN else b"w"
-            step.run(lambda message: None)
+    for node in nodes(dataset):
+        if node.name in stale:
+            kind = b"l" if node.asset.name in LEARN else b"w"
+            node.run(lambda message: None)
 
 
 def for_the_cache() -> bool:

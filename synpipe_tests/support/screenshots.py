@@ -13,8 +13,9 @@ from typing import Any
 from PIL import Image, ImageOps
 from playwright.sync_api import Page
 
+from synpipe.assets.index import draw_example_neighbours
+from synpipe.assets.rgb_tiles import draw_tiles_by_class
 from synpipe.datasets import Project
-from synpipe.reports.pictures import nearest_neighbours, tiles_by_class
 from synpipe.store.files import atomic_path
 from synpipe_tests.support.browser import chromium, serve
 from synpipe_tests.support.explorer_pages import MapOnPage, Truth, explore, shown
@@ -35,8 +36,8 @@ def main() -> None:
     project = Project.locate()
     dataset = project.dataset("demo")
     folder = project.data / "pictures"
-    _save(tiles_by_class(dataset, tile_px=64), folder / "tiles.png")
-    _save(nearest_neighbours(dataset, dataset.encoder(None)), folder / "neighbours.png")
+    _save(draw_tiles_by_class(dataset, tile_px=64), folder / "tiles.png")
+    _save(draw_example_neighbours(dataset, dataset.encoder(None)), folder / "neighbours.png")
     with tempfile.TemporaryDirectory() as logs:
         with serve(_alone(project, Path(logs)), Path(logs)) as ui:
             with chromium() as browser:

@@ -13,7 +13,7 @@ import numpy as np
 import yaml
 from scipy.ndimage import gaussian_filter
 
-from synpipe.assets.graph import states, steps
+from synpipe.assets.graph import nodes, states
 from synpipe.datasets import Project
 
 CLASSES = ("coarse", "medium", "fine")
@@ -73,7 +73,7 @@ def make_outdated(project: Project) -> set[str]:
     """Make what is out of date, without Dagster; returns the assets that were."""
     dataset = project.dataset("demo")
     outdated = {state.asset for state in states(dataset) if state.state != "fresh"}
-    for step in steps(dataset):
-        if step.asset in outdated:
-            step.run(lambda line: None)
+    for node in nodes(dataset):
+        if node.name in outdated:
+            node.run(lambda line: None)
     return outdated

@@ -19,7 +19,7 @@ from synpipe.datasets import Project
 from synpipe.embeddings.encoder_specs import EncoderSpec
 from synpipe.embeddings.registry import load_registry
 from synpipe.errors import SynpipeError
-from synpipe.reports.housekeeping import leftovers
+from synpipe.reports.housekeeping import find_leftovers
 from synpipe.store.files import read_table
 from synpipe.training import augmentation, finetuning
 from synpipe.training.augmentation import augment
@@ -156,7 +156,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Project:
 
 def test_the_trained_network_predicts_and_its_vectors_are_kept(made: Project):
     dataset = made.dataset("demo")
-    counts = read_manifest(dataset, "classifier_tiny").counts
+    counts = read_manifest(dataset, "classifier_tiny").figures
     assert counts["method"] == "finetune"
     assert counts["balanced_accuracy"] > 0.6  # chance is a third
     rows = read_table(dataset.table_path("tiny"))
@@ -164,7 +164,7 @@ def test_the_trained_network_predicts_and_its_vectors_are_kept(made: Project):
     assert set(rows["predicted_neurotransmitter"].to_pylist()) <= set(CLASSES)
     # The vectors of the table are those of the encoder itself.
     assert set(rows["encoder_fingerprint"].to_pylist()) != {counts["encoder_fingerprint"]}
-    assert leftovers(dataset) == []
+    assert find_leftovers(dataset) == []
 
 
 def test_a_trained_network_is_an_encoder_of_its_own(made: Project):
@@ -178,11 +178,11 @@ def test_a_trained_network_is_an_encoder_of_its_own(made: Project):
     change_spec(again, encoders=["tiny", "taught"], classifier={"method": "linear"})
     make_outdated(again)
     dataset = again.dataset("demo")
-    embedded = read_manifest(dataset, "embeddings_taught").counts
+    embedded = read_manifest(dataset, "embeddings_taught").figures
     assert embedded["tiles_embedded"] == 0  # the classifier had embedded them: one network, one preprocessing
-    assert read_manifest(dataset, "index_taught").counts["rows"] == 112
-    assert read_manifest(dataset, "classifier_taught").counts["balanced_accuracy"] > 0.6
-    reasons = {one.reason for one in leftovers(dataset)}
+    assert read_manifest(dataset, "index_taught").rows == 112
+    assert read_manifest(dataset, "classifier_taught").figures["balanced_accuracy"] > 0.6
+    reasons = {one.reason for one in find_leftovers(dataset)}
     assert reasons == {"of a training that no classifier uses"}
     assert "already" in refusal(invoke(again, "finetune", "--encoder", "tiny", "--name", "taught"))
     assert "cannot be the name" in refusal(invoke(again, "finetune", "--encoder", "tiny", "--name", "../taught"))

@@ -619,23 +619,23 @@ def test_remote_fingerprints_are_of_the_documents(tmp_path: Path, grey: np.ndarr
 
 
 def test_an_address_is_never_missing_and_a_touched_chunk_is_seen(tmp_path: Path, grey: np.ndarray) -> None:
-    from synpipe.assets.pipeline import status_of
+    from synpipe.assets.volume import status_of_files
 
     remote = write_project(tmp_path / "remote", synthetic=None, volume={"path": "precomputed://gs://bucket/volume"})
     dataset = remote.dataset("demo")
     assert [path.name for path in dataset.missing_sources()] == ["synapses.csv"]
-    assert status_of(dataset.volume_files()) == []
+    assert status_of_files(dataset.volume_files()) == []
 
     local = write_project(tmp_path / "local", synthetic=None, volume={"path": "n5://volume"}).dataset("demo")
     assert [path.name for path in local.missing_sources()] == ["volume", "synapses.csv"]
     write_n5(local.base / "volume", grey)
     assert [path.name for path in local.missing_sources()] == ["synapses.csv"]
-    before = status_of(local.volume_files())
+    before = status_of_files(local.volume_files())
     chunk = first_chunk(local.base / "volume")
     chunk.write_bytes(chunk.read_bytes()[:-1])
-    after = status_of(local.volume_files())
+    after = status_of_files(local.volume_files())
     chunk.unlink()
-    assert len({json.dumps(found) for found in (before, after, status_of(local.volume_files()))}) == 3
+    assert len({json.dumps(found) for found in (before, after, status_of_files(local.volume_files()))}) == 3
 
 
 @pytest.mark.parametrize("name", ["fafb_v14", "hemibrain", "manc"])
