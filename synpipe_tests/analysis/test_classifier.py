@@ -24,12 +24,12 @@ from synpipe.analysis.classifier_scores import (
 )
 from synpipe.analysis.linear_probe import Balance, class_weights, fit_probe, fit_temperature, sample_rows
 from synpipe.annotations.schema import SYNAPSE_SCHEMA
-from synpipe.assets import checks, classifier
+from synpipe.assets import classifier
 from synpipe.assets.asset import Task
+from synpipe.assets.embedding_table import DERIVED_FIELDS
 from synpipe.assets.graph import states
 from synpipe.assets.manifest import read_manifest
 from synpipe.datasets import Project
-from synpipe.embeddings.table import DERIVED_FIELDS
 from synpipe.errors import SynpipeError
 from synpipe.store.files import read_table, write_table
 from synpipe_tests.bench.balance import recalls
@@ -323,23 +323,23 @@ def test_too_few_classes_to_learn_are_noted_and_stop_nothing(own: Project):
     table = read_table(dataset.table_path("tiny"))
     assert table["predicted_neurotransmitter"].null_count == len(table) == 112
     assert "train" in table["split"].to_pylist()
-    assert checks.predictions_are_whole(dataset, "tiny").passed
+    assert classifier.predictions_are_whole(dataset, "tiny").passed
     assert not dataset.neuron_predictions_path("tiny").exists()
     assert "fewer than 2 classes" in refusal(invoke(own, "confusion"))
 
 
 def test_the_check_finds_predictions_that_are_missing_or_no_probabilities(own: Project):
     dataset = own.dataset("demo")
-    assert checks.predictions_are_whole(dataset, "tiny").passed
+    assert classifier.predictions_are_whole(dataset, "tiny").passed
     path = dataset.predictions_path("tiny")
     table = read_table(path)
     write_table(path, table.slice(1))
-    assert not checks.predictions_are_whole(dataset, "tiny").passed
+    assert not classifier.predictions_are_whole(dataset, "tiny").passed
     place = table.schema.get_field_index("class_probabilities")
     for value, said in (([0.5, np.nan, 0.5], "not finite"), ([0.5, 0.1, 0.1], "do not sum to one"), (None, "1 tiles")):
         values = [value, *table["class_probabilities"].to_pylist()[1:]]
         write_table(path, table.set_column(place, table.schema.field(place), pa.array(values, pa.list_(pa.float32()))))
-        finding = checks.predictions_are_whole(dataset, "tiny")
+        finding = classifier.predictions_are_whole(dataset, "tiny")
         assert not finding.passed and said in finding.description
 
 

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from synpipe.analysis import drift
-from synpipe.assets import checks
+from synpipe.assets.asset import Finding
+from synpipe.assets.embedding_table import have_not_drifted
 from synpipe.assets.manifest import read_manifest
 from synpipe.store.files import read_table, write_table
 from synpipe_tests.support import changes
@@ -33,8 +34,8 @@ def own(made: Own, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Own:
     return changes.copy(made, tmp_path / "own", monkeypatch)
 
 
-def finding(own: Own, encoder: str = "tiny") -> checks.Finding:
-    return checks.vectors_have_not_drifted(own.dataset, encoder)
+def finding(own: Own, encoder: str = "tiny") -> Finding:
+    return have_not_drifted(own.dataset, encoder)
 
 
 def add_a_synapse(own: Own) -> None:
@@ -90,7 +91,7 @@ def test_a_disturbed_cache_is_a_warning_and_stops_nothing(own: Own) -> None:
     assert not found.passed
     assert found.severity == "warning"
     with own.instance() as instance:
-        key = dg.AssetCheckKey(dg.AssetKey([NAME, "embedding_table_tiny"]), "drift")
+        key = dg.AssetCheckKey(dg.AssetKey([NAME, "tiny", "embedding_table"]), "drift")
         (record,) = instance.event_log_storage.get_asset_check_execution_history(key, limit=1)
         evaluation = record.event.dagster_event.event_specific_data  # type: ignore[union-attr]
     assert not evaluation.passed

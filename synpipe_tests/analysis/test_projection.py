@@ -82,7 +82,7 @@ def test_the_whole_graph_is_there_with_nothing_switched_off(mapped: Own) -> None
 def test_the_page_shows_a_picture(mapped: Own, monkeypatch: pytest.MonkeyPatch) -> None:
     changes.at_home(monkeypatch)
     with mapped.instance() as instance:
-        event = instance.get_latest_materialization_event(dg.AssetKey([NAME, "projection_tiny"]))
+        event = instance.get_latest_materialization_event(dg.AssetKey([NAME, "tiny", "projection"]))
     assert event is not None and event.asset_materialization is not None
     assert str(event.asset_materialization.metadata["map"].value).startswith("![map](data:image/jpeg;base64,")
 

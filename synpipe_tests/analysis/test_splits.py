@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from synpipe.analysis import splits
 from synpipe.analysis.splits import GUARD, SIDES, TEST, TRAIN, VALIDATION, SplitSpec, split
-from synpipe.assets import checks
 from synpipe.assets.manifest import read_manifest
+from synpipe.assets.split import sides_are_apart
 from synpipe.datasets import Dataset, Project
 from synpipe.errors import SynpipeError
 from synpipe.store.files import read_table, write_table
@@ -167,7 +167,7 @@ def test_the_split_of_a_data_set(made: Dataset):
     assert all(count["groups"] > 0 for count in classes.values())
     few = [name for name, count in classes.items() if not all(count[side] for side in SIDES)]
     assert all(any(name in note for note in manifest.notes) for name in few)
-    assert checks.sides_are_apart(made).passed
+    assert sides_are_apart(made, "").passed
 
 
 def test_the_check_fails_where_a_neuron_or_overlapping_tiles_stand_on_two_sides(made: Dataset, tmp_path: Path):
@@ -178,13 +178,13 @@ def test_the_check_fails_where_a_neuron_or_overlapping_tiles_stand_on_two_sides(
     place = sides.index(TEST)
     torn = [TRAIN if row == place else side for row, side in enumerate(sides)]
     write_table(dataset.split_path, table.set_column(1, "neuron", pa.array(torn)))
-    finding = checks.sides_are_apart(dataset)
+    finding = sides_are_apart(dataset, "")
     assert not finding.passed
     assert "by neuron, 1 groups stand on two sides" in finding.description
 
     unguarded = [TRAIN if side == GUARD else side for side in sides]
     assert unguarded != sides
     write_table(dataset.split_path, table.set_column(1, "neuron", pa.array(unguarded)))
-    finding = checks.sides_are_apart(dataset)
+    finding = sides_are_apart(dataset, "")
     assert not finding.passed
     assert "overlap one of another side" in finding.description

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import yaml
 
+from synpipe.assets.rejects import are_few
 from synpipe.datasets import DatasetSpec, Project
 from synpipe.errors import SynpipeError
 from synpipe_tests.conftest import write_project

@@ -26,7 +26,7 @@ import yaml
 from PIL import Image
 from safetensors.torch import save_file
 
-from synpipe.assets import checks
+from synpipe.assets import embedding_table, embeddings, index, rgb_tiles, synapse_stacks
 from synpipe.assets.manifest import read_manifest
 from synpipe.datasets import Dataset, Project
 from synpipe.defs.definitions import build_definitions
@@ -314,11 +314,11 @@ def tampered(made: Dataset, tmp_path: Path) -> Dataset:
 
 
 def test_checks_pass_on_what_was_made(made: Dataset):
-    findings = [checks.tiles_are_there(made), checks.stacks_match_synapses(made)]
+    findings = [rgb_tiles.are_there(made, ""), synapse_stacks.match_synapses(made, "")]
     for encoder in made.encoders:
         findings += [
             check(made, encoder)
-            for check in (checks.vectors_vary, checks.table_matches_tiles, checks.index_finds_neighbours)
+            for check in (embeddings.vectors_vary, embedding_table.match_tiles, index.finds_neighbours)
         ]
     assert [finding.description for finding in findings if not finding.passed] == []
 
@@ -326,11 +326,11 @@ def test_checks_pass_on_what_was_made(made: Dataset):
 def test_checks_of_tiles_find_a_synapse_listed_twice_and_none_at_all(tampered: Dataset):
     tiles = read_table(tampered.tiles_path)
     write_table(tampered.tiles_path, tiles.take([*range(len(tiles)), 3, 4]))
-    finding = checks.tiles_are_there(tampered)
+    finding = rgb_tiles.are_there(tampered, "")
     assert not finding.passed
     assert "2 synapses are listed more than once" in finding.description
     write_table(tampered.tiles_path, tiles.slice(0, 0))
-    assert not checks.tiles_are_there(tampered).passed
+    assert not rgb_tiles.are_there(tampered, "").passed
 
 
 def test_checks_of_stacks_find_what_is_lost_strange_and_repeated(tampered: Dataset):
@@ -339,9 +339,9 @@ def test_checks_of_stacks_find_what_is_lost_strange_and_repeated(tampered: Datas
     without_first = stacks.slice(1)
     added = stacks.slice(0, 1).set_column(0, "synapse_id", strange)
     write_table(tampered.stacks_path, without_first)
-    assert "1 without stack or reason" in checks.stacks_match_synapses(tampered).description
+    assert "1 without stack or reason" in synapse_stacks.match_synapses(tampered, "").description
     write_table(tampered.stacks_path, pa.concat_tables([stacks, added.cast(stacks.schema), stacks.slice(5, 2)]))
-    finding = checks.stacks_match_synapses(tampered)
+    finding = synapse_stacks.match_synapses(tampered, "")
     assert not finding.passed
     assert "1 of no synapse" in finding.description
     assert "2 repeated" in finding.description
@@ -357,8 +357,8 @@ def test_checks_of_vectors_find_constant_and_broken_ones(tampered: Dataset, valu
         hashes = table["content_hash"].to_pylist()
         vectors = np.full((len(hashes), 1280), value, np.float32)
         assert cache.add(path.name.split("-")[0], hashes, vectors) == path
-    assert not checks.vectors_vary(tampered, "tiny").passed
-    assert checks.vectors_vary(tampered, "other").passed
+    assert not embeddings.vectors_vary(tampered, "tiny").passed
+    assert embeddings.vectors_vary(tampered, "other").passed
 
 
 def test_checks_of_the_table_and_the_index_find_missing_rows_and_other_tiles(tampered: Dataset):
@@ -367,17 +367,17 @@ def test_checks_of_the_table_and_the_index_find_missing_rows_and_other_tiles(tam
     content = table["content_hash"].to_pylist()
     exchanged = [content[1], content[0], *content[2:]]
     write_table(path, table.set_column(table.column_names.index("content_hash"), "content_hash", [exchanged]))
-    assert not checks.table_matches_tiles(tampered, "tiny").passed
+    assert not embedding_table.match_tiles(tampered, "tiny").passed
     write_table(path, table.take(np.arange(len(table))[::-1]))
-    assert checks.table_matches_tiles(tampered, "tiny").passed  # the order does not matter
+    assert embedding_table.match_tiles(tampered, "tiny").passed  # the order does not matter
     write_table(path, table.slice(1))
-    assert not checks.table_matches_tiles(tampered, "tiny").passed
+    assert not embedding_table.match_tiles(tampered, "tiny").passed
 
     manifest = tampered.manifest_path("embedding_table_tiny")
     said = json.loads(manifest.read_text())
     said["counts"]["rows"] -= 1
     manifest.write_text(json.dumps(said))
-    finding = checks.index_finds_neighbours(tampered, "tiny")
+    finding = index.finds_neighbours(tampered, "tiny")
     assert not finding.passed
     assert f"{len(table)} rows, the table {len(table) - 1}" in finding.description
 

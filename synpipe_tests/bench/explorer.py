@@ -21,9 +21,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
 
+from synpipe.assets.embedding_table import DERIVED_FIELDS
 from synpipe.assets.manifest import Manifest, write_manifest
 from synpipe.datasets import Project
-from synpipe.assets.embedding_table import DERIVED_FIELDS
 from synpipe.embeddings.table import table_schema
 from synpipe.explorer.answers import Explorer
 from synpipe.index.publish import publish
@@ -166,7 +166,9 @@ def store(folder: Path, vectors: np.ndarray, labels: np.ndarray) -> Project:
 
 def write_table(path: Path, vectors: np.ndarray, labels: np.ndarray) -> None:
     """The Parquet file of an embedding table: unit vectors, float32 (n, d), numbers of classes (n,); ids are row numbers."""
-    schema = table_schema(vectors.shape[1], DERIVED_FIELDS).with_metadata({"synpipe": json.dumps(PROVENANCE | {"encoder": "made_up"})})
+    schema = table_schema(vectors.shape[1], DERIVED_FIELDS).with_metadata(
+        {"synpipe": json.dumps(PROVENANCE | {"encoder": "made_up"})}
+    )
     names = pa.array([*FREQUENCY, None])
     with pq.ParquetWriter(path, schema, compression="none") as writer:
         for first in range(0, len(vectors), BLOCK):

@@ -18,7 +18,7 @@ from synpipe.assets.graph import states
 from synpipe.datasets import Project
 from synpipe.defs.locks import DIED, one_step_at_a_time, open_history
 from synpipe.defs.run import prepare_home
-from synpipe.index.versions import versions
+from synpipe.index.versions import list_versions
 from synpipe.reports.housekeeping import find_leftovers
 from synpipe_tests.conftest import environment
 from synpipe_tests.support.command import answer, invoke
@@ -108,6 +108,6 @@ def test_two_runs_of_the_same_assets_at_once_and_a_clearing_up_in_between(tmp_pa
         made = [int(number) for text in said for number in re.findall(rf"(\d+) {words}", text)]
         assert sorted(made) == [0, of_all], said
     assert sum(text.count("rows written, building indexes") for text in said) == 1
-    assert len(versions(dataset, "tiny")) == 1 and find_leftovers(dataset) == []
+    assert len(list_versions(dataset, "tiny")) == 1 and find_leftovers(dataset) == []
     with dg.DagsterInstance.from_config(str(project.store / "dagster_home")) as instance:
         assert [run.status for run in instance.get_runs()] == [dg.DagsterRunStatus.SUCCESS] * 2

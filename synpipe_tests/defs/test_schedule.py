@@ -184,7 +184,7 @@ def test_a_code_location_older_than_the_registry_asks_to_be_reloaded(fresh: Code
     reason = fresh.tick()
     assert isinstance(reason, str)
     assert "after this code location was loaded: reload it" in reason
-    assert "demo/classifier_tiny, demo/embedding_table_tiny, demo/embeddings_tiny" in reason
+    assert "demo/tiny/classifier, demo/tiny/embedding_table, demo/tiny/embeddings" in reason
     fresh.reload()
     assert wanted(fresh.tick()) == {*(f"{kind}_tiny" for kind in KINDS), "evaluation"}
 
@@ -341,7 +341,7 @@ def test_a_run_of_other_assets_is_not_waited_for(fresh: CodeLocation):
     fresh.project.dataset("demo").manifest_path("index_tiny").unlink()
     job = fresh.definitions.resolve_job_def(schedules.JOB)
     fresh.instance.create_run_for_job(
-        job, asset_selection=frozenset({dg.AssetKey(["demo", "index_other"])}), status=dg.DagsterRunStatus.STARTED
+        job, asset_selection=frozenset({dg.AssetKey(["demo", "other", "index"])}), status=dg.DagsterRunStatus.STARTED
     )
     assert wanted(fresh.tick()) == {"index_tiny", "scores_tiny", "evaluation"}
 

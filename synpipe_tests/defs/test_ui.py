@@ -10,7 +10,6 @@ from playwright.sync_api import Page, expect
 
 from synpipe.assets.graph import nodes
 from synpipe.datasets import Project
-from synpipe.defs.assets import CHECKS
 from synpipe_tests.support.browser import CHROMIUM, Ui, chromium, serve
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="neither chromium nor google-chrome is on the PATH")
@@ -43,17 +42,17 @@ def test_from_an_empty_store_to_green_assets_with_one_click(project: Project, tm
 
             assets = ui.ask(ASSETS)["assetNodes"]
             expected = nodes(project.dataset("demo"))
-            assert {tuple(asset["assetKey"]["path"]) for asset in assets} == {("demo", node.name) for node in expected}
+            assert {tuple(asset["assetKey"]["path"]) for asset in assets} == {node.key for node in expected}
             for asset in assets:
                 assert [made["runId"] for made in asset["assetMaterializations"]] == [run_id], asset
                 assert asset["staleStatus"] == "FRESH", asset
             checks = [check for asset in assets for check in asset["assetChecksOrError"].get("checks", [])]
-            assert len(checks) == sum(len(CHECKS.get(node.asset.name, ())) for node in expected)
+            assert len(checks) == sum(len(node.asset.checks) for node in expected)
             assert {check["executionForLatestMaterialization"]["status"] for check in checks} == {"SUCCEEDED"}, checks
 
             _all_are_green(page, ui, len(expected))
             assert _picture(page, f"{ui.url}/assets/demo/rgb_tiles", "contact_sheet") > 400
-            assert _picture(page, f"{ui.url}/assets/demo/index_tiny", "nearest_neighbours") > 400
+            assert _picture(page, f"{ui.url}/assets/demo/tiny/index", "nearest_neighbours") > 400
             elsewhere = [url for url in asked if urlsplit(url).hostname != "127.0.0.1"]
             assert [url for url in elsewhere if not url.startswith(("data:", "blob:http://127.0.0.1:"))] == []
         ui.stop()

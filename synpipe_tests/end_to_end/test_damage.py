@@ -19,7 +19,7 @@ from synpipe.datasets import Dataset, Project
 from synpipe.embeddings import cache as embedding_cache
 from synpipe.errors import SynpipeError
 from synpipe.index.publish import open_current
-from synpipe.index.versions import rollback, versions
+from synpipe.index.versions import list_versions, rollback
 from synpipe.reports.housekeeping import find_leftovers, remove_leftovers
 from synpipe.tiles import extraction
 from synpipe.tiles.parts import mark_damaged
@@ -195,7 +195,7 @@ def test_vectors_found_damaged_by_who_reads_them_are_made_anew_by_the_next_run(
 
 
 def test_a_damaged_version_is_not_gone_back_to(dataset: Dataset, whole: tuple[Project, Store], tmp_path: Path) -> None:
-    (first,) = versions(dataset, "tiny")
+    (first,) = list_versions(dataset, "tiny")
     flip(the("lancedb/tiny.lance/data/*")(dataset))
     shutil.copytree(whole[0].data, tmp_path / "data")
     other = Project(tmp_path / "data", dataset.folder.parent)

@@ -17,6 +17,7 @@ import pyarrow.compute as pc
 import pytest
 
 from synpipe.annotations.schema import SYNAPSE_SCHEMA
+from synpipe.assets.asset import Leftover
 from synpipe.assets.graph import nodes
 from synpipe.assets.manifest import read_manifest
 from synpipe.embeddings.encoders import open_encoder
@@ -31,19 +32,19 @@ from synpipe.index.versions import (
     Version,
     diff,
     forget,
+    list_versions,
     open_version,
-    provenance,
     remove_untagged,
     rollback,
-    versions,
 )
-from synpipe.reports.housekeeping import Leftover
+from synpipe.reports.housekeeping import find_leftovers
+from synpipe.reports.provenance import trace_row
 from synpipe.store.files import read_table
 from synpipe.tiles.tile import TileReader
 from synpipe_tests.index.test_search import make as index_of
 from synpipe_tests.support.changes import NAME, TRUNK, Killed, Own, branch, killed_at_the_end, make_outdated, same_store
 from synpipe_tests.support.command import answer, files, invoke, refusal
-from synpipe_tests.support.tables import PROVENANCE, clustered, synapses, tiles_of
+from synpipe_tests.support.tables import NOTHING_DERIVED, PROVENANCE, clustered, synapses, tiles_of
 
 VERSIONS = int(
     os.environ.get("SYNPIPE_TEST_VERSIONS") or 30
@@ -53,7 +54,7 @@ VERSIONS = int(
 def make(own: Own) -> Version:
     """Make what is out of date; the version of the first index that is current now."""
     make_outdated(own.dataset)
-    return next(version for version in versions(own.dataset, "tiny") if version.current)
+    return next(version for version in list_versions(own.dataset, "tiny") if version.current)
 
 
 def set_entry(own: Own, **change: Any) -> None:
@@ -81,7 +82,7 @@ def invert_volume(own: Own) -> None:
 
 def test_every_build_is_a_version_that_names_its_data_and_its_encoder(own: Own):
     dataset = own.dataset
-    (first,) = versions(dataset, "tiny")
+    (first,) = list_versions(dataset, "tiny")
     fingerprint = read_manifest(dataset, "embeddings_tiny").figures["encoder_fingerprint"]
     data_version = read_manifest(dataset, "index_tiny").data_version
     assert first == Version(
@@ -93,12 +94,12 @@ def test_every_build_is_a_version_that_names_its_data_and_its_encoder(own: Own):
 
     set_entry(own, seed=7)
     second = make(own)
-    assert [(version.tag, version.current) for version in versions(own.dataset, "tiny")] == [
+    assert [(version.tag, version.current) for version in list_versions(own.dataset, "tiny")] == [
         (second.tag, True),
         (first.tag, False),
     ]
     assert second.number > first.number and second.encoder_fingerprint != fingerprint
-    assert len(versions(own.dataset, "other")) == 1
+    assert len(list_versions(own.dataset, "other")) == 1
     for which in (first.tag, str(first.number)):
         table = open_version(own.dataset, "tiny", which)
         assert set(table.to_arrow()["encoder_fingerprint"].to_pylist()) == {fingerprint}
@@ -110,7 +111,7 @@ def test_every_build_is_a_version_that_names_its_data_and_its_encoder(own: Own):
 
 
 def test_how_two_versions_differ(own: Own):
-    (first,) = versions(own.dataset, "tiny")
+    (first,) = list_versions(own.dataset, "tiny")
     added, moved, relabelled, removed, unsure, *_ = ids(own)
     rows = own.csv.read_bytes()
     own.edit_synapses(lambda each: each.remove(next(row for row in each if row["synapse_id"] == str(added))))
@@ -151,7 +152,7 @@ def test_how_two_versions_differ(own: Own):
 
 
 def test_versions_of_different_encoders_are_told_apart(own: Own):
-    (first,) = versions(own.dataset, "tiny")
+    (first,) = list_versions(own.dataset, "tiny")
     set_entry(own, seed=7)
     make(own)
     found = diff(own.dataset, "tiny", first.tag, "current")
@@ -169,7 +170,7 @@ def test_versions_of_different_encoders_are_told_apart(own: Own):
 
 
 def test_readers_see_what_was_gone_back_to_until_the_index_is_made_again(own: Own):
-    (first,) = versions(own.dataset, "tiny")
+    (first,) = list_versions(own.dataset, "tiny")
     gone = ids(own)[0]
     own.edit_synapses(lambda rows: rows.remove(next(row for row in rows if row["synapse_id"] == str(gone))))
     second = make(own)
@@ -217,7 +218,7 @@ def test_provenance_goes_from_a_row_to_pixels_weights_code_and_run(own: Own):
     synapses = read_table(dataset.synapses_path)
     with own.instance() as instance:
         for synapse_id in ids(own):
-            told = provenance(dataset, "tiny", synapse_id)
+            told = trace_row(dataset, "tiny", synapse_id)
             (row,) = synapses.filter(pc.equal(synapses["synapse_id"], synapse_id)).to_pylist()
             assert row.items() <= told["row"].items() and row.keys() == set(SYNAPSE_SCHEMA.names)
             is_the_tile(own, told)
@@ -239,18 +240,18 @@ def test_provenance_goes_from_a_row_to_pixels_weights_code_and_run(own: Own):
     )
     for unknown in (1, -1, 2**63 - 1):
         with pytest.raises(SynpipeError, match=f"Synapse {unknown} is not in the index tiny of mine"):
-            provenance(dataset, "tiny", unknown)
+            trace_row(dataset, "tiny", unknown)
 
 
 def test_provenance_is_that_of_the_version_that_readers_see(own: Own):
     synapse_id = ids(own)[3]
-    before = provenance(own.dataset, "tiny", synapse_id)
-    (first,) = versions(own.dataset, "tiny")
+    before = trace_row(own.dataset, "tiny", synapse_id)
+    (first,) = list_versions(own.dataset, "tiny")
     invert_volume(own)
     own.edit_dataset(lambda spec: spec["tiles"].update(stacking="grey"))
     set_entry(own, seed=7)
     make(own)
-    after = provenance(own.dataset, "tiny", synapse_id)
+    after = trace_row(own.dataset, "tiny", synapse_id)
     is_the_tile(own, after)
     assert after["volume"]["data_version"] != before["volume"]["data_version"]
     assert after["encoder"]["weights"] == "random:7"
@@ -258,7 +259,7 @@ def test_provenance_is_that_of_the_version_that_readers_see(own: Own):
     assert after["assets"]["annotations"] == before["assets"]["annotations"]
     assert after["assets"]["embeddings_tiny"]["dagster_run"] is None  # made without Dagster
     rollback(own.dataset, "tiny", first.tag)
-    again = provenance(own.dataset, "tiny", synapse_id)
+    again = trace_row(own.dataset, "tiny", synapse_id)
     for name in ("volume", "encoder", "annotation", "assets", "row"):
         assert again[name] == before[name]
     assert again["tile"]["content_hash"] == before["tile"]["content_hash"]
@@ -284,7 +285,7 @@ def test_what_no_longer_serves_is_listed_and_nothing_else_is_lost(own: Own, temp
     store = set(files(dataset.folder))
     fingerprint = read_manifest(dataset, "embeddings_tiny").figures["encoder_fingerprint"]
     old = {name for name in store if name.startswith(f"embeddings/{fingerprint}/")}
-    (first,) = versions(dataset, "tiny")
+    (first,) = list_versions(dataset, "tiny")
 
     # A swapped encoder: nothing is listed before the new one is there, then its vectors.
     set_entry(own, seed=7)
@@ -340,13 +341,13 @@ def test_what_no_longer_serves_is_listed_and_nothing_else_is_lost(own: Own, temp
     assert listed(own) == {} and own.outdated() == {}
 
     # Nothing that readers have is lost, and the store is what a fresh start gives.
-    for version in versions(own.dataset, "tiny"):
+    for version in list_versions(own.dataset, "tiny"):
         table = open_version(own.dataset, "tiny", version.tag)
         assert table.count_rows() == version.rows == len(table.to_arrow())
-    assert len(versions(own.dataset, "tiny")) == 4
+    assert len(list_versions(own.dataset, "tiny")) == 4
     assert open_current(dataset.lancedb_folder, "other").count_rows() == 40
     assert SynapseIndex(own.dataset, "tiny").search(ids(own)[1])
-    is_the_tile(own, provenance(own.dataset, "tiny", ids(own)[1]))
+    is_the_tile(own, trace_row(own.dataset, "tiny", ids(own)[1]))
     own.is_as_from_scratch()
     # What is removed can be made again, also where the very first state comes back.
     for path, content in inputs.items():
@@ -354,12 +355,12 @@ def test_what_no_longer_serves_is_listed_and_nothing_else_is_lost(own: Own, temp
     assert own.outdated().keys() == TRUNK | branch("tiny", "other")
     make_outdated(own.dataset)
     same_store(own.dataset, template.dataset)
-    assert next(version for version in versions(own.dataset, "tiny") if version.current) == first
+    assert next(version for version in list_versions(own.dataset, "tiny") if version.current) == first
 
 
 def test_what_is_forgotten_is_removed_and_what_a_tag_names_is_not(own: Own):
     dataset, folder = own.dataset, own.dataset.lancedb_folder
-    (first,) = versions(dataset, "tiny")
+    (first,) = list_versions(dataset, "tiny")
     set_entry(own, seed=7)
     second = make(own)
     reader = open_version(own.dataset, "tiny", second.tag)
@@ -383,7 +384,7 @@ def test_what_is_forgotten_is_removed_and_what_a_tag_names_is_not(own: Own):
     lost = folder / "tiny.lance" / "data" / "of_a_killed_writer.lance"
     lost.write_bytes(b"?" * 1000)
     assert gc() > 1000 and not lost.exists()
-    assert [version.tag for version in versions(own.dataset, "tiny")] == [second.tag, first.tag]
+    assert [version.tag for version in list_versions(own.dataset, "tiny")] == [second.tag, first.tag]
     for tag in (first.tag, second.tag):
         assert len(open_version(own.dataset, "tiny", tag).to_arrow()) == 40
 
@@ -393,9 +394,9 @@ def test_what_is_forgotten_is_removed_and_what_a_tag_names_is_not(own: Own):
     assert "Forgotten: version" in answer(own.project, "forget", first.tag, "--dataset", NAME)
     rows_and_indexes = gc()
     assert rows_and_indexes > 40 * 512 * 4  # its vectors
-    assert [version.tag for version in versions(own.dataset, "tiny")] == [second.tag]
+    assert [version.tag for version in list_versions(own.dataset, "tiny")] == [second.tag]
     assert len(reader.to_arrow()) == 40 and SynapseIndex(own.dataset, "tiny").search(ids(own)[1])
-    assert provenance(own.dataset, "tiny", ids(own)[1])["assets"].keys() == TRUNK - {"rejects", "split"} | branch(
+    assert trace_row(own.dataset, "tiny", ids(own)[1])["assets"].keys() == TRUNK - {"rejects", "split"} | branch(
         "tiny"
     ) - {"scores_tiny", "evaluation"}
     assert not own.outdated() and of_first[0].parent.exists()
@@ -536,11 +537,13 @@ def test_readers_that_never_stop_while_tables_are_rebuilt_optimised_and_cleaned(
                 rows = synapses(50, region=[dataset_version] * 50)
                 vectors = clustered(50, 8, seed=int(dataset_version, 16))
                 told = {**PROVENANCE, "dataset_version": dataset_version}
-                write_embedding_table(path, [rows], [tiles_of(rows)], lambda *_, found=vectors: found, told)
+                write_embedding_table(
+                    path, [rows], [tiles_of(rows)], lambda *_, found=vectors: found, told, NOTHING_DERIVED
+                )
                 publish(path, dataset.lancedb_folder, "tiny", version, lambda line: None)
                 if int(dataset_version, 16) % 5 == 0:
                     lancedb.connect(dataset.lancedb_folder).open_table("tiny").optimize()
-                    for old in versions(dataset, "tiny")[5:]:
+                    for old in list_versions(dataset, "tiny")[5:]:
                         forget(dataset, "tiny", old.tag)
                     remove_untagged(dataset.lancedb_folder / "tiny.lance")
                 if reader.done():
@@ -551,5 +554,5 @@ def test_readers_that_never_stop_while_tables_are_rebuilt_optimised_and_cleaned(
     assert started.is_set()
     assert [number for _, number in seen] == sorted(number for _, number in seen)  # never back
     assert len(set(seen)) > VERSIONS / 3
-    assert len(versions(dataset, "tiny")) == 5
+    assert len(list_versions(dataset, "tiny")) == 5
     assert len(list((dataset.lancedb_folder / "tiny.lance" / "data").iterdir())) <= 6  # one that was optimised last

@@ -8,7 +8,9 @@ import numpy as np
 import pyarrow as pa
 
 from synpipe.annotations.schema import SYNAPSE_SCHEMA
-from synpipe.embeddings.table import write_embedding_table
+from synpipe.assets.asset import Asset
+from synpipe.assets.embedding_table import CONTRIBUTORS
+from synpipe.embeddings.table import Derived, write_embedding_table
 
 PROVENANCE = {
     "dataset": "demo",
@@ -67,9 +69,20 @@ def embedding_table(
         return vectors[[int(content, 16) for content in hashes]]
 
     provenance = {**PROVENANCE, "data_version": version}
-    parts = [[each] for each in derived]
-    write_embedding_table(path, [table], [tiles_of(table, shards)], read_vectors, provenance, parts)
+    columns_of_others = [
+        Derived(asset.table_columns, next(([each] for each in derived if names_of(asset) & {*each.column_names}), None))
+        for asset in CONTRIBUTORS
+    ]
+    write_embedding_table(path, [table], [tiles_of(table, shards)], read_vectors, provenance, columns_of_others)
     return path
+
+
+def names_of(asset: Asset[Any]) -> set[str]:
+    """Names of the columns that an asset gives to the embedding table."""
+    return {field.name for field in asset.table_columns}
+
+
+NOTHING_DERIVED = [Derived(asset.table_columns, None) for asset in CONTRIBUTORS]
 
 
 def unit(vectors: np.ndarray) -> np.ndarray:
