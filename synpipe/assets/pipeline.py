@@ -195,7 +195,7 @@ def make_synapse_stacks(dataset: Dataset, inputs: Inputs, log: Log) -> Made:
         starts = volume.window_starts(positions, spec.window_zyx(volume.voxel_size_nm_zyx))
         progress = Progress(log, len(starts), "cut-outs")
         folder = dataset.cut_outs_folder / recipe
-        plan = workers.Cutting(dataset.spec.volume, dataset.base, inputs["volume"], spec, folder)
+        plan = workers.CutOutPlan(dataset.spec.volume, dataset.base, inputs["volume"], spec, folder)
         elsewhere = partial(workers.cut_out, plan, progress=progress, log=log) if on_cluster() else None
         found, made = extract_shards(volume, spec, folder, starts, progress, elsewhere)
         for rows, cut in found:
@@ -362,8 +362,8 @@ def embed_tiles(dataset: Dataset, encoders: Sequence[Encoder], wanted: ToEmbed, 
     if not missing:
         done = embedding.Embedded()
     elif on_cluster():
-        base, bulk = dataset.weights_base, dataset.bulk_folder
-        done = workers.embed(encoders[0], base, shards, len(missing), bulk, stacking, progress, log)
+        lacking = workers.TilesToEmbed(shards, len(missing), dataset.bulk_folder, stacking)
+        done = workers.embed(encoders[0], dataset.weights_base, lacking, progress, log)
     else:
         work = (_work(shard, index, rows, dataset, stacking) for shard, index, rows in shards)
         done = embedding.embed_missing(encoders, wanted.cache, work, progress=progress)

@@ -20,7 +20,7 @@ from synpipe.assets.graph import states, steps
 from synpipe.assets.manifest import read_manifest
 from synpipe.cluster import engines
 from synpipe.cluster.engines import Cluster, connect, on_cluster
-from synpipe.cluster.workers import Embedding, prepare_embedding, shard_name
+from synpipe.cluster.workers import EmbeddingPlan, prepare_embedding, shard_name
 from synpipe.datasets import Dataset, Project
 from synpipe.embeddings.cache import EmbeddingCache
 from synpipe.errors import SynpipeError
@@ -226,9 +226,9 @@ def test_an_encoder_that_differs_on_a_worker_embeds_nothing(both) -> None:
     """The fingerprint that the worker finds is the driver's, or it refuses."""
     _, there, *_ = both
     spec = there.encoders["tiny"]
-    told = Embedding(spec, None, "", "0" * 32, there.bulk_folder, there.embeddings_folder, "colour", "cpu")  # type: ignore[arg-type]
+    plan = EmbeddingPlan(spec, None, "", "0" * 32, there.bulk_folder, "colour", "cpu")  # type: ignore[arg-type]
     with pytest.raises(SynpipeError, match=r"has the fingerprint .* and 000000000000 on the driver"):
-        prepare_embedding(told)
+        prepare_embedding(plan)
 
 
 def collect(cluster: Cluster, prepare: Any, shards: int, log: list[str]) -> dict[str, Any]:
