@@ -138,8 +138,8 @@ def embed_tiles(dataset: Dataset, encoders: Sequence[Encoder], missing: MissingT
     if not missing.rows:
         done = embed.EmbedStats()
     elif on_cluster():
-        base, bulk = dataset.weights_base, dataset.bulk_folder
-        done = workers.embed(encoders[0], base, shards, len(missing.rows), bulk, stacking, progress, log)
+        tiles = workers.TilesToEmbed(shards, len(missing.rows), dataset.bulk_folder, stacking)
+        done = workers.embed(encoders[0], dataset.weights_base, tiles, progress, log)
     else:
         work = (_shard_work(shard, index, rows, dataset, stacking) for shard, index, rows in shards)
         done = embed.embed_missing(encoders, missing.cache, work, progress=progress)

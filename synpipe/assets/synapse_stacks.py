@@ -76,7 +76,7 @@ def make(task: Task) -> Made[NoFacts]:
         starts = volume.window_starts(positions_nm_zyx, spec.window_zyx(volume.voxel_size_nm_zyx))
         progress = Progress(task.log, len(starts), "cut-outs")
         folder = dataset.cut_outs_folder / recipe
-        plan = workers.Cutting(dataset.spec.volume, dataset.base, task.inputs["volume"], spec, folder)
+        plan = workers.CutOutPlan(dataset.spec.volume, dataset.base, task.inputs["volume"], spec, folder)
         elsewhere = partial(workers.cut_out, plan, progress=progress, log=task.log) if on_cluster() else None
         extracted, cut_outs_made = extract_shards(volume, spec, folder, starts, progress, elsewhere)
         for rows, cut in extracted:

@@ -166,9 +166,8 @@ def store(folder: Path, vectors: np.ndarray, labels: np.ndarray) -> Project:
 
 def write_table(path: Path, vectors: np.ndarray, labels: np.ndarray) -> None:
     """The Parquet file of an embedding table: unit vectors, float32 (n, d), numbers of classes (n,); ids are row numbers."""
-    schema = table_schema(vectors.shape[1], DERIVED_FIELDS).with_metadata(
-        {"synpipe": json.dumps(PROVENANCE | {"encoder": "made_up"})}
-    )
+    provenance = json.dumps(PROVENANCE | {"encoder": "made_up"})
+    schema = table_schema(vectors.shape[1], DERIVED_FIELDS).with_metadata({"synpipe": provenance})
     names = pa.array([*FREQUENCY, None])
     with pq.ParquetWriter(path, schema, compression="none") as writer:
         for first in range(0, len(vectors), BLOCK):

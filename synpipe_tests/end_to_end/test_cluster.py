@@ -1,4 +1,4 @@
-"""Beyond one machine: shard steps on a real Ray cluster of two workers, with the bulk of the data on a real S3 server."""
+"""Shard steps on a real Ray cluster of two workers, with tiles, vectors and indexes on an S3 server."""
 
 import os
 import signal
@@ -20,7 +20,7 @@ from synpipe.assets.graph import nodes, states
 from synpipe.assets.manifest import read_manifest
 from synpipe.cluster import engines
 from synpipe.cluster.engines import Cluster, connect, on_cluster
-from synpipe.cluster.workers import Embedding, prepare_embedding, shard_name
+from synpipe.cluster.workers import EmbeddingPlan, prepare_embedding, shard_name
 from synpipe.datasets import Dataset, Project
 from synpipe.embeddings.cache import EmbeddingCache
 from synpipe.errors import SynpipeError
@@ -37,30 +37,30 @@ SPEC: dict[str, Any] = {"encoders": ["tiny"], "classifier": None, "evaluation": 
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
-    """Two workers, a GPU each, on this machine, and the S3 server that they and the driver share."""
+    """A cluster of two workers on this machine, with a GPU each, and the S3 server that they share with the driver."""
     ray = pytest.importorskip("ray", reason="ray is not installed")
     with serve(), pytest.MonkeyPatch.context() as patch:
         for name in ("RAY_ADDRESS", "SYNPIPE_BULK"):
             patch.delenv(name, raising=False)
         patch.setenv("SYNPIPE_ENGINE", "ray")
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-        patch.setenv("RAY_AUTH_MODE", "disabled")  # else Ray would write a token into the home folder
+        patch.setenv("RAY_AUTH_MODE", "disabled")  # otherwise Ray would write a token into the home folder
         patch.setenv("OMP_NUM_THREADS", "1")
-        # Ray gives each worker a GPU of its own, or what it takes for one: there are none, so they compute on the CPU.
+        # Ray counts two GPUs and assigns one to each worker. They do not exist, so the workers compute on the CPU.
         ray.init(num_cpus=2, num_gpus=2, include_dashboard=False, object_store_memory=80 * 2**20, logging_level="ERROR")
         yield connect()
         ray.shutdown()
 
 
 def workers_at_work() -> list[int]:
-    """Processes, descending from this one, of Ray actors that are at a shard just now."""
+    """Ids of the processes, descending from this one, of Ray actors that are working on a shard."""
     parents, titles = {}, {}
     for folder in Path("/proc").glob("[0-9]*"):
         try:
             parents[int(folder.name)] = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
             titles[int(folder.name)] = (folder / "cmdline").read_text()
         except OSError:
-            continue  # it has ended meanwhile
+            continue  # it has ended in the meantime
 
     def is_ours(pid: int) -> bool:
         return pid == os.getpid() or (pid in parents and is_ours(parents[pid]))
@@ -85,7 +85,8 @@ def run(dataset: Dataset, assets: tuple[str, ...], log: list[str]) -> None:
 
 @pytest.fixture(scope="module")
 def both(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> tuple[Dataset, Dataset, list[str], list[int]]:
-    """The small demo made here, and by the cluster, of which one worker is killed in the middle; its log; who was killed."""
+    """The small demo made in this process, and the same made by the cluster while one of its workers is killed. Also the log of
+    the cluster run and the ids of killed processes."""
     here = write_project(tmp_path_factory.mktemp("here"), **SPEC).dataset("demo")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SYNPIPE_ENGINE", "local")
@@ -109,7 +110,7 @@ def parts(dataset: Dataset) -> Iterator[tuple[str, pa.Table]]:
 
 
 def test_cluster_and_object_store_make_what_one_process_makes(both) -> None:
-    """Data versions, tiles, vectors to the last bit, and the tables: where it was made cannot be told from it."""
+    """Data versions, tiles, vectors (to the last bit) and tables do not depend on where they were made."""
     here, there, log, _ = both
     for asset in (*ASSETS, "index_tiny"):
         versions = [read_manifest(dataset, asset).data_version for dataset in (here, there)]
@@ -120,10 +121,10 @@ def test_cluster_and_object_store_make_what_one_process_makes(both) -> None:
     tables = [read_table(dataset.tiles_path).drop_columns(["file", "row"]) for dataset in (here, there)]
     assert tables[0].equals(tables[1])
     assert read_table(here.table_path("tiny")).equals(read_table(there.table_path("tiny")))
-    told = [
+    vectors_by_hash = [
         {hash_: vector for _, table in parts(dataset) for hash_, vector in rows(table)} for dataset in (here, there)
     ]
-    assert told[0] == told[1] and len(told[0]) > 50
+    assert vectors_by_hash[0] == vectors_by_hash[1] and len(vectors_by_hash[0]) > 50
     assert {table.schema.metadata[b"encoder"] for dataset in (here, there) for _, table in parts(dataset)} == {
         next(parts(here))[1].schema.metadata[b"encoder"]
     }
@@ -134,7 +135,7 @@ def rows(table: pa.Table) -> Iterator[tuple[str, bytes]]:
     return ((name, vector.tobytes()) for name, vector in zip(table["content_hash"].to_pylist(), vectors, strict=True))
 
 
-def test_a_killed_worker_costs_its_shard_and_nothing_is_embedded_twice(both) -> None:
+def test_a_killed_worker_affects_only_its_shard_and_nothing_is_embedded_twice(both) -> None:
     _, there, log, killed = both
     (pid,) = killed
     assert not Path(f"/proc/{pid}").exists() or "Z" in Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2][:3]
@@ -156,7 +157,7 @@ def test_run_again_nothing_is_made(both, cluster: Cluster) -> None:
     run(there, ASSETS, log)
     assert "96 cut-outs made" not in "".join(log) and any("0 cut-outs made" in line for line in log)
     assert any("0 tiles embedded" in line for line in log)
-    assert not any("shards by" in line for line in log)  # it did not even ask the cluster
+    assert not any("shards by" in line for line in log)  # the cluster was not used
     assert sorted((str(path), path.stat().st_mtime) for path in there.embeddings_folder.rglob("*")) == before
     assert (
         read_manifest(here, "embedding_table_tiny").data_version
@@ -164,8 +165,8 @@ def test_run_again_nothing_is_made(both, cluster: Cluster) -> None:
     )
 
 
-def test_one_process_carries_on_with_what_the_cluster_has_made(both, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A part that is lost costs its own rows, whoever makes them again."""
+def test_one_process_continues_the_work_of_the_cluster(both, monkeypatch: pytest.MonkeyPatch) -> None:
+    """If a part is lost, only its rows are made again, wherever that happens."""
     here, there, *_ = both
     monkeypatch.setenv("SYNPIPE_ENGINE", "local")
     part = min((path for path in there.embeddings_folder.rglob("*.parquet")), key=str)
@@ -191,7 +192,7 @@ def test_the_index_on_the_object_store_answers(both) -> None:
 
 
 def test_commands_work_on_the_object_store(both, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without SYNPIPE_BULK: the store knows where its bulk lies."""
+    """They work without SYNPIPE_BULK, because the store records its bulk folder."""
     from synpipe.cli import main
 
     _, there, *_ = both
@@ -223,23 +224,23 @@ def test_commands_work_on_the_object_store(both, monkeypatch: pytest.MonkeyPatch
 
 
 def test_an_encoder_that_differs_on_a_worker_embeds_nothing(both) -> None:
-    """The fingerprint that the worker finds is the driver's, or it refuses."""
+    """A worker refuses to work if its fingerprint of the encoder differs from the driver's."""
     _, there, *_ = both
     spec = there.encoders["tiny"]
-    told = Embedding(spec, None, "", "0" * 32, there.bulk_folder, there.embeddings_folder, "colour", "cpu")  # type: ignore[arg-type]
+    plan = EmbeddingPlan(spec, None, "", "0" * 32, there.bulk_folder, "colour", "cpu")  # type: ignore[arg-type]
     with pytest.raises(SynpipeError, match=r"has the fingerprint .* and 000000000000 on the driver"):
-        prepare_embedding(told)
+        prepare_embedding(plan)
 
 
 def collect(cluster: Cluster, prepare: Any, shards: int, log: list[str]) -> dict[str, Any]:
     needs = ((str(number), number) for number in range(shards))
-    found = [*cluster.run(prepare, "told", needs, shards, log.append)]
+    found = [*cluster.run(prepare, "plan", needs, shards, log.append)]
     assert len(found) == len({name for name, _ in found}) == shards
     return dict(found)
 
 
 def test_both_workers_work_and_no_more_shards_are_under_way_than_workers(cluster: Cluster) -> None:
-    def prepare(told: str) -> Any:
+    def prepare(plan: str) -> Any:
         def work(number: int, again: bool) -> tuple[str, int]:
             time.sleep(0.02)
             return os.environ["CUDA_VISIBLE_DEVICES"], number
@@ -256,7 +257,7 @@ def test_both_workers_work_and_no_more_shards_are_under_way_than_workers(cluster
             yield str(number), number
 
     found = {}
-    for name, result in cluster.run(prepare, "told", needs(), 60, log.append, on_gpus=True):
+    for name, result in cluster.run(prepare, "plan", needs(), 60, log.append, on_gpus=True):
         found[name] = result
         most = max(most, taken - len(found))
     assert {name: number for name, (_, number) in found.items()} == {str(number): number for number in range(60)}
@@ -265,34 +266,34 @@ def test_both_workers_work_and_no_more_shards_are_under_way_than_workers(cluster
     assert "60 shards by 2 workers" in log[-1]
 
 
-def test_what_fails_costs_its_own_shard(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A shard that is damaged, one whose worker dies once, and one that kills every worker."""
+def test_a_failure_affects_only_its_shard(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One shard is damaged, one loses its worker once, and one kills every worker."""
     monkeypatch.setattr(engines, "ATTEMPTS", 2)
 
-    def prepare(told: str) -> Any:
+    def prepare(plan: str) -> Any:
         def work(number: int, again: bool) -> tuple[str, bool]:
             if number == 1:
                 raise SynpipeError("this one is damaged")
             if number == 3 or (number == 2 and not again):
                 os.kill(os.getpid(), signal.SIGKILL)
-            return told, again
+            return plan, again
 
         return work
 
     log: list[str] = []
     found = collect(cluster, prepare, 6, log)
     assert str(found["1"]) == "this one is damaged"
-    assert found["2"] == ("told", True)
+    assert found["2"] == ("plan", True)
     assert isinstance(found["3"], SynpipeError) and "Shard 3 has cost 2 workers" in str(found["3"])
-    assert [found[name] for name in "045"] == [("told", False)] * 3
+    assert [found[name] for name in "045"] == [("plan", False)] * 3
     assert sum("shard 3" in line for line in log) == sum("shard 2" in line for line in log) == 1
 
 
 def test_a_worker_that_cannot_begin_is_an_error_at_once(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(told: str) -> Any:
+    def refuse(plan: str) -> Any:
         raise SynpipeError("no such volume here")
 
-    def die(told: str) -> Any:
+    def die(plan: str) -> Any:
         os.kill(os.getpid(), signal.SIGKILL)
 
     with pytest.raises(SynpipeError, match=r"On the worker .*: no such volume here"):
@@ -303,7 +304,7 @@ def test_a_worker_that_cannot_begin_is_an_error_at_once(cluster: Cluster, monkey
 
 
 def test_interrupted_the_workers_end(cluster: Cluster) -> None:
-    def prepare(told: str) -> Any:
+    def prepare(plan: str) -> Any:
         os.kill(driver, signal.SIGINT)
         return lambda number, again: time.sleep(600)
 
@@ -316,7 +317,7 @@ def test_interrupted_the_workers_end(cluster: Cluster) -> None:
         time.sleep(0.1)
 
 
-def test_what_the_environment_asks_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_environment_selects_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     for value, expected in (("", False), ("local", False), ("ray", True)):
         monkeypatch.setenv("SYNPIPE_ENGINE", value)
         assert on_cluster() == expected

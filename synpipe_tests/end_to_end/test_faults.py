@@ -1,4 +1,4 @@
-"""A server that fails, stalls and truncates: nothing of a data set is lost, nothing is invented, and the rest is kept."""
+"""Servers that fail, stall and truncate: no tile is lost or invented, and cut-outs made before a failure are kept."""
 
 import re
 import subprocess
@@ -44,7 +44,7 @@ from synpipe_tests.volumes.test_sources import (
 )
 
 SHAPE = (10, 640, 640)
-BLACK, COPY = 5, 8  # a section that was lost, and one that was filled with its neighbour
+BLACK, COPY = 5, 8  # a lost section that is black, and one that was replaced by a copy of its neighbour
 ATTEMPTS = 4
 KINDS: dict[str, Callable[[Path, np.ndarray], None]] = {
     "raw": write_precomputed,
@@ -60,7 +60,7 @@ Rejects = dict[int, tuple[str, str]]
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A volume of every kind, and 60 synapses, some of them at its border."""
+    """One volume of each kind, and 60 synapses, some of them at the border."""
     rng = np.random.default_rng(0)
     coarse = rng.integers(1, 256, (SHAPE[0], SHAPE[1] // 4, SHAPE[2] // 4), dtype=np.uint8)
     grey = coarse.repeat(4, axis=1).repeat(4, axis=2)
@@ -84,7 +84,7 @@ def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def clean(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Dataset]:
-    """The data set made from the local files of a kind, once."""
+    """A function that makes the data set from the local files of a kind, once per kind."""
     found: dict[str, Dataset] = {}
 
     def clean_run(kind: str) -> Dataset:
@@ -121,7 +121,7 @@ def result(dataset: Dataset) -> tuple[Tiles, Rejects]:
 
 
 def shards_on(dataset: Dataset, chunk_yx: tuple[int, int]) -> tuple[set[int], set[int]]:
-    """Shards and synapses whose cut-outs need chunks of this row and column."""
+    """Shards and synapses whose cut-outs need chunks in this row and column."""
     columns = ["synapse_id", "shard", "start_y", "start_x"]
     rows = [
         row
@@ -135,7 +135,7 @@ def shards_on(dataset: Dataset, chunk_yx: tuple[int, int]) -> tuple[set[int], se
 
 
 def in_column(chunk_yx: tuple[int, int]) -> Callable[[str], bool]:
-    """Paths of the precomputed chunks of this row and column; `write_precomputed` shifts the volume by whole voxels."""
+    """Recognises paths of precomputed chunks in this row and column. `write_precomputed` shifts the volume by whole voxels."""
     y, x = (number * size + shift for number, size, shift in zip(chunk_yx, CHUNK[1:], (-10, 2), strict=True))
     return lambda path: re.search(rf"/{x}-{x + CHUNK[2]}_{y}-{y + CHUNK[1]}_", path) is not None
 
@@ -145,12 +145,13 @@ def chunks_asked_for(server: FaultServer) -> dict[str, int]:
     return {path: count for path, count in server.requests.items() if not path.endswith(documents)}
 
 
-# What passes
+# Faults that pass
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_passes_is_not_seen(source: Path, clean: Callable, tmp_path: Path, kind: str) -> None:
-    """Every path fails twice; each chunk then comes once. Sections that are black or copies are told as from the files."""
+def test_a_passing_fault_has_no_effect(source: Path, clean: Callable, tmp_path: Path, kind: str) -> None:
+    """Every path fails twice and then works, so each chunk is transferred once. Sections that are black or copies are recognised
+    as in local files."""
     with serving(source, at_first(2, 500, 502, 503, 429, RESET, SHORT)) as server:
         dataset = project(tmp_path, source, kind, f"{server.url}/{kind}").dataset("demo")
         make(dataset)
@@ -167,16 +168,16 @@ def test_what_passes_is_not_seen(source: Path, clean: Callable, tmp_path: Path, 
     assert {BLACK - 1, BLACK + 1, COPY - 1, COPY} <= set(middle.values())
 
 
-# What does not
+# Faults that stay
 
 
 @pytest.mark.parametrize(
     ("kind", "fault"), [("raw", 503), ("raw", RESET), ("raw", SHORT), ("raw", HALVED), ("jpeg", HALVED)]
 )
-def test_what_stays_fails_its_shards_only(
+def test_a_lasting_fault_affects_only_its_shards(
     source: Path, clean: Callable, tmp_path: Path, kind: str, fault: int | str
 ) -> None:
-    """The message says where and what to do; with the server well again, only what was missing is fetched."""
+    """The message says where the fault is and what to do. Once the server works again, only the missing tiles are fetched."""
     column = (0, 0)
     failing, _ = shards_on(clean(kind), column)
     stacks = read_table(clean(kind).stacks_path).to_pylist()
@@ -211,7 +212,7 @@ def place(row: dict[str, Any]) -> tuple[int, int, int]:
 
 
 def chunks_of(row: dict[str, Any]) -> set[tuple[int, int, int]]:
-    """Chunks that a window needs."""
+    """The chunks that a window needs."""
     ranges = []
     for axis, window, size, extent in zip("zyx", (3, 256, 256), CHUNK, SHAPE, strict=True):
         low, high = max(row[f"start_{axis}"], 0), min(row[f"start_{axis}"] + window, extent)
@@ -219,9 +220,9 @@ def chunks_of(row: dict[str, Any]) -> set[tuple[int, int, int]]:
     return {(z, y, x) for z in ranges[0] for y in ranges[1] for x in ranges[2]}
 
 
-def test_a_stall_is_given_up(source: Path, clean: Callable, tmp_path: Path) -> None:
-    """One stall is made good by another attempt; a server that always stalls fails the shard. curl's time-out is set when
-    tensorstore is loaded, hence the process of its own."""
+def test_a_stalled_read_times_out(source: Path, clean: Callable, tmp_path: Path) -> None:
+    """After a single stall, another attempt succeeds. A server that always stalls fails the shard. The test needs a process of
+    its own, because curl reads its time-out when tensorstore is imported."""
     failing, _ = shards_on(clean("raw"), (0, 0))
     ever, once, program = always(STALL, in_column((0, 0))), at_first(1, STALL), [sys.executable, "-c", STALLED_PROGRAM]
     concerned = in_column((9, 9))
@@ -256,7 +257,8 @@ make(Project.locate().dataset("demo"))
 def test_a_chunk_that_is_missing_and_one_that_is_black(
     source: Path, clean: Callable, tmp_path: Path, kind: str
 ) -> None:
-    """Only the synapses that need the missing chunk are rejected, and for that; those on black ones are `blank_section`."""
+    """Only the synapses that need the missing chunk are rejected as `missing_chunk`. Those on black chunks are rejected as
+    `blank_section`."""
     column = (4, 4)
     _, concerned = shards_on(clean(kind), column)
     tiles, rejects = result(clean(kind))
@@ -274,7 +276,7 @@ def test_a_chunk_that_is_missing_and_one_that_is_black(
 
 @pytest.mark.parametrize("status", [401, 403])
 def test_permission_denied_stops_the_asset(source: Path, tmp_path: Path, status: int) -> None:
-    """It is no missing chunk, for which synapses are rejected, and nothing that another attempt would mend."""
+    """It does not count as a missing chunk, which would only reject synapses, and it is not worth another attempt."""
     with serving(source, always(status, in_column((0, 0)))) as server:
         dataset = project(tmp_path, source, "raw", f"{server.url}/raw").dataset("demo")
         with pytest.raises(AccessDenied) as caught:
@@ -286,7 +288,7 @@ def test_permission_denied_stops_the_asset(source: Path, tmp_path: Path, status:
 
 
 def test_the_command_says_what_failed(source: Path, tmp_path: Path) -> None:
-    """Also where the chunk that fails is in the picture that is shown of the volume."""
+    """This also holds if the failing chunk is in the picture of the volume."""
     with serving(source, always(503, in_column((4, 4)))) as server:
         made = project(tmp_path, source, "raw", f"{server.url}/raw")
         message = command.refusal(command.invoke(made, "materialize", "-s", "+rgb_tiles"))
@@ -303,7 +305,7 @@ def test_a_volume_that_cannot_be_opened_says_why(source: Path, tmp_path: Path) -
         assert "html" not in message
 
 
-# Damage that only the content can show
+# Damage that only the content reveals
 
 
 @pytest.fixture(scope="module")
@@ -324,8 +326,8 @@ def textured() -> np.ndarray:
         ("zarr3", "one bit"),
     ],
 )
-def test_damage_that_a_chunk_shows(tmp_path: Path, textured: np.ndarray, kind: str, damage: str) -> None:
-    """Checksums (N5's gzip, Zarr's crc32c) show every bit. JPEG and raw chunks have none: see `volume_chunked`."""
+def test_damage_that_the_content_reveals(tmp_path: Path, textured: np.ndarray, kind: str, damage: str) -> None:
+    """Checksums (N5's gzip, Zarr's crc32c) reveal every flipped bit. JPEG and raw chunks have none; see `volumes.chunked`."""
     {**KINDS, "zarr3": write_zarr3}[kind](tmp_path / "v", textured)
     chunk = first_chunk(tmp_path / "v")
     content = bytearray(chunk.read_bytes())

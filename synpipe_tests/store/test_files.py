@@ -1,4 +1,4 @@
-"""Files of the store are whole or absent, whatever happens to the writer; descriptions are checked and hashed."""
+"""Files of the store are complete or absent, whatever happens to the writer. Specs are validated and hashed."""
 
 import gzip
 import os
@@ -70,13 +70,13 @@ def test_a_writer_that_writes_nothing_is_an_error(tmp_path: Path) -> None:
 
 
 def test_killed_at_any_moment_a_file_is_whole_or_absent(tmp_path: Path) -> None:
-    """Writers are killed at their 1st, 2nd, 3rd … opening or renaming of a file: no clock, no luck."""
+    """Writers are killed when they open or rename a file for the 1st, 2nd, 3rd … time, so the result does not depend on timing."""
     writers = textwrap.dedent(
         """
         import os, signal, sys
         from pathlib import Path
         import pyarrow as pa
-        from synpipe.store import files as shards
+        from synpipe.store import files
 
         def write(folder, deadly):
             count = 0
@@ -90,10 +90,10 @@ def test_killed_at_any_moment_a_file_is_whole_or_absent(tmp_path: Path) -> None:
 
             sys.addaudithook(audit)
             for value in range(3):
-                shards.write_json(folder / "new" / "file.json", {"values": [value] * 10_000})
-                shards.write_table(folder / "new" / "file.parquet", pa.table({"value": [value] * 10_000}))
+                files.write_json(folder / "new" / "file.json", {"values": [value] * 10_000})
+                files.write_table(folder / "new" / "file.parquet", pa.table({"value": [value] * 10_000}))
 
-        pa.table({"value": [0]})  # imports pandas, once for all the children
+        pa.table({"value": [0]})  # imports pandas once for all child processes
         status = None
         deadly = 0
         while status != 0:
@@ -122,21 +122,21 @@ def test_killed_at_any_moment_a_file_is_whole_or_absent(tmp_path: Path) -> None:
         leftovers += len(strange)
         remove_leftovers(folder, older_than_s=-1)
         assert not list(folder.rglob(".tmp-*"))
-    # The later the kill, the further the writer came; and kills did hit writes in their middle.
+    # A later kill lets the writer get further, and some kills must hit a write in progress.
     assert seen == sorted(seen) and set(seen) == {(-1, -1), (0, -1), (0, 0), (1, 0), (1, 1), (2, 1), (2, 2)}
     assert leftovers >= 12
 
 
 def test_killed_while_it_writes_a_file_is_whole_or_absent(tmp_path: Path) -> None:
-    """The same at moments that the writer does not choose: whenever the reader has seen another file."""
+    """Here the reader decides when to kill the writer, so the moment is arbitrary for the writer."""
     writer = textwrap.dedent(
         """
         import sys
         from pathlib import Path
-        from synpipe.store import files as shards
+        from synpipe.store import files
 
         for value in range(10**6):
-            shards.write_json(Path(sys.argv[1]), {"values": [value] * 20_000})
+            files.write_json(Path(sys.argv[1]), {"values": [value] * 20_000})
             print(value, flush=True)
         """
     )
@@ -184,12 +184,12 @@ def test_a_full_disk_leaves_the_former_file(small_disk: Path) -> None:
         assert path.read_text() == "former"
 
 
-def test_leftovers_go_once_their_writer_is_surely_dead(tmp_path: Path) -> None:
+def test_only_old_leftovers_are_removed(tmp_path: Path) -> None:
     old, young, other = tmp_path / "a" / ".tmp-1-x", tmp_path / "a" / ".tmp-2-x", tmp_path / "a" / "file"
     old.parent.mkdir()
     for path in (old, young, other):
         path.write_text("")
-    (tmp_path / ".tmp-folder").mkdir()  # not one of ours
+    (tmp_path / ".tmp-folder").mkdir()  # not made by synpipe
     for path in (old, other, tmp_path / ".tmp-folder"):
         os.utime(path, (0, 0))
     remove_leftovers(tmp_path)
@@ -215,7 +215,7 @@ def test_damage_of_a_table_is_found(tmp_path: Path) -> None:
     file = pq.ParquetFile(path).metadata
     column = file.row_group(0).column(0)
     start = column.dictionary_page_offset or column.data_page_offset
-    data = range(start + 60, start + column.total_compressed_size, 97)  # behind the page's header
+    data = range(start + 60, start + column.total_compressed_size, 97)  # after the header of the page
     for place in data:
         content = bytearray(whole)
         content[place] ^= 1
@@ -246,14 +246,14 @@ def test_absent_and_damaged_documents(tmp_path: Path) -> None:
 
 
 class Inner(Spec):
-    """A part of a description."""
+    """A nested spec."""
 
     size: float = 4.0
     mode: Literal["a", "b"] = "a"
 
 
 class Outer(Spec):
-    """A description."""
+    """A spec."""
 
     name: str
     count: int = Field(1, ge=1)
@@ -261,7 +261,7 @@ class Outer(Spec):
     parts: tuple[int, ...] = ()
 
 
-def test_a_wrong_description_names_every_wrong_key_at_once() -> None:
+def test_an_invalid_spec_names_every_wrong_key_at_once() -> None:
     wrong = {"count": 0, "inner": {"mode": "c"}, "nmae": "x"}
     with pytest.raises(SynpipeError) as caught:
         Outer.parse(wrong, "demo.yaml, entry 3")
@@ -274,11 +274,11 @@ def test_a_wrong_description_names_every_wrong_key_at_once() -> None:
             Outer.parse(nonsense, "demo.yaml")
 
 
-def test_the_same_description_has_the_same_digest_however_it_is_written() -> None:
+def test_equal_specs_have_equal_digests_however_they_are_written() -> None:
     first = Outer.parse({"name": "µ", "parts": [1, 2], "inner": {"size": 4}}, "")
     second = Outer.parse({"inner": {"mode": "a"}, "parts": (1, 2), "count": 1, "name": "µ"}, "")
     assert first.digest() == second.digest()
-    # Written down: a store made today must be found again by tomorrow's program.
+    # This digest must stay: later versions of synpipe look up existing stores by it.
     assert first.digest() == "25a30115e2cad441df60ee17d9461345"
 
 

@@ -1,4 +1,4 @@
-"""Object stores: what is there is whole, what is damaged is named, and what goes wrong is said within seconds."""
+"""Object stores: objects are complete or absent, errors name damaged objects, and failures are reported within seconds."""
 
 import contextlib
 import os
@@ -92,7 +92,7 @@ def test_a_table_on_an_object_store_is_the_table(server: str) -> None:
         read_table(ROOT / "tables" / "two.parquet")
 
 
-def test_what_fails_while_it_is_written_is_not_there(server: str) -> None:
+def test_an_object_whose_writer_fails_is_absent(server: str) -> None:
     path = ROOT / "failed" / "part.h5"
     with pytest.raises(KeyboardInterrupt), atomic_path(path) as temporary:
         temporary.write_bytes(b"half of it")
@@ -101,7 +101,7 @@ def test_what_fails_while_it_is_written_is_not_there(server: str) -> None:
 
 
 class Gate(BaseHTTPRequestHandler):
-    """A proxy before the server that keeps the second part of an upload, or refuses it."""
+    """A proxy in front of the server that holds back, or refuses, the second piece of an upload."""
 
     protocol_version = "HTTP/1.1"
     server_address = ""
@@ -135,7 +135,7 @@ class Gate(BaseHTTPRequestHandler):
             if name.lower() not in ("content-length", "connection", "transfer-encoding"):
                 self.send_header(name, value)
         self.send_header("Content-Length", str(len(body)))
-        with contextlib.suppress(BrokenPipeError):  # who asked was killed
+        with contextlib.suppress(BrokenPipeError):  # the client was killed
             self.end_headers()
             self.wfile.write(body)
 
@@ -162,21 +162,21 @@ ObjectPath("s3://bucket/some/prefix/killed/part.h5").write_bytes(bytes(40_000_00
 """
 
 
-def test_an_upload_that_is_killed_is_not_there(gate: type[Gate]) -> None:
+def test_an_upload_that_is_killed_leaves_nothing(gate: type[Gate]) -> None:
     with subprocess.Popen([sys.executable, "-c", UPLOAD]) as process:
         assert gate.reached.wait(60)
         process.send_signal(signal.SIGKILL)
     assert list_paths(ROOT / "killed", "*") == []
 
 
-def test_an_upload_of_which_a_part_is_refused_is_not_there(gate: type[Gate]) -> None:
+def test_an_upload_with_a_refused_piece_leaves_nothing(gate: type[Gate]) -> None:
     gate.refuse = True
     with pytest.raises(SynpipeError, match=r"Cannot write s3://bucket/some/prefix/refused/part\.h5.*ACCESS_DENIED"):
         (ROOT / "refused" / "part.h5").write_bytes(bytes(40_000_000))
     assert list_paths(ROOT / "refused", "*") == []
 
 
-def test_what_the_store_refuses_is_said_within_seconds(server: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failures_of_the_store_are_reported_within_seconds(server: str, monkeypatch: pytest.MonkeyPatch) -> None:
     started = time.monotonic()
     nowhere = ObjectPath("s3://nowhere/prefix")
     with pytest.raises(
@@ -192,7 +192,7 @@ def test_what_the_store_refuses_is_said_within_seconds(server: str, monkeypatch:
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     with pytest.raises(SynpipeError, match=r"Cannot list s3://bucket/some/prefix: .*[Cc]ould not connect"):
         ROOT.check()
-    assert time.monotonic() - started < 60  # its own patience is minutes
+    assert time.monotonic() - started < 60  # by default the clients retry for minutes
     monkeypatch.setenv("AWS_ENDPOINT_URL", "127.0.0.1:9")
     with pytest.raises(SynpipeError, match="should begin with http"):
         ROOT.check()
@@ -259,7 +259,7 @@ def test_tiles_are_read_by_ranges(server: str) -> None:
 def test_vectors_on_an_object_store(
     server: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A vector that is damaged is found when it is read; hashes, or the end of a file, when it is asked what is there."""
+    """A damaged vector is found when it is read. Damaged hashes, or a damaged file end, are found when the cache is listed."""
     vectors = RANDOM.normal(size=(5, 8)).astype(np.float32)
     hashes = [f"{number:032x}" for number in range(5)]
     cache = EmbeddingCache(ROOT / "embeddings", "f" * 32)
@@ -271,7 +271,7 @@ def test_vectors_on_an_object_store(
     flipped = bytearray(first.read_bytes())
     flipped[len(flipped) // 2] ^= 1
     first.write_bytes(flipped)
-    monkeypatch.setattr(embedding_cache, "SMALL_BYTES", 0)  # so that the hashes are read apart
+    monkeypatch.setattr(embedding_cache, "SMALL_BYTES", 0)  # so that the hashes are read separately
     lacking = partial(EmbeddingCache(ROOT / "embeddings", "f" * 32).lacking, "00003", ["?", *hashes, "?"])
     assert lacking(verify=False).tolist() == [0] and not first.with_suffix(".damaged").exists()
     first.write_bytes(first.read_bytes()[:-20])
@@ -280,24 +280,24 @@ def test_vectors_on_an_object_store(
     assert str(first) in caplog.text and first.with_suffix(".damaged").exists() and not first.exists()
 
 
-def test_an_index_of_partitions_is_built_in_segments_there_too(
+def test_a_partitioned_index_is_built_in_segments_on_an_object_store(
     server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(index_recall, "RECALL_QUERIES", 20)  # each asks the server some times
+    monkeypatch.setattr(index_recall, "RECALL_QUERIES", 20)  # each query sends several requests
     vectors = clustered(6000, 16)
     table, database = embedding_table(tmp_path / "table.parquet", vectors), ROOT / "lancedb"
     report = publish(table, database, "tiny", "a" * 32, print)
     assert (report.kind, report.rows) == ("IVF_FLAT", 6000) and report.recall >= 0.99
     assert len(open_current(database, "tiny").to_lance().get_fragments()) == 2
     folders = {path.parent.name for path in list_paths(database / "tiny.lance" / "_indices", "*/*")}
-    assert len(folders) == 8  # of the vectors and seven columns; the segments are gone
-    # A second version beside the first, and the first once more.
+    assert len(folders) == 8  # one for the vectors and seven for columns; the segments have been removed
+    # Publish a second version beside the first, then return to the first.
     assert publish(table, database, "tiny", "b" * 32, print).tag != report.tag
     assert republish(database, "tiny", "a" * 32, report.tag[-12:], print) == report
 
 
-def test_the_store_knows_where_its_bulk_lies(tmp_path: Path, server: str) -> None:
-    """With SYNPIPE_BULK or without: what was made is found, and never made a second time elsewhere in silence."""
+def test_the_store_records_its_bulk_folder(tmp_path: Path, server: str) -> None:
+    """With or without SYNPIPE_BULK, existing files are found and never silently made a second time elsewhere."""
     project = write_project(tmp_path)
     from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""Tables a part at a time: however rows are cut into parts, what is made of them is the same as of the whole table."""
+"""Tables in batches: however rows are cut into batches, the results are the same as for the whole table."""
 
 from pathlib import Path
 
@@ -27,7 +27,7 @@ def table() -> pa.Table:
 
 
 def cut(table: pa.Table, seed: int = 0) -> list[pa.Table]:
-    """In parts of any size, some of them empty."""
+    """Cut a table into batches of random sizes, some of them empty."""
     borders = np.sort(np.random.default_rng(seed).integers(0, len(table), 20)).tolist()
     return [table.slice(start, end - start) for start, end in zip([0, *borders], [*borders, len(table)], strict=True)]
 
@@ -58,19 +58,19 @@ def test_rows_are_found_by_id_in_any_order_and_unknown_ones_are_null(table: pa.T
 
 def test_the_smallest_hashes_are_those_of_the_whole_table(table: pa.Table):
     for keys in (["content_hash"], ["content_hash", "synapse_id"]):
-        for most in (5, 100, 10_000):
-            smallest = SmallestHashes(keys, most)
-            for part in cut(table, most):
-                smallest.add(part)
-            expected = sorted({tuple(row[key] for key in keys) for row in table.select(keys).to_pylist()})[:most]
+        for count in (5, 100, 10_000):
+            smallest = SmallestHashes(keys, count)
+            for batch in cut(table, count):
+                smallest.add(batch)
+            expected = sorted({tuple(row[key] for key in keys) for row in table.select(keys).to_pylist()})[:count]
             assert [tuple(row[key] for key in keys) for row in smallest.rows().to_pylist()] == expected
 
 
 def test_a_digest_depends_on_values_and_their_places_only(table: pa.Table):
-    def digest_of(parts: list[pa.Table]) -> str:
+    def digest_of(batches: list[pa.Table]) -> str:
         content = ContentDigest()
-        for part in parts:
-            content.add(part)
+        for batch in batches:
+            content.add(batch)
         return content.value()
 
     whole = digest_of([table])

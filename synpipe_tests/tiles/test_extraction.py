@@ -1,4 +1,4 @@
-"""Extraction: every tile as if it had been cut out alone, each chunk fetched once, and a fault costs its shard only."""
+"""Extraction: tiles equal those of naive cut-outs, each chunk is fetched once, and a fault affects only its shard."""
 
 import os
 import signal
@@ -30,7 +30,7 @@ from synpipe_tests.volumes.test_sources import Handler
 SHAPE = (12, 400, 500)
 SIZE_NM = (50.0, 4.0, 4.0)
 CHUNKS = [(1, 400, 500), (5, 33, 97), (4, 64, 64)]
-# Shards so small that a few windows are in many of them.
+# The blocks are so small that a few windows fall into many shards.
 SPEC = TileSpec(shards=7, block_voxels_zyx=(4, 64, 64))
 VOXELS = np.random.default_rng(0).integers(1, 256, SHAPE, dtype=np.uint8)
 
@@ -71,7 +71,7 @@ def volumes(tmp_path_factory: pytest.TempPathFactory) -> list[Volume]:
 
 
 def naive(start: tuple[int, int, int], step: int) -> np.ndarray | None:
-    """The tile of a window, from the array."""
+    """The tile of a window, cut out of the array directly."""
     z, y, x = start[0] + step, start[1], start[2]
     inside = VOXELS[:, max(0, y) : max(0, y + 256), max(0, x) : max(0, x + 256)]
     if not 0 <= z < SHAPE[0] or 0 in inside.shape:
@@ -104,7 +104,7 @@ starts_lists = st.lists(
 )
 @given(starts_lists, st.integers(1, 3), st.integers(0, 4), st.integers(1, 5), st.integers(0, 3))
 def test_tiles_are_those_of_naive_cut_outs(volumes, tmp_path_factory, starts, step, which, part, room):
-    """Whatever the chunks, the step, the border, the size of a part and the memory: every window has its voxels, once."""
+    """Every window gets its own voxels once, for any chunks, step, border, size of a part and amount of memory."""
     folder = tmp_path_factory.mktemp("parts")
     spec = SPEC.model_copy(update={"section_step_nm": step * SIZE_NM[0], "blank_std": 0.0})
     with pytest.MonkeyPatch.context() as patch:
@@ -120,7 +120,7 @@ def test_tiles_are_those_of_naive_cut_outs(volumes, tmp_path_factory, starts, st
             np.testing.assert_array_equal(tile, expected)
     cut = [row for row in found.to_pylist() if not row["reason"]]
     places = {(row["part"], row["row"]): (row["start_z"], row["start_y"], row["start_x"]) for row in cut}
-    assert len(places) == len(set(places.values()))  # no tile stands for two windows, none is there twice
+    assert len(places) == len(set(places.values()))  # no two windows share a tile, and no tile is stored twice
     assert found["shard"].to_pylist() == shard_of(np.array(starts), spec).tolist()
 
 
@@ -156,7 +156,8 @@ def test_reads_ahead_only_as_far_as_the_memory_allows(volumes, tmp_path: Path, m
 
 
 class Server(ThreadingHTTPServer):
-    """A folder over HTTP. fault: what to do with the chunk of this path, `500` or `stall`, or None; requests: the paths."""
+    """Serves a folder over HTTP. fault: for the path of a chunk, the status of the answer, or `stall`, or None for no fault.
+    requests: the requested paths."""
 
     request_queue_size = 256
     daemon_threads = True
@@ -192,7 +193,7 @@ class FaultyHandler(Handler):
 
 @pytest.fixture
 def server(tmp_path: Path, monkeypatch) -> Iterator[Server]:
-    """A volume in chunks of 4×64×64; reads are given up after two quick attempts more."""
+    """A volume in chunks of 4×64×64. A failed read is repeated twice, without waiting."""
     from synpipe.volumes import chunked as volume_chunked
 
     retries = {"max_retries": 2, "initial_delay": "1ms", "max_delay": "2ms"}
@@ -219,7 +220,7 @@ def test_every_chunk_is_fetched_once(server: Server, tmp_path: Path) -> None:
         np.testing.assert_array_equal(tile, naive(tuple(start), 1))
 
 
-def test_a_fault_costs_its_shard_and_the_same_command_again_makes_the_rest(server: Server, tmp_path: Path) -> None:
+def test_a_fault_affects_only_its_shard_and_a_second_run_makes_the_rest(server: Server, tmp_path: Path) -> None:
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     broken = "/c/2/0/0"  # sections 8 to 11 of the upper left corner
     with opened(server.url) as volume:
@@ -249,7 +250,7 @@ def test_a_fault_costs_its_shard_and_the_same_command_again_makes_the_rest(serve
         np.testing.assert_array_equal(tile, other)
 
 
-def test_a_server_that_answers_no_more_is_given_up(server: Server, tmp_path: Path, monkeypatch) -> None:
+def test_extraction_stops_if_a_server_no_longer_answers(server: Server, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(extraction, "GIVE_UP_AFTER", 2)
     monkeypatch.setattr(extraction, "READ_AHEAD_BYTES", 0)
     server.fault = lambda path: "503"
@@ -260,7 +261,7 @@ def test_a_server_that_answers_no_more_is_given_up(server: Server, tmp_path: Pat
     assert len(set(server.chunks)) <= 2 * 2 * 6 * 6
 
 
-def test_a_missing_chunk_is_a_reject_and_no_fault(server: Server, tmp_path: Path) -> None:
+def test_a_missing_chunk_leads_to_rejects_and_is_not_an_error(server: Server, tmp_path: Path) -> None:
     (tmp_path / "served" / "c" / "2" / "0" / "0").unlink()
     with opened(server.url) as volume:
         found, made = extract(volume, SPEC, tmp_path / "parts", STARTS)
@@ -318,7 +319,7 @@ def test_an_interrupt_stops_at_once_even_while_a_server_stalls(server: Server, t
         assert server.chunks
         process.send_signal(signal.SIGINT)
         try:
-            _, said = process.communicate(timeout=15)  # the server is waited for longer than that
+            _, said = process.communicate(timeout=15)  # reads of a stalled server time out later than that
         finally:
             process.kill()
     assert "KeyboardInterrupt" in said and process.returncode != 0

@@ -1,4 +1,4 @@
-"""Tiles: the right voxels in the right place, cut out once, whole or redone, and never read damaged."""
+"""Tiles: they hold the right voxels, are cut out once, are made again if incomplete, and are never read damaged."""
 
 import io
 import math
@@ -23,7 +23,7 @@ from synpipe.volumes.volume import Volume, VolumeSpec
 from synpipe_tests.support.extraction import cut_out, extract
 
 SHAPE = (12, 600, 700)
-BLANK, REPEATED, CONSTANT = 8, 5, 10  # sections: black, a copy of the one before, without contrast
+BLANK, REPEATED, CONSTANT = 8, 5, 10  # sections: black; a copy of the one before; without contrast
 STARTS = np.array([[0, 0, 0], [1, 100, 200], [2, 300, 400], [1, 344, 0], [0, 17, 444]])
 
 
@@ -49,7 +49,7 @@ def volume(tmp_path_factory: pytest.TempPathFactory, voxels: np.ndarray) -> Volu
 
 
 def cut(volume: Volume, *start: int, **spec: Any) -> tuple[np.ndarray, dict[str, Any]]:
-    """A tile that is there."""
+    """Cut out a tile that must exist."""
     tile, row = cut_out(volume, np.array(start), TileSpec(**spec))
     assert tile is not None and "reason" not in row, row
     assert tile.shape == (3, 256, 256) and tile.dtype == np.uint8
@@ -69,7 +69,7 @@ def reader_of(cut: pa.Table, folder: Path, stacking: str = "colour", first_id: i
 
 
 def contents(cut: pa.Table) -> dict[tuple[int, int, int], str]:
-    """Content hash by place."""
+    """Content hash of each window, by its first voxel."""
     return {(row["start_z"], row["start_y"], row["start_x"]): row["content_hash"] for row in cut.to_pylist()}
 
 
@@ -91,7 +91,7 @@ def test_channels_are_the_sections_before_at_and_after(volume, voxels, z, y, x, 
 
 
 def test_a_marked_voxel_appears_where_it_is_and_not_transposed(tmp_path: Path) -> None:
-    """From nanometres to the pixel of the picture: z to the channel, y down, x to the right."""
+    """A position in nm ends up at the right pixel: z selects the channel, y points down, x to the right."""
     data = np.random.default_rng(1).integers(50, 200, (5, 400, 500), dtype=np.uint8)
     data[3, 210, 260] = 255  # the section after the synapse, ten voxels lower, thirty to the left
     with open_volume(tmp_path, data) as volume:
@@ -134,11 +134,11 @@ def test_border_reject_keeps_tiles_that_just_fit(volume: Volume) -> None:
         (-1, 1, 0b001),  # the synapse is in the first section
         (10, 1, 0b101),  # in the last one, after one without contrast
         (6, 1, 0b100),  # before the black section
-        (8, 1, 0b101),  # after it, and before one without contrast
+        (8, 1, 0b101),  # after the black section and before one without contrast
         (4, 1, 0b001),  # section 5 is a copy of section 4
-        (3, 1, 0b100),  # and of section 4, section 5 is a copy
-        (5, 1, 0b000),  # section 5 is as good as any before section 6
-        (-3, 4, 0b001),  # section 1 with a step of 4: before it nothing, after it section 5
+        (3, 1, 0b100),  # the section after section 4 is a copy of it
+        (5, 1, 0b000),  # section 5 is a valid neighbour of section 6
+        (-3, 4, 0b001),  # section 1 with a step of 4: nothing before it, section 5 after it
         (3, 4, 0b000),  # section 7 with a step of 4: sections 3 and 11 are good
     ],
 )
@@ -183,7 +183,7 @@ def test_a_volume_thinner_than_the_window(tmp_path: Path) -> None:
 # Shards
 
 
-def test_shards_are_those_of_the_documented_formula() -> None:
+def test_shards_follow_the_documented_formula() -> None:
     spec = TileSpec(shards=16)
     starts = np.array([[0, 0, 0], [-1, -1, -1], [31, 1023, 1023], [32, 1024, 2048], [7000, 130_000, 240_000]])
     expected = []
@@ -192,7 +192,7 @@ def test_shards_are_those_of_the_documented_formula() -> None:
         raw = b"".join(block.to_bytes(8, "little", signed=True) for block in blocks)
         expected.append(zlib.crc32(raw) % 16)
     assert shard_of(starts, spec).tolist() == expected
-    # Written down: another formula would cut every tile of every store again.
+    # These numbers must stay: another formula would make every store cut out all tiles again.
     assert expected == [0, 2, 0, 11, 8]
 
 
@@ -230,7 +230,7 @@ def test_specs_that_make_no_sense_are_refused() -> None:
             TileSpec.parse(wrong, "demo.yaml")
 
 
-def test_what_decides_the_bytes_is_in_the_recipe_and_the_view_is_not() -> None:
+def test_the_recipe_covers_the_bytes_of_tiles_and_not_the_view() -> None:
     recipe = TileSpec().recipe("volume")
     assert TileSpec(stacking="grey").recipe("volume") == recipe
     others = [TileSpec(section_step_nm=200), TileSpec(border="reject"), TileSpec(blank_std=5), TileSpec(shards=3)]
@@ -241,7 +241,9 @@ def test_what_decides_the_bytes_is_in_the_recipe_and_the_view_is_not() -> None:
 
 
 def test_rows_come_back_in_the_order_of_the_windows(volume: Volume, voxels: np.ndarray, tmp_path: Path) -> None:
-    starts = np.concatenate([STARTS, [[BLANK - 1, 0, 0]], STARTS[:1]])  # one without a tile, and one twice
+    starts = np.concatenate(
+        [STARTS, [[BLANK - 1, 0, 0]], STARTS[:1]]
+    )  # one window without a tile, and one window twice
     cuts, made = extract(volume, TileSpec(), tmp_path, starts)
     assert made == len(STARTS) + 1
     assert np.stack([cuts[f"start_{axis}"].to_numpy() for axis in "zyx"], axis=1).tolist() == starts.tolist()
@@ -293,7 +295,7 @@ def test_large_shards_are_written_in_several_parts(volume: Volume, tmp_path: Pat
 
 @pytest.mark.parametrize("suffix", [".parquet", ".h5"])
 def test_half_a_part_is_made_again_with_the_same_content(volume: Volume, tmp_path: Path, suffix: str) -> None:
-    """Killed after the tiles and before the index, or tiles that somebody deleted."""
+    """The index is missing if the process was killed after writing the tiles. Tiles are missing if somebody deleted them."""
     first, _ = extract(volume, TileSpec(), tmp_path, STARTS)
     (half,) = tmp_path.glob(f"*{suffix}")
     half.unlink()
@@ -318,7 +320,7 @@ def test_an_error_in_the_middle_of_a_part_leaves_the_parts_before_it(volume, tmp
     assert extract(volume, TileSpec(), tmp_path, STARTS)[1] == 3
 
 
-def test_a_shard_of_rejects_only(volume: Volume, tmp_path: Path) -> None:
+def test_a_shard_with_rejects_only(volume: Volume, tmp_path: Path) -> None:
     starts = np.array([[BLANK - 1, 0, 0], [50, 0, 0]])
     cuts, made = extract(volume, TileSpec(), tmp_path, starts)
     assert made == 2
@@ -380,7 +382,7 @@ def test_grey_tiles_are_the_middle_section_thrice(parts: pa.Table, voxels: np.nd
     assert content_hashes(reader_of(parts, tmp_path), 5).to_pylist() == parts["content_hash"].to_pylist()
 
 
-def test_no_tiles_are_no_tiles(parts: pa.Table, tmp_path: Path) -> None:
+def test_reading_no_tiles_gives_an_empty_array(parts: pa.Table, tmp_path: Path) -> None:
     assert reader_of(parts, tmp_path).read(np.zeros(0, np.int64)).shape == (0, 3, 256, 256)
     assert reader_of(parts.slice(0, 0), tmp_path).read(np.zeros(0, np.int64)).shape == (0, 3, 256, 256)
 
@@ -427,7 +429,7 @@ def test_truncated_absent_and_strange_parts_are_named(parts: pa.Table, tmp_path:
 def test_damaged_parts_are_named_moved_aside_and_cut_out_again(
     volume: Volume, parts: pa.Table, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A flipped byte once it was read; a truncated file, or an index with a flipped byte, at once."""
+    """A flipped byte is found when its tile is read. A truncated file or index is found by the next extraction."""
     (index,), (tiles,), whole = tmp_path.glob("*.parquet"), tmp_path.glob("*.h5"), reader_of(parts, tmp_path)
     expected = whole.read(np.arange(5))
     last = parts["row"].to_pylist().index(4)
@@ -486,7 +488,7 @@ def test_a_tile_by_id_comes_quickly(parts: pa.Table, tmp_path: Path, capsys: pyt
 
 
 def test_real_synapses_are_in_the_middle_of_their_tiles(real_em: Path) -> None:
-    """Real synapses, from the nanometres of the file to the middle pixel of the tile; those at the border are padded."""
+    """Positions in nm from a real file end up in the middle pixel of their tiles. Tiles at the border are padded."""
     path = real_em / "vnc_stack1.h5"
     spec = TileSpec()
     with Volume(VolumeSpec(path=str(path)), Path()) as volume, h5py.File(path) as file:

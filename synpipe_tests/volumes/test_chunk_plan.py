@@ -1,4 +1,4 @@
-"""The plan of cut-outs: nothing left out, nothing twice, the same whatever the order of the input; chunks fetched about once."""
+"""The chunk plan: every box is read once, the order of the input does not matter, and chunks are fetched about once."""
 
 from collections import OrderedDict
 
@@ -23,7 +23,7 @@ def boxes(corners: list[tuple[int, int, int]], window: tuple[int, int, int]) -> 
 
 
 def fetches(order: np.ndarray, low: np.ndarray, high: np.ndarray, chunking: Chunking) -> tuple[int, int]:
-    """Chunks that a cache of the least recently used fetches in this order, and how many there are to fetch."""
+    """Number of chunks that an LRU cache fetches in this order, and number of different chunks that are needed."""
     cache: OrderedDict[tuple[int, ...], None] = OrderedDict()
     fetched, needed = 0, set()
     for box in order:
@@ -49,16 +49,18 @@ def test_the_chunks_of_a_box_are_those_that_hold_its_voxels(chunking, corner, wi
 
 @STEADY
 @given(corners, windows, chunkings, st.integers(1, 20), st.integers(1, 5), st.randoms(use_true_random=False))
-def test_every_box_is_in_one_batch_whatever_the_order_of_the_input(corners, window, chunking, most, shards, random):
+def test_every_box_is_in_one_batch_whatever_the_order_of_the_input(
+    corners, window, chunking, batch_size, shards, random
+):
     low, high = boxes(corners, window)
     shard = shard_of(low, TileSpec(shards=shards, block_voxels_zyx=(7, 64, 64)))
-    batches = plan_batches(low, high, shard, chunking, most)
+    batches = plan_batches(low, high, shard, chunking, batch_size)
     assert sorted(np.concatenate(batches).tolist()) == list(range(len(low)))
-    assert max(map(len, batches)) <= most and min(map(len, batches)) > 0
+    assert max(map(len, batches)) <= batch_size and min(map(len, batches)) > 0
 
     shuffled = list(range(len(low)))
     random.shuffle(shuffled)
-    again = plan_batches(low[shuffled], high[shuffled], shard[shuffled], chunking, most)
+    again = plan_batches(low[shuffled], high[shuffled], shard[shuffled], chunking, batch_size)
     assert [low[batch].tolist() for batch in batches] == [low[shuffled][batch].tolist() for batch in again]
 
 
@@ -72,13 +74,13 @@ def test_a_cache_that_holds_what_is_needed_fetches_each_chunk_once(corners, wind
 
 
 def windows_in(shape: tuple[int, int, int], count: int, depth: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Windows of tiles anywhere in a volume, some of them beyond its border; and their shards."""
+    """Random windows of tiles in a volume, some of them beyond its border: lower corners, upper corners, shards."""
     window = np.array([depth, 256, 256])
     starts = np.random.default_rng(0).integers(0, shape, (count, 3)) - window // 2
     return np.clip(starts, 0, shape), np.clip(starts + window, 0, shape), shard_of(starts, TileSpec())
 
 
-def test_a_dense_volume_is_read_about_once_with_a_cache_of_a_part_of_it() -> None:
+def test_a_dense_volume_is_read_about_once_with_a_cache_much_smaller_than_it() -> None:
     cases = [
         ((64, 64, 64), (64, 4096, 4096), 1000, 3, 1024, 1.001),  # 4,077 chunks
         ((64, 64, 64), (256, 4096, 4096), 4000, 3, 1024, 1.1),
@@ -108,8 +110,9 @@ def test_batches_follow_space_where_shards_share_chunks_and_are_of_one_shard_els
     assert len(sparse) == 16 and all(len(set(shards[batch])) == 1 for batch in sparse)
 
 
-def test_no_crumbs_of_files_however_many_chunks_they_would_save() -> None:
-    """Pairs of neighbours in different shards, so far apart that a batch would hold a tile of each shard."""
+def test_batches_never_write_tiny_files_however_many_chunks_they_would_save() -> None:
+    """The boxes are pairs of neighbours in different shards. The pairs are so far apart that a mixed batch would hold about
+    one tile of each shard."""
     chunking = Chunking((64, 64, 64), 1024)
     pairs = np.random.default_rng(0).integers(0, (200, 100, 200), (200, 3)) * [32, 1024, 1024]
     low = np.concatenate([pairs + np.array([0, 0, x]) for x in (1023, 1024)])
@@ -120,6 +123,6 @@ def test_no_crumbs_of_files_however_many_chunks_they_would_save() -> None:
     )
 
 
-def test_no_boxes_are_no_batches() -> None:
+def test_no_boxes_give_no_batches() -> None:
     none = np.zeros((0, 3), np.int64)
     assert plan_batches(none, none, none[:, 0], Chunking((1, 1, 1), 1), 10) == []

@@ -1,4 +1,4 @@
-"""Every kind of volume gives the same tiles; what a volume cannot say, lacks, or says otherwise than its spec is told."""
+"""Every kind of volume gives the same tiles. Volumes that lack data, or contradict their spec, are refused with a reason."""
 
 import json
 import shutil
@@ -38,7 +38,7 @@ CHUNKED = ("precomputed", "n5", "zarr2", "zarr3")
 KINDS = ("hdf5", *CHUNKED, "png", "tiff")
 
 
-# Volumes of every kind, written by the libraries that people use
+# Volumes of every kind, written by common libraries
 
 
 def create(folder: Path, data: np.ndarray, **spec: Any) -> None:
@@ -54,7 +54,7 @@ def write_hdf5(folder: Path, data: np.ndarray) -> None:
 
 
 def write_precomputed(folder: Path, data: np.ndarray, size_nm=SIZE_NM, encoding: str = "raw", **scale: Any) -> None:
-    """Written twice with other voxel sizes it has two scales."""
+    """Writing to the same folder twice, with different voxel sizes, makes a volume with two scales."""
     create(
         folder,
         data.T[..., None],
@@ -98,7 +98,7 @@ def write_sections(folder: Path, data: np.ndarray, suffix: str) -> None:
     for index, section in enumerate(data):
         Image.fromarray(section).save(
             folder / f"larva_4.6nm_{index + 7}{suffix}"
-        )  # 7 … 12: not in the order of letters
+        )  # 7 … 12, so alphabetical order is wrong
 
 
 WRITERS: dict[str, Callable[[Path, np.ndarray], None]] = {
@@ -121,7 +121,7 @@ def amend(document: Path, **changes: Any) -> None:
 
 def opened(kind: str, place: Path | str, **spec: Any) -> Volume:
     if kind in ("png", "tiff"):
-        spec = {**STATED, **spec}  # images do not say it
+        spec = {**STATED, **spec}  # images do not state it
     path = PATHS.get(kind, kind + "://{}").format(place)
     return Volume(VolumeSpec.parse({"path": path, **spec}, "test"), Path("/nowhere"))
 
@@ -153,7 +153,7 @@ def em(real_em: Path) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def real_volumes(em: np.ndarray, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same crop of real EM as every kind of volume, a folder each."""
+    """The same crop of real EM as every kind of volume, one folder per kind."""
     folder = tmp_path_factory.mktemp("volumes")
     for kind, write in WRITERS.items():
         write(folder / kind, em)
@@ -162,9 +162,10 @@ def real_volumes(em: np.ndarray, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 
 class Server(ThreadingHTTPServer):
-    """A folder over HTTP. requests: the paths that were asked for; status: what every request is answered with, if set."""
+    """Serves a folder over HTTP. requests: the requested paths. status: if set, the status of every answer. etag: if set, the
+    ETag of every answer."""
 
-    request_queue_size = 256  # as real servers have it; connections beyond it are reset
+    request_queue_size = 256  # like real servers; further connections are reset
 
     def __init__(self, folder: Path):
         super().__init__(("127.0.0.1", 0), partial(Handler, directory=str(folder)))
@@ -191,7 +192,7 @@ class Handler(SimpleHTTPRequestHandler):
         super().end_headers()
 
     def log_message(self, *_: Any) -> None:
-        """Silent."""
+        """Log nothing."""
 
 
 @pytest.fixture
@@ -213,7 +214,7 @@ def serve() -> Iterator[Callable[[Path], Server]]:
 
 
 def tiles_of(volume: Volume) -> list[tuple[bytes, dict[str, Any]]]:
-    """Tiles within the volume, at its borders and at its corners."""
+    """Tiles inside the volume, at its borders and at its corners."""
     spec = TileSpec()
     corners = np.stack(np.meshgrid([0.5, 2.5, 5.5], [0, 127.7, 319], [3, 160, 329.5], indexing="ij"), axis=-1).reshape(
         -1, 3
@@ -260,7 +261,8 @@ def test_relative_paths_start_at_the_folder_of_the_yaml_file(tmp_path: Path, gre
 
 
 def test_a_data_set_over_http_end_to_end(tmp_path: Path, serve: Callable[[Path], Server]) -> None:
-    """The same stacks as from the local file; what is made is fresh while the server is away, and needs no request."""
+    """A remote volume gives the same stacks as the local file. Assets stay fresh while the server is down, and checking that
+    sends no request."""
     source = tmp_path / "source"
     make_demo(source, SyntheticSpec.parse(SMALL_DEMO["synthetic"], "test"), lambda message: None)
     with h5py.File(source / "volume.h5") as file:
@@ -316,7 +318,7 @@ def test_scales_of_n5(tmp_path: Path, grey: np.ndarray) -> None:
 
 @pytest.mark.parametrize("version", [2, 3])
 def test_scales_of_ome_zarr(tmp_path: Path, grey: np.ndarray, version: int) -> None:
-    """Five axes, micrometres, and translations of the centres of the voxels, as ome-zarr writes them."""
+    """Five axes, micrometres, and translations that refer to centres of voxels, as ome-zarr writes them."""
     folder, half = tmp_path / "v", np.ascontiguousarray(grey[:, ::2, ::2])
     axes = [{"name": name, "type": "other"} for name in "tc"]
     axes += [{"name": name, "type": "space", "unit": "micrometer"} for name in "zyx"]
@@ -414,7 +416,7 @@ windows = st.tuples(st.integers(0, 40_000), st.integers(1, 60_000)).map(lambda w
 
 @pytest.fixture(scope="module", params=[np.uint16, np.float32], ids=["uint16", "float32"])
 def deep(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[np.ndarray, Path]:
-    """16-bit values and floats in every kind of volume that has them: PNG has no floats."""
+    """16-bit values and floats in every kind of volume that supports them; PNG has no floats."""
     data = np.random.default_rng(0).integers(0, 2**16, (3, 20, 30)).astype(request.param)
     folder = tmp_path_factory.mktemp("deep")
     for kind, write in WRITERS.items():
@@ -435,7 +437,7 @@ def test_windows_are_the_same_for_all_kinds(deep: tuple[np.ndarray, Path], windo
         np.testing.assert_array_equal(found, expected)
 
 
-def test_a_window_is_needed_where_it_has_a_meaning_and_only_there(deep, tmp_path: Path, grey: np.ndarray) -> None:
+def test_a_window_is_required_for_deep_values_and_refused_for_uint8(deep, tmp_path: Path, grey: np.ndarray) -> None:
     data, folder = deep
     for place in folder.iterdir():
         refusal(lambda place=place: opened(place.name, place), str(data.dtype), "volume.intensity_window")
@@ -451,7 +453,7 @@ def test_the_window_is_part_of_the_fingerprint(deep: tuple[np.ndarray, Path]) ->
     assert prints[0] == prints[2] != prints[1]
 
 
-# What is absent, damaged or out of reach
+# Volumes that are absent, damaged or out of reach
 
 
 def first_chunk(folder: Path) -> Path:
@@ -470,7 +472,7 @@ def test_a_missing_chunk_is_not_black(tmp_path: Path, grey: np.ndarray, serve, k
         refusal(lambda: everything(volume), "holds nothing at voxels", str(place))
         tile, row = cut_out(volume, np.array([0, 0, 0]), TileSpec())
         assert tile is None and row["reason"] == "missing_chunk" and str(place) in row["detail"]
-        tile, row = cut_out(volume, np.array([2, 64, 64]), TileSpec())  # the other synapses have their tiles
+        tile, row = cut_out(volume, np.array([2, 64, 64]), TileSpec())  # the other synapses still get their tiles
         assert tile is not None
 
 
@@ -511,7 +513,7 @@ def test_a_server_that_is_not_there_is_given_up(serve: Callable[[Path], Server],
     server = serve(tmp_path)
     server.status = 503
     refusal(lambda: opened("precomputed", server.url), "cannot be opened", "503", "try again")
-    assert len(server.requests) in (2, 3)  # versions of tensorstore count the first attempt or not
+    assert len(server.requests) in (2, 3)  # whether the first attempt counts depends on the version of tensorstore
 
 
 @pytest.mark.parametrize(
@@ -549,7 +551,7 @@ def test_a_data_set_name_is_for_hdf5_only() -> None:
 # Sections
 
 
-def test_folders_that_are_no_stacks(tmp_path: Path, grey: np.ndarray) -> None:
+def test_folders_that_are_not_stacks_of_sections(tmp_path: Path, grey: np.ndarray) -> None:
     def stack(name: str) -> Path:
         write_sections(tmp_path / name, grey, ".png")
         return tmp_path / name
@@ -571,7 +573,7 @@ def test_folders_that_are_no_stacks(tmp_path: Path, grey: np.ndarray) -> None:
 
 
 @pytest.mark.parametrize("suffix", [".png", ".tif"])
-def test_sections_that_are_damaged_or_unlike_the_others(tmp_path: Path, grey: np.ndarray, suffix: str) -> None:
+def test_sections_that_are_damaged_or_differ_from_the_others(tmp_path: Path, grey: np.ndarray, suffix: str) -> None:
     write_sections(tmp_path / "v", grey, suffix)
     short, small = tmp_path / "v" / f"larva_4.6nm_9{suffix}", tmp_path / "v" / f"larva_4.6nm_12{suffix}"
     short.write_bytes(short.read_bytes()[:20_000])
@@ -596,7 +598,7 @@ def test_local_fingerprints_follow_the_content(tmp_path: Path, grey: np.ndarray,
     assert prints[0] == prints[1] == prints[2] != prints[3]
 
 
-def test_remote_fingerprints_are_of_the_documents(tmp_path: Path, grey: np.ndarray, serve) -> None:
+def test_remote_fingerprints_cover_the_documents(tmp_path: Path, grey: np.ndarray, serve) -> None:
     write_zarr2(tmp_path / "v", grey)
     server = serve(tmp_path)
     place = f"{server.url}/v"
@@ -650,4 +652,4 @@ def test_shipped_data_sets_wait_for_their_annotations(name: str, monkeypatch, ca
     (warning,) = [record.getMessage() for record in caplog.records if "left out" in record.getMessage()]
     assert "\n" not in warning and f" {name} ({dataset.missing_sources()[0]})" in warning
     window = dataset.spec.tiles.window_zyx(np.array(dataset.spec.volume.voxel_size_nm_zyx))
-    assert window == ((3 if name == "fafb_v14" else 11), 256, 256)  # sections 40 nm apart, wherever
+    assert window == ((3 if name == "fafb_v14" else 11), 256, 256)  # sections 40 nm apart in all of them

@@ -1,4 +1,4 @@
-"""Volumes: nanometres to windows without bias, and files that are wrong are refused with a sentence."""
+"""Volumes: positions in nm become windows without bias, and wrong files are refused with one sentence."""
 
 import os
 from pathlib import Path
@@ -18,7 +18,7 @@ OFFSET = (100.0, -46.0, 9.2)
 SHAPE = (7, 40, 30)
 STEADY = settings(deadline=None, derandomize=True)
 
-# Voxel sizes as papers give them: 4.6 and 3.8 nm have no exact binary form.
+# Voxel sizes from publications; 4.6 and 3.8 nm have no exact binary form.
 voxel_sizes = st.sampled_from([1.0, 3.8, 4.0, 4.6, 8.0, 10.0, 35.0, 50.0])
 offsets = st.sampled_from([0.0, -46.0, 9.2, 1234.5, 400_000.0])
 odd_sizes = st.integers(0, 300).map(lambda half: 2 * half + 1)
@@ -27,7 +27,7 @@ voxels = st.integers(-1000, 250_000)
 
 
 def write_volume(path: Path, data: np.ndarray | None = None, dataset: str = "volumes/raw", **attributes: Any) -> Path:
-    """A volume of random grey values in CREMI layout; an attribute of None is left out."""
+    """A volume of random grey values in CREMI layout. An attribute that is None is not written."""
     if data is None:
         data = np.random.default_rng(0).integers(1, 256, SHAPE, dtype=np.uint8)
     with h5py.File(path, "w") as file:
@@ -43,7 +43,7 @@ def open_volume(path: Path, **spec: Any) -> Volume:
 
 
 def refusal(path: Path, **spec: Any) -> str:
-    """The message with which the volume is refused: one paragraph that names the file."""
+    """The error message for a refused volume: one paragraph that names the file."""
     with pytest.raises(SynpipeError) as caught:
         open_volume(path, **spec).read(np.zeros(3), np.array(SHAPE))
     message = str(caught.value)
@@ -58,14 +58,14 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Axes(Volume):
-    """Only what `window_starts` needs of a volume: voxel sizes and offsets that no file was written for."""
+    """A volume without a file: it has only the voxel size and the offset that `window_starts` needs."""
 
     def __init__(self, size_nm: float, offset_nm: float):
         self.voxel_size_nm_zyx, self.offset_nm_zyx = np.full(3, size_nm), np.full(3, offset_nm)
 
     def starts(self, positions_nm: np.ndarray, size: int) -> np.ndarray:
         starts = self.window_starts(np.repeat(np.atleast_1d(positions_nm)[:, None], 3, axis=1), (size, size, size))
-        assert (starts == starts[:, :1]).all()  # every axis by itself
+        assert (starts == starts[:, :1]).all()  # the axes are independent
         return starts[:, 0]
 
 
@@ -81,7 +81,7 @@ def test_odd_window_has_the_voxel_with_the_position_in_its_middle(size_nm, offse
 @STEADY
 @given(voxel_sizes, offsets, odd_sizes, voxels)
 def test_a_decimal_on_the_edge_between_two_voxels_belongs_to_the_upper_one(size_nm, offset_nm, size, voxel):
-    # The same edge as a person would write it, with the digits that a file shows.
+    # The same edge as people write it, with three decimals.
     written = float(f"{offset_nm + voxel * size_nm:.3f}")
     assert Axes(size_nm, offset_nm).starts(written, size)[0] + size // 2 == voxel
 
@@ -95,7 +95,7 @@ def test_even_window_is_centred_within_half_a_voxel(size_nm, offset_nm, size, po
 
 @pytest.mark.parametrize("size", [1, 2, 3, 256])
 def test_windows_have_no_bias_over_all_positions_in_a_voxel(size: int) -> None:
-    positions = (np.arange(10_000) + 0.5) / 1000  # ten voxels, evenly
+    positions = (np.arange(10_000) + 0.5) / 1000  # evenly over ten voxels
     starts = Axes(4.6, 0.0).starts(positions * 4.6, size)
     assert abs((starts + size / 2 - positions).mean()) < 1e-6
 
@@ -103,7 +103,7 @@ def test_windows_have_no_bias_over_all_positions_in_a_voxel(size: int) -> None:
 @STEADY
 @given(voxel_sizes, offsets, st.integers(1, 300), st.floats(0, 100), st.integers(-1000, 200_000))
 def test_windows_move_with_whole_voxels(size_nm, offset_nm, size, position, shift):
-    position = round(position, 3) + 0.0005  # not on an edge, where the last bits would decide
+    position = round(position, 3) + 0.0005  # not on an edge, where rounding would decide
     here = Axes(size_nm, offset_nm).starts(offset_nm + position * size_nm, size)
     there = Axes(size_nm, offset_nm).starts(offset_nm + (position + shift) * size_nm, size)
     assert there - here == shift
@@ -119,7 +119,7 @@ def test_windows_of_a_file_follow_its_offset_and_voxel_size(path: Path) -> None:
         assert volume.window_starts(np.zeros((0, 3)), (3, 5, 7)).shape == (0, 3)
 
 
-def test_reads_the_voxels_that_are_asked_for(path: Path) -> None:
+def test_reads_the_requested_voxels(path: Path) -> None:
     expected = np.random.default_rng(0).integers(1, 256, SHAPE, dtype=np.uint8)
     with open_volume(path) as volume:
         assert volume.shape_zyx.tolist() == list(SHAPE)
@@ -140,8 +140,8 @@ def test_truncated_file(tmp_path: Path, path: Path) -> None:
         assert "copy it again" in refusal(short)
 
 
-def test_a_damaged_byte_is_refused_or_does_no_harm(tmp_path: Path, path: Path) -> None:
-    """Whatever byte is wrong, h5py's own errors never reach the user."""
+def test_a_damaged_byte_is_refused_or_harmless(tmp_path: Path, path: Path) -> None:
+    """Whichever byte is wrong, users never see the exceptions of h5py."""
     whole = path.read_bytes()
     damaged, refused = tmp_path / "damaged.h5", 0
     for place in range(0, len(whole), 13):
@@ -157,14 +157,14 @@ def test_a_damaged_byte_is_refused_or_does_no_harm(tmp_path: Path, path: Path) -
     assert refused > 10
 
 
-def test_folder_and_other_files_are_no_volumes(tmp_path: Path) -> None:
+def test_folders_and_other_files_are_not_volumes(tmp_path: Path) -> None:
     (tmp_path / "folder.h5").mkdir()
     assert "not an HDF5 file" in refusal(tmp_path / "folder.h5")
     (tmp_path / "text.h5").write_text("id,x,y,z\n" * 1000)
     assert "not an HDF5 file" in refusal(tmp_path / "text.h5")
 
 
-def test_missing_data_set_names_those_there_are(tmp_path: Path) -> None:
+def test_a_missing_data_set_names_the_existing_ones(tmp_path: Path) -> None:
     path = write_volume(tmp_path / "volume.h5", dataset="em/grey")
     message = refusal(path)
     assert "`volumes/raw`" in message and "em/grey" in message
@@ -205,8 +205,8 @@ def test_voxel_size_comes_from_the_spec_where_the_file_has_none(tmp_path: Path) 
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("voxel_size_nm_zyx", [4.6, 4.6, 50]),  # x, y, z: the commonest mistake
-        ("voxel_size_nm_zyx", [50, 4.6, 4.60002]),  # at 250,000 voxels another voxel
+        ("voxel_size_nm_zyx", [4.6, 4.6, 50]),  # x, y, z: the most common mistake
+        ("voxel_size_nm_zyx", [50, 4.6, 4.60002]),  # shifts voxel 250,000 to another one
         ("offset_nm_zyx", [0, 0, 0]),
         ("offset_nm_zyx", [100, -46, 9.3]),
     ],
@@ -230,7 +230,7 @@ def test_a_spec_that_agrees_with_a_float32_attribute_is_accepted(tmp_path: Path)
 @pytest.mark.parametrize(
     "resolution", [(0.0, 4.0, 4.0), (-40.0, 4.0, 4.0), (np.nan, 4.0, 4.0), (np.inf, 4.0, 4.0), 4.0, (4.0, 4.0), "4 nm"]
 )
-def test_a_voxel_size_that_is_none_is_refused(tmp_path: Path, resolution: Any) -> None:
+def test_an_impossible_voxel_size_is_refused(tmp_path: Path, resolution: Any) -> None:
     message = refusal(write_volume(tmp_path / "volume.h5", resolution=resolution))
     assert "voxel" in message
     with pytest.raises(SynpipeError, match="offset_nm_zyx"):
@@ -257,7 +257,7 @@ def test_fingerprint_follows_the_content_and_not_the_clock(tmp_path: Path) -> No
     data = np.random.default_rng(0).integers(1, 256, SHAPE, dtype=np.uint8)
     with h5py.File(path, "r+") as file:
         file["volumes/raw"][3, 20, 10] = data[3, 20, 10] ^ 1
-    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))  # what `cp -p` and rsync do
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))  # like `cp -p` and rsync
     with open_volume(path) as volume:
         assert volume.fingerprint() != before
 
@@ -275,7 +275,7 @@ def test_fingerprint_follows_the_place_of_the_voxels(tmp_path: Path) -> None:
 
 
 def test_real_synapses_stand_in_the_middle_of_their_windows(real_em: Path) -> None:
-    """The structure that a person labelled at a synapse is in the middle voxel of its window."""
+    """The middle voxel of a synapse's window has the label that annotators gave to the synapse."""
     path = real_em / "vnc_stack1.h5"
     with open_volume(path) as volume, h5py.File(path) as file:
         assert volume.shape_zyx.tolist() == [20, 1024, 1024]
@@ -285,11 +285,11 @@ def test_real_synapses_stand_in_the_middle_of_their_windows(real_em: Path) -> No
         middles = starts + np.array([1, 127, 127])
         structures = file["volumes/labels/structures"][:]
         labels = structures[tuple(middles.T)]
-    assert (labels == 223).mean() > 0.8  # 223: synapse; the centre of a curved one may lie beside it
+    assert (labels == 223).mean() > 0.8  # 223 is a synapse; the centre of a curved synapse may lie outside it
     np.testing.assert_allclose((middles + 0.5) * volume.voxel_size_nm_zyx, positions, atol=25 + 1e-6)
 
 
-def test_real_section_is_read_as_it_is(real_em: Path) -> None:
+def test_a_real_section_is_read_unchanged(real_em: Path) -> None:
     with open_volume(real_em / "vnc_stack1.h5") as volume, h5py.File(real_em / "vnc_stack1.h5") as file:
         low, high = np.array([18, 700, 0]), np.array([20, 1024, 256])
         found = volume.read(low, high)
