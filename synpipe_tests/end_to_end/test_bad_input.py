@@ -31,7 +31,7 @@ DATASET = {
     ],
     "tiles": {"shards": 2},
     "encoders": ["tiny"],
-    # These read no input of their own, and they take longer than everything else.
+    # These read no input of their user, and they take longer than everything else.
     "classifier": None,
     "projection": None,
     "evaluation": None,
@@ -79,44 +79,44 @@ class UserFolder:
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> UserFolder:
+def intact(tmp_path_factory: pytest.TempPathFactory) -> UserFolder:
     """A folder without faults, with all assets. It is shared between tests, so do not change it."""
-    own = UserFolder(tmp_path_factory.mktemp("own"))
-    own.describe()
-    own.register()
-    own.volume.parent.mkdir()
+    user = UserFolder(tmp_path_factory.mktemp("own"))
+    user.describe()
+    user.register()
+    user.volume.parent.mkdir()
     random = np.random.default_rng(0)
-    with h5py.File(own.volume, "w") as file:
+    with h5py.File(user.volume, "w") as file:
         file["volumes/raw"] = random.integers(40, 215, (8, 640, 640), np.uint8)
         file["volumes/raw"].attrs["resolution"] = (40.0, 4.0, 4.0)
     places = random.uniform(0, (2560, 2560, 320), (30, 3)).round(1).tolist()
     rows = (f"{number},{x},{y},{z},gaba\n" for number, (x, y, z) in enumerate(places, start=1))
-    own.synapses.write_text("synapse_id,x_nm,y_nm,z_nm,neurotransmitter\n" + "".join(rows))
-    answer(own.project, *MATERIALIZE)
-    return own
+    user.synapses.write_text("synapse_id,x_nm,y_nm,z_nm,neurotransmitter\n" + "".join(rows))
+    answer(user.project, *MATERIALIZE)
+    return user
 
 
 @pytest.fixture
-def own(whole: UserFolder, tmp_path: Path) -> UserFolder:
-    shutil.copytree(whole.folder, tmp_path, dirs_exist_ok=True)
+def user(intact: UserFolder, tmp_path: Path) -> UserFolder:
+    shutil.copytree(intact.folder, tmp_path, dirs_exist_ok=True)
     return UserFolder(tmp_path)
 
 
-def truncate(own: UserFolder) -> None:
-    own.volume.write_bytes(own.volume.read_bytes()[: own.volume.stat().st_size // 2])
+def truncate(user: UserFolder) -> None:
+    user.volume.write_bytes(user.volume.read_bytes()[: user.volume.stat().st_size // 2])
 
 
-def widen(own: UserFolder) -> None:
-    with h5py.File(own.volume, "r+") as file:
+def widen(user: UserFolder) -> None:
+    with h5py.File(user.volume, "r+") as file:
         raw, attributes = file["volumes/raw"][:], dict(file["volumes/raw"].attrs)
         del file["volumes/raw"]
         file["volumes/raw"] = raw.astype("uint16") * 256
         file["volumes/raw"].attrs.update(attributes)
 
 
-def rename_columns(own: UserFolder) -> None:
-    header, rest = own.synapses.read_text().split("\n", 1)
-    own.synapses.write_text(header.replace("x_nm", "pos_x") + "\n" + rest)
+def rename_columns(user: UserFolder) -> None:
+    header, rest = user.synapses.read_text().split("\n", 1)
+    user.synapses.write_text(header.replace("x_nm", "pos_x") + "\n" + rest)
 
 
 @dataclass(frozen=True)
@@ -134,49 +134,49 @@ BEFORE_EMBEDDINGS = BEFORE_SYNAPSES | {"synapses", "synapse_stacks", "rgb_tiles"
 FILE_FAULTS = {
     "a truncated volume": Fault(truncate, ("volume.h5", "truncated", "copy it again"), frozenset({"annotations"})),
     "a volume of 16 bits": Fault(widen, ("volume.h5", "uint16", "uint8"), frozenset({"annotations"})),
-    "no volume": Fault(lambda own: own.volume.unlink(), ("volume.h5", "does not exist"), frozenset({"annotations"})),
+    "no volume": Fault(lambda user: user.volume.unlink(), ("volume.h5", "does not exist"), frozenset({"annotations"})),
     "other columns": Fault(rename_columns, ("synapses.csv", "`x_nm`", "`pos_x`", "columns"), BEFORE_SYNAPSES),
     "no annotations": Fault(
-        lambda own: own.synapses.unlink(), ("synapses.csv", "does not exist"), frozenset({"volume"})
+        lambda user: user.synapses.unlink(), ("synapses.csv", "does not exist"), frozenset({"volume"})
     ),
     "annotations without a row": Fault(
-        lambda own: own.synapses.write_text(own.synapses.read_text().split("\n")[0] + "\n"),
+        lambda user: user.synapses.write_text(user.synapses.read_text().split("\n")[0] + "\n"),
         ("synapses.csv", "no synapse"),
         BEFORE_SYNAPSES,
     ),
     "an encoder without weights": Fault(
-        lambda own: own.register(weights="gone.safetensors", seed=None),
+        lambda user: user.register(weights="gone.safetensors", seed=None),
         ("gone.safetensors", "does not exist", "`weights`"),
         BEFORE_EMBEDDINGS,
     ),
     "an encoder that timm does not know": Fault(
-        lambda own: own.register(model="resnet10tt"), ("resnet10tt", "Did you mean", "resnet10t"), BEFORE_EMBEDDINGS
+        lambda user: user.register(model="resnet10tt"), ("resnet10tt", "Did you mean", "resnet10t"), BEFORE_EMBEDDINGS
     ),
 }
 # With these faults no asset is made.
 DESCRIPTION_FAULTS = {
     "a data set that is not YAML": Fault(
-        lambda own: own.dataset.write_bytes(b"title: [a\nvolume: }"), ("mine.yaml", "line 2")
+        lambda user: user.dataset.write_bytes(b"title: [a\nvolume: }"), ("mine.yaml", "line 2")
     ),
     "a data set that is not text": Fault(
-        lambda own: own.dataset.write_bytes(b"\xff\xfe\x00title"), ("mine.yaml", "YAML")
+        lambda user: user.dataset.write_bytes(b"\xff\xfe\x00title"), ("mine.yaml", "YAML")
     ),
-    "a data set that is a list": Fault(lambda own: own.dataset.write_bytes(b"- title\n"), ("mine.yaml", "mapping")),
+    "a data set that is a list": Fault(lambda user: user.dataset.write_bytes(b"- title\n"), ("mine.yaml", "mapping")),
     "a data set with an unknown key": Fault(
-        lambda own: own.describe(tile={"shards": 2}), ("mine.yaml", "tile: ", "Known keys", "tiles")
+        lambda user: user.describe(tile={"shards": 2}), ("mine.yaml", "tile: ", "Known keys", "tiles")
     ),
     "a data set with a wrong value": Fault(
-        lambda own: own.describe(tiles={"border": "mirror"}), ("mine.yaml", "tiles.border", "'pad'")
+        lambda user: user.describe(tiles={"border": "mirror"}), ("mine.yaml", "tiles.border", "'pad'")
     ),
     "a data set with an unknown encoder": Fault(
-        lambda own: own.describe(encoders=["tiny", "huge"]), ("mine.yaml", "huge", "encoders.yaml", "tiny")
+        lambda user: user.describe(encoders=["tiny", "huge"]), ("mine.yaml", "huge", "encoders.yaml", "tiny")
     ),
-    "no registry": Fault(lambda own: own.encoders.unlink(), ("encoders.yaml", "does not exist")),
+    "no registry": Fault(lambda user: user.encoders.unlink(), ("encoders.yaml", "does not exist")),
     "an encoder with an unknown key": Fault(
-        lambda own: own.register(wheights="hub"), ("encoders.yaml", "`tiny`", "wheights", "Known keys", "weights")
+        lambda user: user.register(wheights="hub"), ("encoders.yaml", "`tiny`", "wheights", "Known keys", "weights")
     ),
     "an encoder without a model": Fault(
-        lambda own: own.register(model=None), ("encoders.yaml", "`tiny`", "model", "required")
+        lambda user: user.register(model=None), ("encoders.yaml", "`tiny`", "model", "required")
     ),
 }
 
@@ -185,9 +185,9 @@ def assert_no_temporary_files(store: Path) -> None:
     assert [path for path in store.rglob("*") if path.name.startswith(".tmp-")] == []
 
 
-def repair(own: UserFolder, whole: UserFolder) -> None:
+def repair(user: UserFolder, intact: UserFolder) -> None:
     for part in ("em", "data"):
-        shutil.copytree(whole.folder / part, own.folder / part, dirs_exist_ok=True)
+        shutil.copytree(intact.folder / part, user.folder / part, dirs_exist_ok=True)
 
 
 def make_all_assets(project: Project) -> str | None:
@@ -205,15 +205,15 @@ def make_all_assets(project: Project) -> str | None:
 
 
 @pytest.mark.parametrize("name", FILE_FAULTS)
-def test_a_wrong_file_is_named_and_repairing_it_is_enough(own: UserFolder, whole: UserFolder, name: str):
+def test_a_wrong_file_is_named_and_repairing_it_is_enough(user: UserFolder, intact: UserFolder, name: str):
     fault = FILE_FAULTS[name]
-    folder, empty = own.project.store / "mine", Project(own.project.data, own.folder / "empty")
-    good, good_versions = files(folder), versions(own.project, "mine")
-    fault.spoil(own)
-    message = refusal(invoke(own.project, *MATERIALIZE))
+    folder, empty = user.project.store / "mine", Project(user.project.data, user.folder / "empty")
+    good, good_versions = files(folder), versions(user.project, "mine")
+    fault.spoil(user)
+    message = refusal(invoke(user.project, *MATERIALIZE))
     for text in (message, make_all_assets(empty)):
         assert [part for part in fault.message if part not in text] == [], text
-    for project in (own.project, empty):
+    for project in (user.project, empty):
         assert_no_temporary_files(project.store)
 
     # The empty store now holds the unaffected assets, and no file of the others.
@@ -228,35 +228,35 @@ def test_a_wrong_file_is_named_and_repairing_it_is_enough(own: UserFolder, whole
     assert added <= {("lineage", asset) for asset in fault.unaffected}
     assert [path for path in good if path not in again and now.get(path) != good[path]] == []
 
-    repair(own, whole)
-    assert make_all_assets(own.project) is None
-    assert versions(own.project, "mine") == good_versions
+    repair(user, intact)
+    assert make_all_assets(user.project) is None
+    assert versions(user.project, "mine") == good_versions
 
 
 @pytest.mark.parametrize("name", DESCRIPTION_FAULTS)
-def test_a_wrong_description_is_named_before_any_work_starts(own: UserFolder, whole: UserFolder, name: str):
+def test_a_wrong_description_is_named_before_any_work_starts(user: UserFolder, intact: UserFolder, name: str):
     fault = DESCRIPTION_FAULTS[name]
-    good = files(own.project.store)
-    fault.spoil(own)
+    good = files(user.project.store)
+    fault.spoil(user)
     for command in ("materialize", "status"):
-        message = refusal(invoke(own.project, command, "--dataset", "mine"))
+        message = refusal(invoke(user.project, command, "--dataset", "mine"))
         assert [part for part in fault.message if part not in message] == [], message
-    assert files(own.project.store) == good
-    repair(own, whole)
-    assert "mine" in answer(own.project, "status", "--dataset", "mine")
+    assert files(user.project.store) == good
+    repair(user, intact)
+    assert "mine" in answer(user.project, "status", "--dataset", "mine")
 
 
-def test_weights_from_a_hub_that_cannot_be_reached(own: UserFolder, tmp_path: Path):
-    own.register(model="resnet10t.c3_in1k", weights="hub", seed=None)
+def test_weights_from_a_hub_that_cannot_be_reached(user: UserFolder, tmp_path: Path):
+    user.register(model="resnet10t.c3_in1k", weights="hub", seed=None)
     closed_port = "http://127.0.0.1:9"  # the port "discard", on which nothing listens
     proxies = {
         name: closed_port for kind in ("http", "https", "all") for name in (f"{kind}_proxy", f"{kind}_proxy".upper())
     }
-    before = files(own.project.store / "mine" / "embeddings")
+    before = files(user.project.store / "mine" / "embeddings")
     started = time.monotonic()
     result = subprocess.run(
         [PROGRAM, *MATERIALIZE, "--select", "embeddings_tiny+"],
-        env=environment(own.project) | proxies | {"HF_HOME": str(tmp_path / "hub"), "HOME": str(tmp_path / "home")},
+        env=environment(user.project) | proxies | {"HF_HOME": str(tmp_path / "hub"), "HOME": str(tmp_path / "home")},
         capture_output=True,
         text=True,
         timeout=300,
@@ -267,41 +267,41 @@ def test_weights_from_a_hub_that_cannot_be_reached(own: UserFolder, tmp_path: Pa
     message = refusal(result)
     for part in ("mine/embeddings_tiny", "timm/resnet10t.c3_in1k", "hf download", "weights: random"):
         assert part in message
-    assert files(own.project.store / "mine" / "embeddings") == before
-    assert_no_temporary_files(own.project.store)
-    own.register()
-    answer(own.project, *MATERIALIZE)
+    assert files(user.project.store / "mine" / "embeddings") == before
+    assert_no_temporary_files(user.project.store)
+    user.register()
+    answer(user.project, *MATERIALIZE)
 
 
-def test_a_store_below_a_file(own: UserFolder):
-    file = own.folder / "a_file"
+def test_a_store_below_a_file(user: UserFolder):
+    file = user.folder / "a_file"
     file.write_text("not a folder")
     for command in (MATERIALIZE, ("demo",)):
-        message = refusal(invoke(own.project, "--store", str(file / "store"), *command))
+        message = refusal(invoke(user.project, "--store", str(file / "store"), *command))
         if command == MATERIALIZE:
             assert str(file / "store") in message
             assert "--store" in message
     assert "materialise" in refusal(
-        invoke(own.project, "--store", str(file / "store"), "search", "5", "--dataset", "mine")
+        invoke(user.project, "--store", str(file / "store"), "search", "5", "--dataset", "mine")
     )
     assert file.read_text() == "not a folder"
-    answer(own.project, "--store", str(own.folder / "elsewhere"), *MATERIALIZE, "--select", "+synapses")
+    answer(user.project, "--store", str(user.folder / "elsewhere"), *MATERIALIZE, "--select", "+synapses")
 
 
 UNSHARE = ["unshare", "--map-root-user", "--mount"]
 
 
-def with_store_mounted(own: UserFolder, mount: str, script: str) -> subprocess.CompletedProcess[str]:
+def with_store_mounted(user: UserFolder, mount: str, script: str) -> subprocess.CompletedProcess[str]:
     """Run a shell script in its own mount namespace: other processes do not see the mount, and it ends with the script.
 
     In the script, $0 is the program and $SYNPIPE_STORE the store.
     """
-    attempt = [*UNSHARE, "mount", "-t", "tmpfs", "none", str(own.project.store)]
+    attempt = [*UNSHARE, "mount", "-t", "tmpfs", "none", str(user.project.store)]
     if shutil.which("unshare") is None or subprocess.run(attempt, capture_output=True, check=False).returncode:
         pytest.skip("mounting is not permitted here")
     return subprocess.run(
         [*UNSHARE, "sh", "-c", f"{mount} && {script}", PROGRAM],
-        env=environment(own.project),
+        env=environment(user.project),
         capture_output=True,
         text=True,
         timeout=300,
@@ -309,31 +309,31 @@ def with_store_mounted(own: UserFolder, mount: str, script: str) -> subprocess.C
     )
 
 
-def test_a_disk_that_is_read_only(own: UserFolder):
+def test_a_disk_that_is_read_only(user: UserFolder):
     mount = 'mount -t tmpfs -o ro none "$SYNPIPE_STORE"'
-    message = refusal(with_store_mounted(own, mount, '"$0" materialize --dataset mine'))
+    message = refusal(with_store_mounted(user, mount, '"$0" materialize --dataset mine'))
     assert "Read-only file system" in message
-    assert str(own.project.store) in message
+    assert str(user.project.store) in message
     assert "--store" in message
 
 
 @pytest.mark.parametrize("size_kb", [100, 3000])
-def test_a_disk_that_is_full(own: UserFolder, size_kb: int):
+def test_a_disk_that_is_full(user: UserFolder, size_kb: int):
     """The smaller disk is full at once, because even Dagster's history does not fit; the larger one while tiles are written."""
     mount = f'mount -t tmpfs -o size={size_kb}k none "$SYNPIPE_STORE"'
     script = '"$0" materialize --dataset mine; code=$?; find "$SYNPIPE_STORE" -name ".tmp-*"; exit $code'
-    result = with_store_mounted(own, mount, script)
+    result = with_store_mounted(user, mount, script)
     message = refusal(result)
     assert "No space left" in message or "disk is full" in message
-    assert str(own.project.store) in message
+    assert str(user.project.store) in message
     assert result.stdout == ""  # no leftovers
 
 
-def test_a_read_only_store_can_be_searched_but_not_changed(own: UserFolder):
+def test_a_read_only_store_can_be_searched_but_not_changed(user: UserFolder):
     """A group may share such a store."""
     mount = 'mount --bind "$SYNPIPE_STORE" "$SYNPIPE_STORE" && mount -o remount,bind,ro "$SYNPIPE_STORE"'
-    result = with_store_mounted(own, mount, '"$0" search 7 --dataset mine && "$0" materialize --dataset mine')
+    result = with_store_mounted(user, mount, '"$0" search 7 --dataset mine && "$0" materialize --dataset mine')
     message = refusal(result)
     assert "Most similar to 7" in result.stdout
-    assert str(own.project.store) in message
+    assert str(user.project.store) in message
     assert "--store" in message
