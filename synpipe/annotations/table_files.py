@@ -39,8 +39,8 @@ class _MalformedLine(NamedTuple):
 def _read_delimited(path: Path, choose: ChooseColumns) -> Iterator[pa.Table]:
     """Read a CSV or TSV file with every value as text, so that a bad value spoils only its own row.
 
-    Lines with a wrong number of values come last. Every row must be one line: otherwise a quote that is never closed
-    could swallow the rest of the file unnoticed. Raises `SynpipeError` if it is not so.
+    Lines with a wrong number of values come last. Raises `SynpipeError` if a row is longer than one line: otherwise a
+    quote that is never closed could swallow the rest of the file unnoticed.
     """
     delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
     with open(path, newline="", encoding="utf-8-sig", errors="replace") as handle:

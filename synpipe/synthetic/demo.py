@@ -1,26 +1,32 @@
-"""The demo data set, made on the spot: an EM-like volume and a table of synapses with six transmitters.
+"""Generate the demo data set: an EM-like volume and a table of synapses of six transmitters.
 
-In: a `SyntheticSpec`. Out: `volume.h5` (CREMI layout, FAFB's voxel of 40×4×4 nm) and `synapses.csv` in one folder.
-Guarantees: the same spec gives the same bytes on any number of threads; a file is whole or absent; a second call with
-the same spec returns at once. Nothing here is a measurement of a brain, and the files say so themselves.
+Input: a `SyntheticSpec`. Output: `volume.h5` (CREMI layout, FAFB's voxel of 40×4×4 nm) and `synapses.csv` in one folder.
+The same spec gives the same bytes on any number of threads. A file is either complete or absent. If the files exist and
+match the spec, the call returns at once. The data are not a measurement of a brain, and the files say so.
 
-What follows the literature: voxel size and section thickness (FAFB, Zheng et al., Cell 2018); neurites of well under a
-micrometre, thin postsynaptic twigs around larger presynaptic varicosities (Cardona et al., PLoS Biol 2010); T-bars
-with a pedestal and a platform facing several partners (Fröhlich, J Comp Neurol 1985; Prokop & Meinertzhagen, Semin
-Cell Dev Biol 2006); one transmitter per hemilineage (Lacin et al., eLife 2019); the six classes, their imbalance, and
-that transmitters differ visibly, but subtly, around the T-bar (Eckstein et al., Cell 2024); round clear vesicles for
-excitatory and smaller, flattened ones for GABAergic terminals (Uchizono, Nature 1965; Larramendi et al., Science 1967);
-dense-core vesicles for amines (Atwood et al., J Neurobiol 1993, in the fly).
-What is invented: every number in `synthetic_tissue.py` (neurites), `synthetic_synapses.py` (what tells transmitters
-apart) and `synthetic_texture.py` (how it looks), chosen so that the classes can be told apart but not at a glance;
-which amine has which dense core; how much neurons of one class differ; names, positions, partners.
+Based on the literature:
+- voxel size and section thickness: FAFB (Zheng et al., Cell 2018);
+- neurites well under a micrometre wide, with thin postsynaptic twigs around larger presynaptic varicosities (Cardona et
+  al., PLoS Biol 2010);
+- T-bars with a pedestal and a platform that faces several partners (Fröhlich, J Comp Neurol 1985; Prokop & Meinertzhagen,
+  Semin Cell Dev Biol 2006);
+- one transmitter per hemilineage (Lacin et al., eLife 2019);
+- the six classes, their imbalance, and visible but subtle differences between transmitters around the T-bar (Eckstein et
+  al., Cell 2024);
+- round clear vesicles in excitatory terminals, smaller and flattened ones in GABAergic terminals (Uchizono, Nature 1965;
+  Larramendi et al., Science 1967);
+- dense-core vesicles for amines (Atwood et al., J Neurobiol 1993, in the fly).
+
+Invented: every number in `tissue.py` (neurites), `synapses.py` (differences between transmitters) and `texture.py`
+(appearance), chosen so that the classes can be told apart, but not at a glance; which amine has which dense core; how much
+neurons of one class differ; names, positions and partners.
 """
 
 import csv
 import hashlib
 import io
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Annotated, Self
@@ -31,22 +37,34 @@ from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
 from synpipe import __version__
+from synpipe.progress import Log
 from synpipe.specs import Spec, digest
 from synpipe.store.files import atomic_path
-from synpipe.synthetic.synapses import LOOKS, Neuron, Site, give_neurites, place_synapses, tbars_in
+from synpipe.synthetic.synapses import (
+    LOOKS,
+    DamagedSections,
+    Neuron,
+    Site,
+    Specimen,
+    give_neurites,
+    place_synapses,
+    tbars_in,
+)
 from synpipe.synthetic.texture import draw_section
 from synpipe.synthetic.tissue import PIXEL_NM, SECTION_NM, VOXEL_NM, grow, section_map
-from synpipe.synthetic.vesicles import make_bodies
+from synpipe.synthetic.vesicles import Bodies, make_bodies
 
-RECIPE = 2  # raise when the pictures change, so that a demo on disk is made again
+RECIPE = 2  # increase it when the pictures change, so that a demo on disk is generated again
 VOLUME, TABLE = "volume.h5", "synapses.csv"
 COLUMNS = ["synapse_id", "x_nm", "y_nm", "z_nm", "neuron_id", "hemilineage", "region", "neurotransmitter", "confidence"]
 
 
 class SyntheticSpec(Spec):
-    """What to make. `n_synapses` counts the good rows; a few bad ones come on top, to show what rejects look like.
+    """Size and content of the demo. The default volume is 10.2 × 10.2 × 1.6 µm, 262 MB.
 
-    The default is 10.2 × 10.2 × 1.6 µm, 262 MB. One synapse needs about 0.12 µm³ of volume.
+    n_synapses: the number of good rows; the table has four bad rows more, as examples of rejects. One synapse needs about
+        0.12 µm³ of volume.
+    n_missing_sections: black sections. One more section repeats its predecessor.
     """
 
     seed: int = Field(default=0, ge=0)
@@ -66,53 +84,30 @@ class SyntheticSpec(Spec):
         return self
 
 
-def make_demo(folder: Path, spec: SyntheticSpec, progress: Callable[[str], None] | None = None) -> None:
-    """Write `volume.h5` and `synapses.csv` into `folder`, unless both are there and were made from the same spec.
+def make_demo(folder: Path, spec: SyntheticSpec, log: Log | None = None) -> None:
+    """Write `volume.h5` and `synapses.csv` into `folder`, unless both exist and were made from the same spec.
 
-    `progress` is told about every eighth section and the last. Raises `SynpipeError` where the folder cannot be written
-    or the volume is too small for the synapses asked for.
+    `log` receives a message after every eighth section and after the last one. Raises `SynpipeError` if the folder
+    cannot be written to, or if the volume is too small for the number of synapses.
     """
-    if _is_made(folder, spec):
+    if _is_complete(folder, spec):
         return
-    tell = progress or (lambda message: None)
-    streams = [np.random.default_rng(child) for child in np.random.SeedSequence(spec.seed).spawn(4)]
-    depth, height, width = spec.shape_zyx
-    map_shape = (-(-height // 2), -(-width // 2))
-    missing, repeated = _spoilt_sections(spec)
-
-    def tell_section(what: str, number: int) -> None:
-        if number % 8 == 0 or number == depth:
-            tell(f"{what} section {number} of {depth}")
-
-    tell("synthetic tissue: growing neurites")
-    tissue = grow(spec.shape_zyx, streams[0])
+    log = log or (lambda message: None)
+    tissue_rng, neuron_rng, synapse_rng, body_rng = (
+        np.random.default_rng(child) for child in np.random.SeedSequence(spec.seed).spawn(4)
+    )
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        maps = []
-        for section in pool.map(lambda z: section_map(tissue, z, map_shape), range(depth)):
-            maps.append(section)
-            tell_section("synthetic tissue: membranes of", len(maps))
-        neurons = _neurons(spec, streams[1])
-        owner = give_neurites(tissue, neurons, spec.shape_zyx, streams[1])
-        sites = place_synapses(spec.shape_zyx, missing, repeated, tissue, maps, neurons, owner, streams[2])
-        bodies = make_bodies(tissue, neurons, sites, streams[3])
-
-        def draw(z: int) -> NDArray[np.uint8]:
-            rng = np.random.default_rng([spec.seed, 1, z])
-            if z in missing:
-                return rng.poisson(1.2, (height, width)).astype(np.uint8)
-            source = z - 1 if z == repeated else z
-            near = bodies.pick(np.abs(bodies.z - (source + 0.5) * SECTION_NM) < SECTION_NM / 2 + bodies.radius)
-            picture_rng = np.random.default_rng([spec.seed, 2, source])
-            tbars = list(tbars_in(tissue, maps, neurons, sites, source))
-            return draw_section(tissue, source, maps[source], near, tbars, picture_rng)[:height, :width]
-
-        table = _table(spec, neurons, sites, streams[2])
+        specimen = _grow_specimen(spec, tissue_rng, neuron_rng, pool, log)
+        sites = place_synapses(specimen, synapse_rng)
+        bodies = make_bodies(specimen.tissue, specimen.neurons, sites, body_rng)
+        table = _format_table(spec, specimen.neurons, sites, synapse_rng)
+        pictures = pool.map(lambda z: _draw(spec, specimen, sites, bodies, z), range(spec.shape_zyx[0]))
         with atomic_path(folder / VOLUME) as temporary, h5py.File(temporary, "w") as file:
             raw = file.create_dataset("volumes/raw", spec.shape_zyx, np.uint8)
             raw.attrs["resolution"], raw.attrs["offset"] = VOXEL_NM, (0.0, 0.0, 0.0)
-            for z, picture in enumerate(pool.map(draw, range(depth))):
+            for z, picture in enumerate(pictures):
                 raw[z] = picture
-                tell_section("synthetic volume:", z + 1)
+                _log_section(log, "synthetic volume:", z + 1, len(raw))
             _write_annotations(file, table, sites)
             file.attrs["title"] = "synthetic demo data, not a brain"
             file.attrs["synthetic"] = True
@@ -124,12 +119,50 @@ def make_demo(folder: Path, spec: SyntheticSpec, progress: Callable[[str], None]
         temporary.write_text(table)
 
 
+def _grow_specimen(
+    spec: SyntheticSpec,
+    tissue_rng: np.random.Generator,
+    neuron_rng: np.random.Generator,
+    pool: ThreadPoolExecutor,
+    log: Log,
+) -> Specimen:
+    depth, height, width = spec.shape_zyx
+    map_shape = (-(-height // 2), -(-width // 2))
+    log("synthetic tissue: growing neurites")
+    tissue = grow(spec.shape_zyx, tissue_rng)
+    maps = []
+    for section in pool.map(lambda z: section_map(tissue, z, map_shape), range(depth)):
+        maps.append(section)
+        _log_section(log, "synthetic tissue: membranes of", len(maps), depth)
+    neurons = _make_neurons(spec, neuron_rng)
+    owner = give_neurites(tissue, neurons, spec.shape_zyx, neuron_rng)
+    return Specimen(spec.shape_zyx, tissue, maps, neurons, owner, _choose_damaged_sections(spec))
+
+
+def _draw(spec: SyntheticSpec, specimen: Specimen, sites: list[Site], bodies: Bodies, z: int) -> NDArray[np.uint8]:
+    """The picture of section z, uint8 (height, width): black if it is missing, and of its predecessor if it is repeated."""
+    _, height, width = spec.shape_zyx
+    if z in specimen.damaged.missing:
+        return np.random.default_rng([spec.seed, 1, z]).poisson(1.2, (height, width)).astype(np.uint8)
+    shown = z - 1 if z == specimen.damaged.repeated else z
+    visible = np.abs(bodies.z - (shown + 0.5) * SECTION_NM) < SECTION_NM / 2 + bodies.radius
+    tbars = list(tbars_in(specimen, sites, shown))
+    rng = np.random.default_rng([spec.seed, 2, shown])
+    picture = draw_section(specimen.tissue, shown, specimen.maps[shown], bodies.select(visible), tbars, rng)
+    return picture[:height, :width]
+
+
+def _log_section(log: Log, task: str, number: int, depth: int) -> None:
+    if number % 8 == 0 or number == depth:
+        log(f"{task} section {number} of {depth}")
+
+
 def _digest(spec: SyntheticSpec) -> str:
     return digest({"spec": spec.digest(), "recipe": RECIPE})
 
 
-def _is_made(folder: Path, spec: SyntheticSpec) -> bool:
-    # The table is plain CSV and cannot carry a digest; the volume, written first, carries the table's.
+def _is_complete(folder: Path, spec: SyntheticSpec) -> bool:
+    # The table is plain CSV and cannot carry a digest, so the volume, which is written first, carries that of the table.
     try:
         with h5py.File(folder / VOLUME, "r") as file:
             attributes = dict(file.attrs)
@@ -139,16 +172,16 @@ def _is_made(folder: Path, spec: SyntheticSpec) -> bool:
     return attributes.get("spec_digest") == _digest(spec) and attributes.get("synapses_sha256") == table_sha256
 
 
-def _spoilt_sections(spec: SyntheticSpec) -> tuple[set[int], int]:
-    """Sections that are black, and the one that repeats its predecessor: spread out, never the first or the last."""
+def _choose_damaged_sections(spec: SyntheticSpec) -> DamagedSections:
+    """Spread the damaged sections over the volume, without the first and the last section."""
     depth = spec.shape_zyx[0]
     steps = spec.n_missing_sections + 2
-    spots = [round((i + 1) * depth / steps) for i in range(spec.n_missing_sections + 1)]
-    return set(spots[1:]), spots[0]
+    sections = [round((i + 1) * depth / steps) for i in range(spec.n_missing_sections + 1)]
+    return DamagedSections(missing=frozenset(sections[1:]), repeated=sections[0])
 
 
 def _shares(total: int, weights: Sequence[float] | NDArray, least: int) -> NDArray[np.int64]:
-    """Divide `total` by weight into whole numbers, each at least `least`."""
+    """Divide `total` in proportion to the weights into whole numbers, each at least `least`."""
     weights = np.asarray(weights, float)
     free = total - least * len(weights)
     shares = np.floor(free * weights / weights.sum()).astype(int)
@@ -156,8 +189,8 @@ def _shares(total: int, weights: Sequence[float] | NDArray, least: int) -> NDArr
     return shares + least
 
 
-def _neurons(spec: SyntheticSpec, rng: np.random.Generator) -> list[Neuron]:
-    """The annotated neurons: classes as unequal as in FAFB, one transmitter per hemilineage, about 7 % unknown."""
+def _make_neurons(spec: SyntheticSpec, rng: np.random.Generator) -> list[Neuron]:
+    """Make the annotated neurons: class frequencies as in FAFB, one transmitter per hemilineage, about 7 % unknown."""
     n_unknown = max(1, spec.n_neurons // 15)
     n_labelled = spec.n_neurons - n_unknown
     n_unknown_synapses = spec.n_synapses * n_unknown // spec.n_neurons
@@ -170,17 +203,17 @@ def _neurons(spec: SyntheticSpec, rng: np.random.Generator) -> list[Neuron]:
     for (name, look), count, total in zip(LOOKS.items(), per_class, synapses, strict=True):
         for member, quota in enumerate(_shares(total, rng.lognormal(0, 0.3, count), 1)):
             hemilineage = f"synthetic_HL{lineage + member * look.hemilineages // count:02d}"
-            neurons.append(_neuron(rng, int(next(ids)), name, name, hemilineage, int(quota)))
+            neurons.append(_make_neuron(rng, int(next(ids)), name, name, hemilineage, int(quota)))
         lineage += look.hemilineages
     for quota in _shares(n_unknown_synapses, np.ones(n_unknown), 0):
-        neurons.append(_neuron(rng, int(next(ids)), str(rng.choice(list(LOOKS))), None, None, int(quota)))
+        neurons.append(_make_neuron(rng, int(next(ids)), str(rng.choice(list(LOOKS))), None, None, int(quota)))
     return neurons
 
 
-def _neuron(
+def _make_neuron(
     rng: np.random.Generator, neuron_id: int, look: str, transmitter: str | None, hemilineage: str | None, quota: int
 ) -> Neuron:
-    """One neuron with its own appearance, so that recognising the neuron is not recognising the transmitter."""
+    """Make a neuron with an appearance of its own, so that recognising a neuron is not enough to recognise its transmitter."""
     return Neuron(
         neuron_id=neuron_id,
         looks_like=look,
@@ -196,8 +229,8 @@ def _neuron(
     )
 
 
-def _table(spec: SyntheticSpec, neurons: list[Neuron], sites: list[Site], rng: np.random.Generator) -> str:
-    """The CSV: one good row per synapse, then five bad ones."""
+def _format_table(spec: SyntheticSpec, neurons: list[Neuron], sites: list[Site], rng: np.random.Generator) -> str:
+    """Return the CSV text: one good row per synapse, then four bad rows."""
     extent = np.array(spec.shape_zyx[1:]) * PIXEL_NM
     ids = np.sort(rng.choice(np.arange(1_000_000, 16_000_000), len(sites) + 3, replace=False))
     ids = rng.permutation(ids)
@@ -220,7 +253,7 @@ def _table(spec: SyntheticSpec, neurons: list[Neuron], sites: list[Site], rng: n
         )
     labelled = [row for row in rows if row[7]]
     bad = [list(labelled[i * len(labelled) // 4]) for i in range(4)]
-    bad[1][0], bad[2][0], bad[3][0] = ids[-3:]  # bad[0] keeps its id: a duplicate
+    bad[1][0], bad[2][0], bad[3][0] = ids[-3:]  # bad[0] keeps its id and is a duplicate
     bad[1][3] = ""
     bad[2][1] = f"{extent[1] + 5000:.2f}"
     bad[3][7] = "acetylcholin"
@@ -230,7 +263,7 @@ def _table(spec: SyntheticSpec, neurons: list[Neuron], sites: list[Site], rng: n
 
 
 def _write_annotations(file: h5py.File, table: str, sites: list[Site]) -> None:
-    """CREMI's `annotations`: presynaptic sites under the ids of the table, postsynaptic ones under ids after them."""
+    """Write CREMI's group `annotations`. Presynaptic sites have the ids of the table, postsynaptic sites the ids after them."""
     presynaptic = [int(row.split(",", 1)[0]) for row in table.splitlines()[1 : len(sites) + 1]]
     ids, locations = list(presynaptic), [(s.z_nm, s.y_nm, s.x_nm) for s in sites]
     pairs: list[tuple[int, int]] = []

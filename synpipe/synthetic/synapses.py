@@ -1,13 +1,13 @@
-"""The neurons of the synthetic demo and their synapses.
+"""Place the synapses of the demo's neurons, and describe their T-bars.
 
-In: `Tissue` and its `SectionMap`s, the neurons and random generators. Out: `Site`s (where synapses are), and the
-`TBar`s that `synthetic_texture.py` draws. Guarantees: a synapse lies on the wall of a neurite of its neuron,
-in its section; a transmitter keeps its number of synapses. Every number is invented for the demo; `synthetic.py`
-tells which rules follow the literature.
+Input: `Tissue` and its `SectionMap`s, the neurons and random generators. Output: `Site`s (where the synapses are), and the
+`TBar`s that `texture.py` draws. A synapse lies in its section, on the wall of a neurite of its neuron. Each transmitter
+gets its number of synapses. Every number is invented for the demo; `demo.py` lists the rules that follow the literature.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,7 +18,7 @@ from synpipe.synthetic.tissue import PIXEL_NM, SECTION_NM, VOXEL_NM, SectionMap,
 
 @dataclass(frozen=True)
 class Look:
-    """Share of the labelled neurons and synapses, hemilineages, and vesicles of a transmitter (nm; stain)."""
+    """A transmitter: share of the labelled neurons and of their synapses, number of hemilineages, vesicles (nm; stain)."""
 
     neurons: float
     synapses: float
@@ -30,11 +30,11 @@ class Look:
     dense_core_share: float
     dense_core_radius: float = 0
     dense_core_stain: float = 0
-    dense_core_fill: float = 0  # radius of the core ÷ radius of the vesicle: the rest is a clear halo
+    dense_core_fill: float = 0  # radius of the core ÷ radius of the vesicle; the rest is a clear halo
 
 
-# Neurons, synapses (shares as in FAFB, the rare ones raised), hemilineages; clear vesicles: radius, aspect, lumen, how
-# many a synapse; dense-core vesicles: share, radius, stain, fill.
+# Neurons and synapses (shares as in FAFB, with larger shares for the rare classes), hemilineages; clear vesicles: radius,
+# aspect, lumen, number per synapse; dense-core vesicles: share, radius, stain, fill.
 LOOKS = {
     "acetylcholine": Look(0.31, 0.31, 4, 18, 1.05, -0.04, 120, 0.01, 32, 1.2, 0.6),
     "gaba": Look(0.21, 0.23, 3, 14.5, 1.75, 0.04, 140, 0.01, 32, 1.2, 0.6),
@@ -47,7 +47,7 @@ LOOKS = {
 
 @dataclass(frozen=True)
 class Neuron:
-    """One annotated neuron and how its terminals look; `transmitter` is None where nobody knows it."""
+    """One annotated neuron and how its terminals look; `transmitter` is None if it is unknown."""
 
     neuron_id: int
     looks_like: str
@@ -63,8 +63,34 @@ class Neuron:
 
 
 @dataclass(frozen=True)
+class DamagedSections:
+    """missing: sections that are black. repeated: the section that repeats its predecessor."""
+
+    missing: frozenset[int]
+    repeated: int
+
+
+@dataclass(frozen=True)
+class Specimen:
+    """The volume before synapses are placed.
+
+    shape_zyx: in voxels. maps: one per section. owner: for each neurite the index of its neuron, −1 for none.
+    """
+
+    shape_zyx: tuple[int, int, int]
+    tissue: Tissue
+    maps: list[SectionMap]
+    neurons: list[Neuron]
+    owner: NDArray[np.int64]
+    damaged: DamagedSections
+
+
+@dataclass(frozen=True)
 class Site:
-    """A synapse: its T-bar's foot on the membrane, the direction into the presynaptic neurite, its partners."""
+    """A synapse: the foot of its T-bar on the membrane, the direction into the presynaptic neurite, and its partners.
+
+    neuron: its index. disc: the disc of the tissue. normal_y, normal_x: a unit vector.
+    """
 
     neuron: int
     disc: int
@@ -80,7 +106,7 @@ class Site:
 
 @dataclass(frozen=True)
 class TBar:
-    """What a synapse draws in one section. Lengths in nm, angle of the inward normal (y, x components)."""
+    """The T-bar of a synapse in one section: position in nm, inward normal (y and x), relative strength and size."""
 
     y: float
     x: float
@@ -96,9 +122,10 @@ class TBar:
 def give_neurites(
     tissue: Tissue, neurons: list[Neuron], shape_zyx: tuple[int, int, int], rng: np.random.Generator
 ) -> NDArray:
-    """Divide the widest neurites, which carry the presynapses (Cardona et al. 2010), among the neurons by their quotas.
+    """Divide the widest neurites among the neurons, in proportion to their numbers of synapses.
 
-    Returns for each neurite the index of its neuron, −1 for none; colours the neurites in `tissue` like their neurons.
+    Wide neurites carry the presynapses (Cardona et al. 2010). Returns the index of each neurite's neuron, −1 for none,
+    and gives the neurites in `tissue` the stain and grain of their neurons.
     """
     width = np.zeros(len(tissue.stain))
     middle = tissue.disc_yx_nm[len(tissue.disc_yx_nm) // 2]
@@ -117,8 +144,8 @@ def give_neurites(
     return owner
 
 
-def _candidates(section: SectionMap, tissue: Tissue, owner: NDArray, rng: np.random.Generator) -> NDArray:
-    """Places on the wall of presynaptic neurites: rows of disc, y, x, normal (y, x; into the neurite), en face."""
+def _find_candidates(section: SectionMap, tissue: Tissue, owner: NDArray, rng: np.random.Generator) -> NDArray:
+    """Find places on the wall of presynaptic neurites: rows of disc, y, x, inward normal (y, x), en face."""
     step = 2 * PIXEL_NM
     presynaptic = owner[tissue.neurite[section.disc]] >= 0
     spots = np.flatnonzero(presynaptic & (section.wall_nm < 7))
@@ -135,7 +162,7 @@ def _candidates(section: SectionMap, tissue: Tissue, owner: NDArray, rng: np.ran
     normal = np.stack([depth_at(32, 0) - depth_at(-32, 0), depth_at(0, 32) - depth_at(0, -32)], 1)
     length = np.hypot(*normal.T)
     ny, nx = (normal / np.maximum(length, 1)[:, None]).T
-    # A synapse faces at least two partners, and its neurite is deep enough for a T-bar and vesicles.
+    # A synapse needs at least two partners, and a neurite that is deep enough for a T-bar and vesicles.
     sides = [tissue.neurite[section.at(y - 50 * ny + u * nx, x - 50 * nx - u * ny)[0]] for u in (-80, 0, 80)]
     partners = (
         (sides[1] != own) & (sides[0] != own) & (sides[2] != own) & ((sides[0] != sides[1]) | (sides[1] != sides[2]))
@@ -143,107 +170,122 @@ def _candidates(section: SectionMap, tissue: Tissue, owner: NDArray, rng: np.ran
     deep = depth_at(110 * ny, 110 * nx) > 50
     sweep = section.sweep_nm[row, column]
     upright, flat = (sweep < 30) & partners, sweep > 45
-    edge = 15  # map points: partners lie inside the volume, too
+    edge = 15  # map points, so that the partners lie inside the volume, too
     inside = (np.minimum(row, column) > edge) & (row < section.disc.shape[0] - edge)
     inside &= column < section.disc.shape[1] - edge
     good = (length > 80) & deep & (upright | flat) & inside
     return np.stack([disc, y, x, ny, nx, flat], 1)[good]
 
 
-def place_synapses(
-    shape_zyx: tuple[int, int, int],
-    missing: set[int],
-    repeated: int,
-    tissue: Tissue,
-    maps: list[SectionMap],
-    neurons: list[Neuron],
-    owner: NDArray,
-    rng: np.random.Generator,
-) -> list[Site]:
-    """Fill every neuron's quota from the candidates, in random order, at least 220 nm (or three sections) apart."""
-    beside_missing = {z + step for z in missing for step in (-1, 1)}
-    extent = np.array(shape_zyx[1:]) * PIXEL_NM
-    found = []
-    for z, section in enumerate(maps):
-        if z in missing or z == repeated:
-            continue
-        rows = _candidates(section, tissue, owner, rng)
-        # Few synapses are annotated where a neighbouring section is missing or a 1 µm tile sticks out of the volume.
-        at_border = ((rows[:, 1:3] < 512) | (rows[:, 1:3] > extent - 512)).any(1)
-        chance = (
-            np.where(at_border, 0.12, 1.0) * (0.08 if z in beside_missing else 1.0) * np.where(rows[:, 5] > 0, 0.3, 1)
-        )
-        later = rng.random(len(rows)) > chance  # tried only where the others do not fill a neuron's quota
-        found.append(np.column_stack([later + rng.random(len(rows)), np.full(len(rows), z), rows]))
-    candidates = np.concatenate(found)
-    candidates = candidates[np.argsort(candidates[:, 0], kind="stable"), 1:]
+class _Candidate(NamedTuple):
+    """A place for a synapse: one row of `_rank_candidates`. Positions in nm; normal: a unit vector into the neurite."""
 
+    section: float
+    disc: float
+    y: float
+    x: float
+    normal_y: float
+    normal_x: float
+    en_face: float  # 1 for yes, 0 for no
+
+
+def place_synapses(specimen: Specimen, rng: np.random.Generator) -> list[Site]:
+    """Give every neuron its number of synapses, in random order, at least 220 nm or four sections apart.
+
+    Raises `SynpipeError` if the volume has no room for them.
+    """
+    candidates = _rank_candidates(specimen, rng)
+    neurons, disc_owner = specimen.neurons, specimen.owner[specimen.tissue.neurite]
     transmitters = [str(neuron.transmitter) for neuron in neurons]
     quota = np.array([neuron.n_synapses for neuron in neurons])
     taken: dict[tuple[int, int], list[tuple[float, float, float]]] = {}
     sites: list[Site] = []
-    # What a neuron has no room for goes to the others of its transmitter, so that classes keep their sizes.
+    # If a neuron has no room for all its synapses, other neurons with its transmitter get them: the classes keep their
+    # sizes.
     for group in (np.arange(len(neurons)), np.unique(transmitters, return_inverse=True)[1]):
         left = np.bincount(group, quota).astype(int)
-        for z, disc, y, x, ny, nx, flat in candidates:
-            neuron = int(owner[tissue.neurite[int(disc)]])
-            cell = (int(y // 220), int(x // 220))
-            near = (s for dy in (-1, 0, 1) for dx in (-1, 0, 1) for s in taken.get((cell[0] + dy, cell[1] + dx), ()))
-            if left[group[neuron]] and not any(abs(z - s[0]) < 4 and np.hypot(y - s[1], x - s[2]) < 220 for s in near):
+        for candidate in candidates:
+            neuron = int(disc_owner[int(candidate.disc)])
+            if left[group[neuron]] and _is_free(candidate, taken):
                 left[group[neuron]] -= 1
                 quota[neuron] -= 1
-                taken.setdefault(cell, []).append((z, y, x))
-                sites.append(_site(neuron, int(disc), int(z), (y, x), (ny, nx), flat > 0, rng))
+                place = (candidate.section, candidate.y, candidate.x)
+                taken.setdefault(_cell(candidate), []).append(place)
+                sites.append(_make_site(neuron, candidate, rng))
     if left.any():
         raise SynpipeError(
-            f"SyntheticSpec: a volume of {shape_zyx} voxels has room for only {len(sites)} of the synapses asked for: "
+            f"SyntheticSpec: a volume of {specimen.shape_zyx} voxels has room for only {len(sites)} of the synapses: "
             "lower n_synapses or enlarge shape_zyx."
         )
     return sorted(sites, key=lambda site: (site.section, site.y_nm, site.x_nm))
 
 
-def _site(
-    neuron: int,
-    disc: int,
-    z: int,
-    yx: tuple[float, float],
-    normal: tuple[float, float],
-    en_face: bool,
-    rng: np.random.Generator,
-) -> Site:
-    (y, x), (ny, nx) = yx, normal
-    dz, dy, dx = rng.uniform(-0.45, 0.45, 3) * VOXEL_NM  # annotators do not click on voxel centres
+def _rank_candidates(specimen: Specimen, rng: np.random.Generator) -> list[_Candidate]:
+    """Collect the candidates of all sections, in the order in which they are tried."""
+    damaged = specimen.damaged
+    beside_missing = {z + step for z in damaged.missing for step in (-1, 1)}
+    extent = np.array(specimen.shape_zyx[1:]) * PIXEL_NM
+    ranked = []
+    for z, section in enumerate(specimen.maps):
+        if z in damaged.missing or z == damaged.repeated:
+            continue
+        rows = _find_candidates(section, specimen.tissue, specimen.owner, rng)
+        # Few synapses are annotated if a neighbouring section is missing or a tile of 1 µm extends beyond the volume.
+        at_border = ((rows[:, 1:3] < 512) | (rows[:, 1:3] > extent - 512)).any(1)
+        chance = (
+            np.where(at_border, 0.12, 1.0) * (0.08 if z in beside_missing else 1.0) * np.where(rows[:, 5] > 0, 0.3, 1)
+        )
+        later = rng.random(len(rows)) > chance  # tried only if the others do not suffice
+        ranked.append(np.column_stack([later + rng.random(len(rows)), np.full(len(rows), z), rows]))
+    rows = np.concatenate(ranked)
+    return [_Candidate(*row) for row in rows[np.argsort(rows[:, 0], kind="stable"), 1:]]
+
+
+def _cell(candidate: _Candidate) -> tuple[int, int]:
+    return int(candidate.y // 220), int(candidate.x // 220)
+
+
+def _is_free(candidate: _Candidate, taken: Mapping[tuple[int, int], list[tuple[float, float, float]]]) -> bool:
+    """Whether no synapse (z, y, x) in `taken`, by cells of 220 nm, is too close."""
+    row, column = _cell(candidate)
+    near = (place for dy in (-1, 0, 1) for dx in (-1, 0, 1) for place in taken.get((row + dy, column + dx), ()))
+    return not any(
+        abs(candidate.section - z) < 4 and np.hypot(candidate.y - y, candidate.x - x) < 220 for z, y, x in near
+    )
+
+
+def _make_site(neuron: int, candidate: _Candidate, rng: np.random.Generator) -> Site:
+    y, x, ny, nx = candidate.y, candidate.x, candidate.normal_y, candidate.normal_x
+    dz, dy, dx = rng.uniform(-0.45, 0.45, 3) * VOXEL_NM  # annotators do not click on the centres of voxels
     return Site(
         neuron=neuron,
-        disc=disc,
-        section=z,
+        disc=int(candidate.disc),
+        section=int(candidate.section),
         y_nm=float(y + dy),
         x_nm=float(x + dx),
-        z_nm=float((z + 0.5) * SECTION_NM + dz),
+        z_nm=float((int(candidate.section) + 0.5) * SECTION_NM + dz),
         normal_y=ny,
         normal_x=nx,
-        en_face=en_face,
+        en_face=candidate.en_face > 0,
         partners_yx_nm=tuple((y - 55 * ny + u * nx, x - 55 * nx - u * ny) for u in (-90, 0, 90)),
     )
 
 
-def tbars_in(
-    tissue: Tissue, maps: list[SectionMap], neurons: list[Neuron], sites: list[Site], z: int
-) -> Iterator[TBar]:
-    """What the synapses of section z and its two neighbours show in section z."""
+def tbars_in(specimen: Specimen, sites: list[Site], z: int) -> Iterator[TBar]:
+    """Yield the T-bars that appear in section z: those of synapses in this section and in its two neighbours."""
+    tissue = specimen.tissue
     for site in sites:
-        away = z - site.section
-        if abs(away) > 1:
+        distance = z - site.section
+        if abs(distance) > 1:
             continue
-        neurite = int(tissue.neurite[site.disc])
         y, x = (
             np.array([site.y_nm, site.x_nm])
             + tissue.disc_yx_nm[z, site.disc]
             - tissue.disc_yx_nm[site.section, site.disc]
         )
-        if away:  # The wall has moved along the normal: look for it.
+        if distance:  # the wall has moved along the normal, so search for it
             steps = np.arange(-72, 73, 4.0)
-            _, wall, _ = maps[z].at(y + steps * site.normal_y, x + steps * site.normal_x)
+            _, wall, _ = specimen.maps[z].at(y + steps * site.normal_y, x + steps * site.normal_x)
             nearest = steps[np.argmin(wall + 0.2 * np.abs(steps))]
             y, x = y + nearest * site.normal_y, x + nearest * site.normal_x
         yield TBar(
@@ -251,9 +293,9 @@ def tbars_in(
             float(x),
             site.normal_y,
             site.normal_x,
-            neurite,
-            strength=1.0 if not away else 0.5,
-            size=neurons[site.neuron].tbar_size * (1 if not away else 0.85),
+            int(tissue.neurite[site.disc]),
+            strength=1.0 if not distance else 0.5,
+            size=specimen.neurons[site.neuron].tbar_size * (1 if not distance else 0.85),
             phase=site.x_nm % 6.28,
             en_face=site.en_face,
         )

@@ -1,11 +1,11 @@
-"""How one section of the synthetic demo tissue looks.
+"""Draw one section of the demo tissue.
 
-In: where neurites, mitochondria, vesicles and T-bars lie (`synthetic_tissue.py`, `_synapses`, `_vesicles`)
-and a section's index. Out: the section's picture, uint8. Guarantee: a picture depends on nothing but its arguments.
+Input: the neurites, mitochondria, vesicles and T-bars (from `tissue.py`, `vesicles.py` and `synapses.py`) and the index of
+a section. Output: the picture of the section, uint8. A picture depends only on the arguments.
 
-The picture is made as a transmission electron microscope makes it: every structure adds stain, and the brightness is
-`LIGHT * exp(-stain)`. A section is 40 nm thick and its stain is projected onto the plane: a membrane that stands
-upright is a sharp line, one that leans is a broad grey band of the same total stain.
+The picture follows the physics of a transmission electron microscope: every structure adds stain, and the brightness is
+`LIGHT * exp(-stain)`. A section is 40 nm thick and its stain is projected onto the plane, so an upright membrane is a
+sharp line, and a membrane that leans is a broad grey band with the same total stain.
 """
 
 import numpy as np
@@ -20,7 +20,7 @@ LIGHT = 224.0  # grey value without any stain
 
 
 def _membrane_stain() -> Floats:
-    """Stain by (distance to the wall in nm, sweep in steps of 8 nm): two membranes 14 nm apart, centre to centre."""
+    """Stain of two membranes 14 nm apart, centre to centre, by distance to the wall (nm) and sweep (steps of 8 nm)."""
     distance = np.arange(256)[:, None, None]
     sweep = np.maximum(np.arange(32) * 8.0, 1)[None, :, None]
     inside = distance + sweep * np.linspace(-0.5, 0.5, 41)
@@ -34,7 +34,7 @@ MEMBRANE_STAIN = _membrane_stain()
 def draw_section(
     tissue: Tissue, z: int, section: SectionMap, bodies: Bodies, tbars: list[TBar], rng: np.random.Generator
 ) -> NDArray[np.uint8]:
-    """The picture of section z, (2h, 2w) uint8 for a map of (h, w). `bodies` and `tbars` are those of this section."""
+    """Draw section z, uint8 (2h, 2w) for a map of (h, w). `bodies` and `tbars` are those of this section."""
     shape = section.disc.shape
     neurite = tissue.neurite[section.disc]
     grain = smooth_noise(rng, shape, 0.85)
@@ -56,7 +56,7 @@ def draw_section(
 
 
 def _expose(stain: Floats, rng: np.random.Generator) -> NDArray[np.uint8]:
-    """Stain to grey values: transmission, shot noise, the microscope's blur, this section's contrast and brightness."""
+    """Turn stain into grey values: transmission, shot noise, the microscope's blur, the section's contrast and brightness."""
     image = np.exp(np.negative(stain, out=stain), out=stain)
     noise = rng.standard_normal(image.shape, dtype=np.float32)
     noise *= np.sqrt(image)
@@ -75,7 +75,10 @@ def _expose(stain: Floats, rng: np.random.Generator) -> NDArray[np.uint8]:
 
 
 def _window(y_nm: float, x_nm: float, half_nm: float, step_nm: float, shape: tuple[int, ...]):
-    """Slices of a square around a point, and the nm from the point to each row and column in it; None if outside."""
+    """Return the slices of a square around a point, and the distance in nm from the point to its rows and to its columns.
+
+    Returns None if the square lies outside the picture.
+    """
     slices, offsets = [], []
     for centre, size in zip((y_nm, x_nm), shape, strict=True):
         low, high = max(int((centre - half_nm) / step_nm), 0), min(int((centre + half_nm) / step_nm) + 1, size)
@@ -87,17 +90,19 @@ def _window(y_nm: float, x_nm: float, half_nm: float, step_nm: float, shape: tup
 
 
 def _draw_mitochondria(cytoplasm: Floats, tissue: Tissue, z: int, section: SectionMap, neurite: NDArray) -> NDArray:
-    """Two membranes around a dark matrix with cristae; pressed into shape by the wall of the neurite. Returns where
-    there is none."""
+    """Draw mitochondria: two membranes around a dark matrix with cristae, shaped by the wall of the neurite.
+
+    Returns a bool mask of the map points without a mitochondrion.
+    """
     free = np.ones(cytoplasm.shape, bool)
     for disc, centre_z, length, long, short, angle, pitch, phase in tissue.mitochondria:
         height = 1 - (((z + 0.5) * SECTION_NM - centre_z) / length) ** 2
         disc = int(disc)
         centre = tissue.disc_yx_nm[z, disc]
-        place = _window(centre[0], centre[1], long + MAP_NM, MAP_NM, cytoplasm.shape) if height > 0 else None
-        if place is None:
+        square = _window(centre[0], centre[1], long + MAP_NM, MAP_NM, cytoplasm.shape) if height > 0 else None
+        if square is None:
             continue
-        window, dy, dx = place
+        window, dy, dx = square
         along, across = dx * np.cos(angle) + dy * np.sin(angle), dy * np.cos(angle) - dx * np.sin(angle)
         bend = 9 * np.sin(along / 47 + phase) + 6 * np.sin(across / 29 - 2 * phase)
         depth = (np.sqrt(height) - np.hypot(along / long, (across + bend) / short)) * short
@@ -113,7 +118,7 @@ def _draw_mitochondria(cytoplasm: Floats, tissue: Tissue, z: int, section: Secti
 
 
 def _draw_bodies(stain: Floats, z: int, section: SectionMap, neurite: NDArray, bodies: Bodies) -> None:
-    """Add the stain of every body that lies in its own neurite, clear of the wall, by its share in the section."""
+    """Add the stain of the bodies that lie in their own neurite, clear of the wall, by the share that is in the section."""
     low, high = z * SECTION_NM, (z + 1) * SECTION_NM
     share = np.minimum(bodies.z + bodies.radius, high) - np.maximum(bodies.z - bodies.radius, low)
     share = np.clip(share / np.minimum(2 * bodies.radius, SECTION_NM), 0, 1)
@@ -129,41 +134,44 @@ def _draw_bodies(stain: Floats, z: int, section: SectionMap, neurite: NDArray, b
     keep = keep[home == bodies.neurite[keep]]
     for half in np.unique(margin[keep]).astype(int):
         group = keep[margin[keep] == half]
-        b = bodies.pick(group)
+        b = bodies.select(group)
         top, left = row[group].astype(int), column[group].astype(int)
         steps = np.arange(-half, half + 1)
         dy = ((top[:, None] + steps + 0.5) * PIXEL_NM - b.y[:, None])[:, :, None].astype(np.float32)
         dx = ((left[:, None] + steps + 0.5) * PIXEL_NM - b.x[:, None])[:, None, :].astype(np.float32)
-        cos, sin, stretch = _each(np.cos(b.angle)), _each(np.sin(b.angle)), _each(np.sqrt(b.aspect))
+        cos, sin, stretch = _per_body(np.cos(b.angle)), _per_body(np.sin(b.angle)), _per_body(np.sqrt(b.aspect))
         distance = np.hypot((dx * cos + dy * sin) / stretch, (dy * cos - dx * sin) * stretch)
-        depth = _each(b.radius) - distance
-        sprite = _each(b.ring) * np.exp(-(((depth - 3) / 4.5) ** 2))
-        sprite += _each(b.lumen) * np.clip(depth / 6 - 0.5, 0, 1)
-        sprite += _each(b.core) * np.clip((_each(b.core_radius) - distance) / 8 + 0.5, 0, 1)
-        sprite *= _each(share[group])
+        depth = _per_body(b.radius) - distance
+        sprite = _per_body(b.ring) * np.exp(-(((depth - 3) / 4.5) ** 2))
+        sprite += _per_body(b.lumen) * np.clip(depth / 6 - 0.5, 0, 1)
+        sprite += _per_body(b.core) * np.clip((_per_body(b.core_radius) - distance) / 8 + 0.5, 0, 1)
+        sprite *= _per_body(share[group])
         pixel = (top[:, None, None] + steps[:, None]) * width + left[:, None, None] + steps
         np.add.at(stain.reshape(-1), pixel.ravel(), sprite.ravel())
 
 
-def _each(values: NDArray) -> Floats:
+def _per_body(values: NDArray) -> Floats:
     return values[:, None, None].astype(np.float32)
 
 
 def _soft(depth: Floats, edge_nm: float = 16) -> Floats:
-    """1 inside, 0 outside, across an edge of about `edge_nm`; `depth` in nm."""
+    """Return 1 inside and 0 outside, with a smooth edge of about `edge_nm`; `depth` is in nm."""
     return 1 / (1 + np.exp(-4 / edge_nm * depth))
 
 
 def _draw_tbar(stain: Floats, wall: Floats, neurite: NDArray, tbar: TBar) -> None:
-    """T-bar, cleft and postsynaptic density. Seen from the side: a pedestal on the membrane that carries a platform
-    parallel to it; en face: the platform, a four-pronged disc (Prokop & Meinertzhagen 2006)."""
-    place = _window(tbar.y, tbar.x, 240, PIXEL_NM, stain.shape)
-    if place is None:
+    """Draw a T-bar, the cleft and the postsynaptic density (Prokop & Meinertzhagen 2006).
+
+    From the side, the T-bar is a pedestal on the membrane with a platform parallel to it. En face, only the platform is
+    visible, a four-pronged disc.
+    """
+    square = _window(tbar.y, tbar.x, 240, PIXEL_NM, stain.shape)
+    if square is None:
         return
-    window, dy, dx = place
+    window, dy, dx = square
     inward = dy * tbar.normal_y + dx * tbar.normal_x
     along = dx * tbar.normal_y - dy * tbar.normal_x
-    # Ragged outlines, different for every synapse.
+    # The outlines are ragged, in a different way for every synapse.
     ragged = 6 * np.sin(along / 13 + tbar.phase) + 5 * np.sin(along / 29 - inward / 21 + 3 * tbar.phase)
     size = tbar.size
     if tbar.en_face:

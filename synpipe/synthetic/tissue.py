@@ -1,8 +1,8 @@
-"""The neurites of the synthetic demo tissue, and their membranes in each section.
+"""Grow the neurites of the demo tissue, and compute their membranes in each section.
 
-In: the shape of the volume and a random generator. Out: `Tissue` (where neurites and mitochondria run through the
-volume) and, section by section, `SectionMap`. Guarantee: a section's map depends on nothing but the tissue, so sections
-may be computed in any order and by any number of threads. Every number here is invented for the demo.
+Input: the shape of the volume and a random generator. Output: `Tissue` (the course of neurites and mitochondria through
+the volume) and, for each section, a `SectionMap`. A section's map depends only on the tissue, so sections can be computed
+in any order and by any number of threads. Every number is invented for the demo.
 """
 
 from dataclasses import dataclass
@@ -14,37 +14,43 @@ from scipy.spatial import cKDTree
 
 Floats = NDArray[np.float32]
 
-VOXEL_NM = (40.0, 4.0, 4.0)  # z y x: the voxel of FAFB (Zheng et al., Cell 2018)
+VOXEL_NM = (40.0, 4.0, 4.0)  # z, y, x: the voxel of FAFB (Zheng et al., Cell 2018)
 SECTION_NM, PIXEL_NM = VOXEL_NM[0], VOXEL_NM[2]
 MAP_NM = 2 * PIXEL_NM  # membranes are computed on every second pixel and interpolated
-REACH_NM = 300.0  # how far beyond its radius a disc competes for space; less leaves straight edges in wide gaps
+REACH_NM = (
+    300.0  # how far beyond its radius a disc competes for space; a smaller value leaves straight edges in wide gaps
+)
 
 
 @dataclass(frozen=True)
 class Tissue:
-    """Everything that exists in the volume; `S` sections, `N` discs, `M` neurites. A neurite is one or more discs."""
+    """The content of the volume: S sections, N discs, M neurites. A neurite is one or more discs."""
 
-    disc_yx_nm: Floats  # (S, N, 2) as seen in the picture: jitter included
+    disc_yx_nm: Floats  # (S, N, 2) as in the picture, with jitter
     jitter_nm: Floats  # (S, 2): misalignment of each section
     disc_radius_nm: Floats  # (S, N)
     neurite: NDArray[np.int64]  # (N,): the neurite of each disc
     stain: Floats  # (M,): cytoplasm
-    grain: Floats  # (M,): how coarse-grained the cytoplasm is
-    warp_nm: tuple[Floats, ...]  # fields (S, 2, h, w) that bend the outlines, coarse to fine, each at half the spacing
+    grain: Floats  # (M,): coarseness of the cytoplasm
+    # Fields (S, 2, h, w) that bend the outlines, coarse to fine; each has half the spacing of the one before.
+    warp_nm: tuple[Floats, ...]
     mitochondria: NDArray[np.float32]  # (K, 8): disc, z_nm, half length nm, semi-axes nm (2), angle, pitch nm, phase
 
 
 @dataclass(frozen=True)
 class SectionMap:
-    """Membranes of one section on a grid of `MAP_NM`: the disc at each point, how far its wall is (nm, up to 255) and
-    by how many nm that wall moves sideways through the thickness of the section."""
+    """Membranes of one section on a grid of `MAP_NM`.
+
+    disc: the disc at each point. wall_nm: the distance to its wall, at most 255. sweep_nm: how far this wall moves
+    sideways through the thickness of the section.
+    """
 
     disc: NDArray[np.uint16]
     wall_nm: NDArray[np.uint8]
     sweep_nm: NDArray[np.uint8]
 
     def at(self, y_nm: NDArray, x_nm: NDArray) -> tuple[NDArray[np.uint16], NDArray[np.uint8], NDArray[np.uint8]]:
-        """Disc, wall and sweep at the nearest grid points; points outside take the nearest inside."""
+        """Return disc, wall and sweep at the nearest grid points; a point outside the grid takes the nearest one inside."""
         height, width = self.disc.shape
         row = np.clip((np.asarray(y_nm) / MAP_NM).astype(int), 0, height - 1)
         column = np.clip((np.asarray(x_nm) / MAP_NM).astype(int), 0, width - 1)
@@ -52,13 +58,13 @@ class SectionMap:
 
 
 def smooth_noise(rng: np.random.Generator, shape: tuple[int, ...], sigma: float | tuple[float, ...]) -> Floats:
-    """Gaussian noise, smoothed by `sigma` grid points and scaled to unit variance."""
+    """Draw Gaussian noise, smooth it by `sigma` grid points and scale it to unit variance."""
     field = ndimage.gaussian_filter(rng.standard_normal(shape, dtype=np.float32), sigma, mode="wrap")
     return field / field.std()
 
 
 def double(image: Floats) -> Floats:
-    """Bilinear enlargement by two: (h, w) to (2h, 2w)."""
+    """Enlarge an image (h, w) to (2h, 2w) by bilinear interpolation."""
     for axis in (1, 0):
         larger = np.empty([size * (2 if i == axis else 1) for i, size in enumerate(image.shape)], np.float32)
         out, near, far = (
@@ -74,12 +80,12 @@ def double(image: Floats) -> Floats:
 
 
 def grow(shape_zyx: tuple[int, int, int], rng: np.random.Generator) -> Tissue:
-    """Pack discs into the first section, merge some neighbours into one neurite, and let all drift through z."""
+    """Pack discs into the first section, merge some neighbours into one neurite, and let all of them drift through z."""
     depth, height, width = shape_zyx
     extent = np.array([height, width]) * PIXEL_NM
     margin = 500.0
     area = float(np.prod(extent + 2 * margin))
-    # Radii in nm: few varicosities, some axons, many twigs; the last number is the share of the area.
+    # Ranges of radii in nm, and the share of the area, for few varicosities, some axons and many twigs.
     radii = np.concatenate(
         [
             rng.uniform(low, high, int(share * area / (np.pi * ((low + high) / 2) ** 2)))
@@ -89,7 +95,7 @@ def grow(shape_zyx: tuple[int, int, int], rng: np.random.Generator) -> Tissue:
     yx = rng.uniform(-margin, extent + margin, (len(radii), 2))
     yx = _relax(yx, radii, 60)
 
-    # A neurite's outline is rarely a disc: most discs join up to two neighbours, and drift apart as branches do.
+    # A neurite's outline is rarely a disc, so most discs join up to two neighbours. They drift apart like branches.
     neurite = np.arange(len(radii))
     _, neighbours = cKDTree(yx).query(yx, k=4)
     for disc in rng.permutation(len(radii))[: 7 * len(radii) // 10]:
@@ -126,9 +132,9 @@ def grow(shape_zyx: tuple[int, int, int], rng: np.random.Generator) -> Tissue:
 
 
 def _relax(yx: NDArray, radii: NDArray, rounds: int) -> NDArray:
-    """Push overlapping discs apart, half of the overlap a round, the smaller one farther."""
+    """Push overlapping discs apart, by half of the overlap in each round; the smaller disc moves farther."""
     for turn in range(rounds):
-        if turn % 6 == 0:  # who is near whom changes slowly
+        if turn % 6 == 0:  # neighbourhoods change slowly
             first, second = cKDTree(yx).query_pairs(2 * radii.max(), output_type="ndarray").T
             near = np.hypot(*(yx[first] - yx[second]).T) < radii[first] + radii[second] + 40
             first, second = first[near], second[near]
@@ -144,7 +150,7 @@ def _relax(yx: NDArray, radii: NDArray, rounds: int) -> NDArray:
 
 
 def _warps(rng: np.random.Generator, shape_zyx: tuple[int, int, int]) -> tuple[Floats, ...]:
-    """Displacements on grids of 64, 32 and 16 nm: the outlines' bends, dents and unevenness."""
+    """Draw displacements on grids of 64, 32 and 16 nm, which bend and dent the outlines."""
     depth, height, width = shape_zyx
     fields = []
     for step_px, amplitude_nm, sigma in (
@@ -160,7 +166,7 @@ def _warps(rng: np.random.Generator, shape_zyx: tuple[int, int, int]) -> tuple[F
 
 
 def _mitochondria(rng: np.random.Generator, radii: NDArray, depth: int) -> Floats:
-    """One in half of the discs that are wide enough; semi-axes follow the disc's radius."""
+    """Put a mitochondrion into half of the discs that are wide enough; its semi-axes follow the radius of the disc."""
     wide = np.flatnonzero(radii.mean(0) > 130)
     disc = wide[rng.random(len(wide)) < 0.5]
     count = len(disc)
@@ -179,7 +185,7 @@ def _mitochondria(rng: np.random.Generator, radii: NDArray, depth: int) -> Float
 
 
 def _warp(tissue: Tissue, z: int, shape_yx: tuple[int, int]) -> tuple[Floats, Floats]:
-    """Displacement (2, h, w) of the map's points at section z, and its change to the next section."""
+    """Return the displacement (2, h, w) of the map's points at section z, and its change to the next section."""
     z = min(z, len(tissue.warp_nm[0]) - 2)
     both = []
     for axis in (0, 1):
@@ -199,19 +205,54 @@ def _distance(y: Floats, x: Floats, centre: Floats) -> Floats:
     dy *= dy
     dx *= dx
     dy += dx
-    return np.sqrt(dy, out=dy)  # np.hypot guards against overflow and takes three times as long
+    return np.sqrt(dy, out=dy)  # np.hypot also guards against overflow, which takes three times as long
+
+
+@dataclass(frozen=True)
+class _Assignment:
+    """For each map point (h, w): the nearest disc and the nearest disc of another neurite, with their distances in nm."""
+
+    disc: NDArray[np.uint16]
+    gap_nm: Floats
+    rival: NDArray[np.uint16]
+    rival_gap_nm: Floats
 
 
 def section_map(tissue: Tissue, z: int, shape_yx: tuple[int, int]) -> SectionMap:
-    """The membranes of section z; `shape_yx` is that of the map, half the picture's.
-
-    A point belongs to the disc for which (distance to the centre − radius) is least: an additively weighted Voronoi
-    diagram, whose walls bulge from large profiles around small ones as cells do.
-    """
+    """Compute the membranes of section z. `shape_yx` is the shape of the map, half that of the picture."""
     height, width = shape_yx
     warp, warp_change = _warp(tissue, z, shape_yx)
     y = warp[0] + ((np.arange(height, dtype=np.float32) + 0.5) * MAP_NM)[:, None]
     x = warp[1] + ((np.arange(width, dtype=np.float32) + 0.5) * MAP_NM)[None]
+    centre, radius = tissue.disc_yx_nm[z], tissue.disc_radius_nm[z]
+    assigned = _assign_discs(tissue, z, y, x)
+
+    # The wall is where both distances are equal. Their difference, divided by its slope, is the distance to the wall in
+    # nm. The motion of both discs to the next section says how far the wall leans.
+    following = min(z + 1, len(tissue.disc_yx_nm) - 1)
+    velocity = (tissue.disc_yx_nm[following] - tissue.jitter_nm[following]) - (centre - tissue.jitter_nm[z])
+    growth = tissue.disc_radius_nm[following] - radius
+    slope_y = slope_x = lean = np.float32(0)
+    for discs, sign in ((assigned.disc, 1), (assigned.rival, -1)):
+        dy, dx = y - centre[discs, 0], x - centre[discs, 1]
+        scale = sign / np.maximum(np.hypot(dy, dx), 1)
+        dy *= scale
+        dx *= scale
+        slope_y, slope_x = slope_y + dy, slope_x + dx
+        lean = lean + dy * (warp_change[0] - velocity[discs, 0]) + dx * (warp_change[1] - velocity[discs, 1])
+        lean -= sign * growth[discs]
+    slope = np.maximum(np.hypot(slope_y, slope_x), 0.3)
+    wall = np.minimum((assigned.rival_gap_nm - assigned.gap_nm) / slope, 255).astype(np.uint8)
+    return SectionMap(assigned.disc, wall, np.minimum(np.abs(lean / slope), 255).astype(np.uint8))
+
+
+def _assign_discs(tissue: Tissue, z: int, y: Floats, x: Floats) -> _Assignment:
+    """Assign each map point, at y and x in nm (h, w), to the disc for which (distance to the centre − radius) is least.
+
+    This is an additively weighted Voronoi diagram. Its walls bulge from large profiles around small ones, as those of
+    cells do.
+    """
+    shape_yx = y.shape
     centre, radius = tissue.disc_yx_nm[z], tissue.disc_radius_nm[z]
     best = np.full(shape_yx, 1e6, np.float32)
     second = np.full(shape_yx, 1e6, np.float32)
@@ -243,21 +284,4 @@ def section_map(tissue: Tissue, z: int, shape_yx: tuple[int, int]) -> SectionMap
         np.copyto(disc[window], own, where=wins)
         np.minimum(second[window], np.maximum(best[window], gap), out=second[window])
         np.minimum(best[window], gap, out=best[window])
-
-    # The wall is where both distances agree; dividing by the slope of their difference turns that into nm, and the
-    # motion of both discs to the next section says how far the wall leans.
-    following = min(z + 1, len(tissue.disc_yx_nm) - 1)
-    velocity = (tissue.disc_yx_nm[following] - tissue.jitter_nm[following]) - (centre - tissue.jitter_nm[z])
-    growth = tissue.disc_radius_nm[following] - radius
-    slope_y = slope_x = lean = np.float32(0)
-    for which, sign in ((disc, 1), (rival, -1)):
-        dy, dx = y - centre[which, 0], x - centre[which, 1]
-        scale = sign / np.maximum(np.hypot(dy, dx), 1)
-        dy *= scale
-        dx *= scale
-        slope_y, slope_x = slope_y + dy, slope_x + dx
-        lean = lean + dy * (warp_change[0] - velocity[which, 0]) + dx * (warp_change[1] - velocity[which, 1])
-        lean -= sign * growth[which]
-    slope = np.maximum(np.hypot(slope_y, slope_x), 0.3)
-    wall = np.minimum((second - best) / slope, 255).astype(np.uint8)
-    return SectionMap(disc, wall, np.minimum(np.abs(lean / slope), 255).astype(np.uint8))
+    return _Assignment(disc, best, rival, second)

@@ -1,7 +1,7 @@
-"""Vesicles, dense-core vesicles and microtubules of the synthetic demo tissue.
+"""Make the vesicles, dense-core vesicles and microtubules of the demo tissue.
 
-In: the tissue, its neurons and synapses, a random generator. Out: `Bodies` of the whole volume, which
-`synthetic_texture.py` draws. Every number is invented.
+Input: the tissue, its neurons and synapses, and a random generator. Output: the `Bodies` of the whole volume, which
+`texture.py` draws. Every number is invented.
 """
 
 from dataclasses import dataclass
@@ -16,9 +16,9 @@ from synpipe.synthetic.tissue import SECTION_NM, Tissue
 
 @dataclass(frozen=True)
 class Bodies:
-    """Small round things in the cytoplasm: vesicles, dense-core vesicles, microtubules. One row each, lengths in nm.
+    """Small bodies in the cytoplasm: vesicles, dense-core vesicles and microtubules. One row each, lengths in nm.
 
-    `ring`, `lumen` and `core` are stain; `lumen` is negative where the inside is clearer than the cytoplasm.
+    `ring`, `lumen` and `core` are amounts of stain; `lumen` is negative if the inside is clearer than the cytoplasm.
     """
 
     z: NDArray
@@ -33,8 +33,9 @@ class Bodies:
     core: NDArray
     core_radius: NDArray
 
-    def pick(self, which: NDArray) -> "Bodies":
-        return Bodies(**{name: column[which] for name, column in vars(self).items()})
+    def select(self, rows: NDArray) -> "Bodies":
+        """Return the bodies at `rows`, which are indices or a bool mask."""
+        return Bodies(**{name: column[rows] for name, column in vars(self).items()})
 
     @staticmethod
     def join(parts: "list[Bodies]") -> "Bodies":
@@ -42,7 +43,7 @@ class Bodies:
 
 
 def make_bodies(tissue: Tissue, neurons: list[Neuron], sites: list[Site], rng: np.random.Generator) -> Bodies:
-    """Vesicles around every T-bar, and microtubules and stray vesicles in every neurite, for the whole volume."""
+    """Make the vesicles around every T-bar, and the microtubules and stray vesicles in every neurite of the volume."""
     depth = len(tissue.disc_yx_nm)
     parts = []
     for site in sites:
@@ -72,21 +73,21 @@ def make_bodies(tissue: Tissue, neurons: list[Neuron], sites: list[Site], rng: n
                 core_radius=radius * look.dense_core_fill,
             )
         )
-    # Vesicles do not overlap: of two that would, the later one goes, and a dense core stays.
+    # Vesicles do not overlap: if two would, the later one is removed. Dense-core vesicles come first and are kept.
     vesicles = Bodies.join(parts)
     order = np.argsort(vesicles.core <= 0, kind="stable")
-    vesicles = vesicles.pick(order)
+    vesicles = vesicles.select(order)
     space = np.stack([vesicles.z, vesicles.y, vesicles.x], 1)
     close = cKDTree(space).query_pairs(60, output_type="ndarray")
     gap = np.linalg.norm(space[close[:, 0]] - space[close[:, 1]], axis=1)
     crowded = close[gap < 0.85 * (vesicles.radius[close[:, 0]] + vesicles.radius[close[:, 1]])]
     keep = np.ones(len(space), bool)
     keep[crowded.max(1)] = False
-    return Bodies.join([vesicles.pick(keep), _background_bodies(tissue, depth, rng)])
+    return Bodies.join([vesicles.select(keep), _background_bodies(tissue, depth, rng)])
 
 
 def _background_bodies(tissue: Tissue, depth: int, rng: np.random.Generator) -> Bodies:
-    """Microtubules (25 nm), which run on from section to section, and stray vesicles, tubules and a few dense cores."""
+    """Make microtubules (25 nm), which continue from section to section, and stray vesicles, tubules and a few dense cores."""
     radii = tissue.disc_radius_nm.mean(0)
     tubes = np.repeat(np.arange(len(radii)), rng.poisson(np.minimum(radii / 22, 16)))
     offset = rng.uniform(-0.75, 0.75, (len(tubes), 2)) * radii[tubes, None]

@@ -171,8 +171,8 @@ def test_every_format_is_listed_and_tested():
         cls for cls in classes if "format" in cls.model_fields and cls.__module__.startswith(annotations.__name__)
     }
     listed = set(get_args(get_args(AnnotationSpec)[0]))
-    assert written == listed
-    assert {get_args(cls.model_fields["format"].annotation)[0] for cls in listed} == set(WRITERS)
+    assert written == listed, "list the format in synpipe/annotations/formats.py"
+    assert {get_args(cls.model_fields["format"].annotation)[0] for cls in listed} == set(WRITERS), "add a writer"
 
 
 @settings(deadline=None, max_examples=25)

@@ -1,4 +1,4 @@
-"""The demo data set: the files are what they promise, and the pictures behave like serial-section EM."""
+"""The demo data set: its files have the promised content, and its pictures resemble serial-section EM."""
 
 import csv
 import hashlib
@@ -11,7 +11,7 @@ import pytest
 from scipy.ndimage import label, uniform_filter
 
 from synpipe.errors import SynpipeError
-from synpipe.synthetic.demo import SyntheticSpec, _neurons, make_demo
+from synpipe.synthetic.demo import SyntheticSpec, _make_neurons, make_demo
 
 SMALL = SyntheticSpec(shape_zyx=(12, 1024, 1024), n_synapses=120, n_neurons=18, n_missing_sections=1)
 TINY = SyntheticSpec(shape_zyx=(9, 512, 512), n_synapses=36, n_neurons=12, n_missing_sections=1)  # made in 0.5 s
@@ -51,30 +51,32 @@ def blank_sections(volume: np.ndarray) -> set[int]:
     return set(np.flatnonzero(volume.mean((1, 2)) < 10))
 
 
-def test_same_spec_same_bytes_on_any_number_of_threads(demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_the_same_spec_gives_the_same_bytes_on_any_number_of_threads(
+    demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.setattr("os.cpu_count", lambda: 1)
     make_demo(tmp_path, SMALL)
     assert sha256(tmp_path) == sha256(demo)
 
 
-def test_another_seed_is_another_data_set(demo: Path, tmp_path: Path):
+def test_another_seed_gives_another_data_set(demo: Path, tmp_path: Path):
     make_demo(tmp_path, SMALL.model_copy(update={"seed": 1}))
-    theirs, ours = sha256(tmp_path), sha256(demo)
-    assert all(theirs[name] != ours[name] for name in FILES)
+    other, first = sha256(tmp_path), sha256(demo)
+    assert all(other[name] != first[name] for name in FILES)
 
 
-def test_a_finished_demo_is_left_alone_and_a_damaged_one_made_again(tmp_path: Path):
+def test_a_complete_demo_is_kept_and_a_damaged_one_is_generated_again(tmp_path: Path):
     make_demo(tmp_path, TINY)
     written = {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
     expected = sha256(tmp_path)
-    said: list[str] = []
-    make_demo(tmp_path, TINY, said.append)
-    assert said == []
+    messages: list[str] = []
+    make_demo(tmp_path, TINY, messages.append)
+    assert messages == []
     assert {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == written
     (tmp_path / "synapses.csv").write_text("synapse_id\n")
-    make_demo(tmp_path, TINY, said.append)
+    make_demo(tmp_path, TINY, messages.append)
     assert sha256(tmp_path) == expected
-    assert said == [  # every eighth section, and the last
+    assert messages == [  # after every eighth section and after the last one
         "synthetic tissue: growing neurites",
         "synthetic tissue: membranes of section 8 of 9",
         "synthetic tissue: membranes of section 9 of 9",
@@ -84,7 +86,7 @@ def test_a_finished_demo_is_left_alone_and_a_damaged_one_made_again(tmp_path: Pa
 
 
 @pytest.mark.parametrize("when", ["membranes of section 8", "volume: section 8", "volume: section 9"])
-def test_stopped_in_the_middle_nothing_is_left(tmp_path: Path, when: str):
+def test_an_interrupted_run_leaves_no_files(tmp_path: Path, when: str):
     def stop(message: str) -> None:
         if when in message:
             raise KeyboardInterrupt
@@ -94,7 +96,7 @@ def test_stopped_in_the_middle_nothing_is_left(tmp_path: Path, when: str):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_volume_too_small_says_so(tmp_path: Path):
+def test_a_volume_that_is_too_small_is_an_error(tmp_path: Path):
     with pytest.raises(SynpipeError, match="lower n_synapses or enlarge shape_zyx"):
         make_demo(tmp_path, SyntheticSpec(shape_zyx=(8, 512, 512), n_synapses=500, n_neurons=12))
     with pytest.raises(SynpipeError, match="three times n_neurons"):
@@ -136,7 +138,7 @@ def test_good_rows(rows: list[dict[str, str]]):
     assert all("synthetic" in row["region"] for row in good)
 
 
-def test_bad_rows_are_the_four_promised(rows: list[dict[str, str]]):
+def test_the_table_ends_with_four_bad_rows(rows: list[dict[str, str]]):
     good, (duplicate, incomplete, outside, misspelt) = rows[:-N_BAD], rows[-N_BAD:]
     assert duplicate["synapse_id"] in {row["synapse_id"] for row in good}
     assert incomplete["z_nm"] == ""
@@ -145,7 +147,7 @@ def test_bad_rows_are_the_four_promised(rows: list[dict[str, str]]):
 
 
 def test_the_default_is_large_enough_for_six_classes():
-    neurons = _neurons(SyntheticSpec(), np.random.default_rng(0))
+    neurons = _make_neurons(SyntheticSpec(), np.random.default_rng(0))
     synapses: Counter[str] = Counter()
     for neuron in neurons:
         if neuron.transmitter:
@@ -155,15 +157,17 @@ def test_the_default_is_large_enough_for_six_classes():
     assert sum(synapses.values()) >= 1200 and min(synapses.values()) >= 80 and min(per_class.values()) >= 5
 
 
-def test_sections_are_alike_as_in_real_sections(volume: np.ndarray):
+def test_neighbouring_sections_are_as_similar_as_real_ones(volume: np.ndarray):
     blank = blank_sections(volume)
     assert len(blank) == SMALL.n_missing_sections
     pairs = [z for z in range(len(volume) - 1) if not {z, z + 1} & blank]
-    alike = np.array([np.corrcoef(volume[z, ::2, ::2].ravel(), volume[z + 1, ::2, ::2].ravel())[0, 1] for z in pairs])
-    repeated = alike > 0.999
+    similarity = np.array(
+        [np.corrcoef(volume[z, ::2, ::2].ravel(), volume[z + 1, ::2, ::2].ravel())[0, 1] for z in pairs]
+    )
+    repeated = similarity > 0.999
     assert repeated.sum() == 1
-    # Real ssTEM of the larval nerve cord: 0.26 to 0.38 between neighbours 50 nm apart.
-    assert 0.22 < np.median(alike[~repeated]) < 0.45
+    # In real ssTEM of the larval nerve cord, neighbours 50 nm apart correlate by 0.26 to 0.38.
+    assert 0.22 < np.median(similarity[~repeated]) < 0.45
 
 
 def test_synapses_are_dark_spots(volume: np.ndarray, rows: list[dict[str, str]]):
@@ -175,33 +179,33 @@ def test_synapses_are_dark_spots(volume: np.ndarray, rows: list[dict[str, str]])
     rng = np.random.default_rng(0)
     sections = sorted({p[0] for p in places})
     elsewhere = [darkness(rng.choice(sections), *rng.integers(8, 1016, 2)) for _ in range(500)]
-    # Real synapses of that nerve cord: 39, their surroundings 121.
+    # In real ssTEM of that nerve cord, synapses have a mean of 39 and their surroundings of 121.
     assert np.mean(at_synapses) < 70 < 100 < np.mean(elsewhere)
     assert np.mean(at_synapses) < np.percentile(elsewhere, 15)
 
 
 def test_amines_show_dense_cores(demo: Path, volume: np.ndarray, rows: list[dict[str, str]]):
-    """Cores: dark discs of about 45 nm, darker than every point of a ring of 56 nm around them, in the terminal."""
+    """A core is a dark disc of about 45 nm in the terminal, darker than every point of a ring of 56 nm around it."""
     with h5py.File(demo / "volume.h5") as file:
-        where = dict(zip(file["annotations/ids"][:].tolist(), file["annotations/locations"][:], strict=True))
+        position_of = dict(zip(file["annotations/ids"][:].tolist(), file["annotations/locations"][:], strict=True))
         partners = file["annotations/presynaptic_site/partners"][:].tolist()
     postsynaptic = defaultdict(list)
     for synapse, partner in partners:
-        postsynaptic[synapse].append(where[partner])
+        postsynaptic[synapse].append(position_of[partner])
     ring = [(round(14 * np.sin(a)), round(14 * np.cos(a))) for a in np.linspace(0, 2 * np.pi, 16, endpoint=False)]
 
     def cores(synapse: int) -> int:
-        inward = where[synapse] - np.mean(postsynaptic[synapse], axis=0)
+        inward = position_of[synapse] - np.mean(postsynaptic[synapse], axis=0)
         inward[0] = 0
-        z, y, x = ((where[synapse] + 180 * inward / np.linalg.norm(inward)) / (40, 4, 4)).astype(int)
+        z, y, x = ((position_of[synapse] + 180 * inward / np.linalg.norm(inward)) / (40, 4, 4)).astype(int)
         picture = np.pad(volume[z].astype(float), 70, mode="edge")[y : y + 140, x : x + 140]
         disc, fine = uniform_filter(picture, 9), uniform_filter(picture, 5)
         around = np.min([np.roll(fine, step, (0, 1)) for step in ring], axis=0)
         return label((around - disc > 45)[30:110, 30:110])[1]
 
-    found = defaultdict(list)
+    cores_of = defaultdict(list)
     for row in rows[:-N_BAD]:
-        found[row["neurotransmitter"]].append(cores(int(row["synapse_id"])))
-    large = np.mean(found["serotonin"] + found["octopamine"])
-    clear = np.mean(found["acetylcholine"] + found["gaba"] + found["glutamate"])
+        cores_of[row["neurotransmitter"]].append(cores(int(row["synapse_id"])))
+    large = np.mean(cores_of["serotonin"] + cores_of["octopamine"])
+    clear = np.mean(cores_of["acetylcholine"] + cores_of["gaba"] + cores_of["glutamate"])
     assert large > 2 * clear
