@@ -104,7 +104,7 @@ def test_segments_are_merged_in_groups_and_none_is_left(tmp_path: Path, monkeypa
 
 
 def rare_and_scattered(rows: int = 6_000, rare: int = 60) -> tuple[np.ndarray, list[str]]:
-    """Tight clusters of a frequent class, and a rare class scattered between them, so that its neighbours are in many partitions."""
+    """Tight clusters of a frequent class and a rare class scattered between them, with neighbours in many partitions."""
     vectors = clustered(rows, 16, clusters=60, spread=0.05)
     vectors[:rare] = np.random.default_rng(3).normal(size=(rare, 16))
     return vectors, ["octopamine"] * rare + ["gaba"] * (rows - rare)
