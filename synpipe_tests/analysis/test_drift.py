@@ -1,4 +1,4 @@
-"""Drift: the check stays quiet where vectors are as they were, warns where they are not, and never stops the branch."""
+"""Drift: the check passes if the vectors are unchanged, warns if they changed, and never stops the branch."""
 
 import shutil
 from pathlib import Path
@@ -22,7 +22,7 @@ ENCODERS = ["tiny", "tiny+pca8"]
 
 @pytest.fixture(scope="module")
 def made(template: Own, tmp_path_factory: pytest.TempPathFactory) -> Own:
-    """A network and what is fitted on it, materialised once. Shared: copy it, do not change it."""
+    """A network and a compressed encoder fitted on its vectors, materialised once. Shared: copy it, do not change it."""
     own = changes.copy(template, tmp_path_factory.mktemp("made"))
     own.edit_dataset(lambda content: content.update(encoders=ENCODERS, evaluation=None))
     make_outdated(own.dataset)
@@ -45,7 +45,7 @@ def add_a_synapse(own: Own) -> None:
 
 
 def disturb(own: Own, encoder: str, amount: float) -> None:
-    """Add noise, as a share of a vector's length, to all that is cached of an encoder."""
+    """Add noise to all cached vectors of an encoder. amount: as a share of a vector's length."""
     fingerprint = read_manifest(own.dataset, f"embeddings_{encoder}").figures["encoder_fingerprint"]
     random = np.random.default_rng(0)
     for path in (own.dataset.embeddings_folder / fingerprint).glob("*.parquet"):
@@ -68,7 +68,7 @@ def test_a_first_version_has_nothing_to_be_compared_with(own: Own) -> None:
 def test_added_and_relabelled_synapses_are_no_drift(own: Own) -> None:
     add_a_synapse(own)
     make_outdated(own.dataset)
-    for encoder in ("tiny", "tiny_pca8"):  # the one as it was, the other fitted anew
+    for encoder in ("tiny", "tiny_pca8"):  # the first is unchanged, the second is fitted again
         found = finding(own, encoder)
         assert found.passed, found.description
         assert found.figures["matched rows"] == 40
@@ -99,7 +99,7 @@ def test_a_disturbed_cache_is_a_warning_and_stops_nothing(own: Own) -> None:
 
 
 def test_vectors_of_another_length_are_a_warning(own: Own) -> None:
-    """As after another contrast: the same directions, twice as long."""
+    """Vectors with the same directions and twice the length, as after a change of contrast."""
     fingerprint = read_manifest(own.dataset, "embeddings_tiny").figures["encoder_fingerprint"]
     for path in (own.dataset.embeddings_folder / fingerprint).glob("*.parquet"):
         table = read_table(path)
@@ -118,7 +118,7 @@ def test_another_network_under_the_same_name_is_told_as_such(own: Own) -> None:
         found = finding(own, encoder)
         assert (found.passed, found.severity) == (False, "warning")
         assert "The encoder changed" in found.description
-    own.edit_encoders(lambda entries: entries["tiny"].update(model="test_vit"))  # of other dimensions
+    own.edit_encoders(lambda entries: entries["tiny"].update(model="test_vit"))  # with another number of dimensions
     make_outdated(own.dataset)
     assert "The encoder changed" in finding(own).description
 

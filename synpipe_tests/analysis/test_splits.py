@@ -1,4 +1,4 @@
-"""Splits: groups and tiles stay on one side, whatever the data; classes that cannot be divided are told of."""
+"""Splits: groups and overlapping tiles stay on one side for any data, and classes that cannot be divided are reported."""
 
 import shutil
 from pathlib import Path
@@ -18,7 +18,7 @@ from synpipe.errors import SynpipeError
 from synpipe.store.files import read_table, write_table
 
 WINDOW = (3, 256, 256)
-SPREAD = 4096  # of the first voxels of tiles: a crowd, so that many of them overlap
+SPREAD = 4096  # range of the first voxels of tiles, small enough that many tiles overlap
 
 
 def objects(values) -> np.ndarray:
@@ -27,7 +27,7 @@ def objects(values) -> np.ndarray:
 
 @st.composite
 def crowds(draw):
-    """Labels, groups and tiles of up to 150 synapses; groups may hold two classes, and some of either are not known."""
+    """Labels, groups and tiles of up to 150 synapses. Groups may contain two classes; some labels and groups are unknown."""
     count = draw(st.integers(0, 150))
     rng = np.random.default_rng(draw(st.integers(0, 2**32)))
     group = rng.integers(0, draw(st.integers(1, 25)), count)
@@ -114,7 +114,7 @@ def test_added_synapses_move_no_other_and_an_added_group_few():
     after = split(SplitSpec(), "neuron", objects(["a"] * 550), more, starts[:550], WINDOW)
     assert (after[:500] == before).all()
     new = split(SplitSpec(), "neuron", objects(["a"] * 505), objects([*groups, *[1000] * 5]), starts[:505], WINDOW)
-    assert (new[:500] != before).sum() <= 10  # of two groups at most
+    assert (new[:500] != before).sum() <= 10  # the synapses of two groups at most
 
 
 def test_a_group_that_is_most_of_its_class_is_trained_on():
@@ -133,7 +133,7 @@ def test_a_group_that_is_most_of_its_class_is_trained_on():
         (3, {TRAIN, VALIDATION, TEST}, None),
     ],
 )
-def test_a_class_with_too_few_groups_is_told_of(neurons, where, said):
+def test_a_class_with_too_few_groups_is_reported(neurons, where, said):
     labels = objects(["a"] * 40 + ["b"] * 12)
     groups = objects([*range(40), *(100 + np.arange(12) % neurons).tolist()])
     sides = split(SplitSpec(), "neuron", labels, groups, np.arange(52)[:, None] * np.array([0, 0, 256]), WINDOW)

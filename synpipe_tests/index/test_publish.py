@@ -1,4 +1,4 @@
-"""The LanceDB table: true neighbours through whole indexes, and a tag `current` that is right at every moment."""
+"""The LanceDB table: complete indexes find the true neighbours, and the tag `current` is correct at every moment."""
 
 import json
 import shutil
@@ -20,7 +20,7 @@ from synpipe.index.build import partitions_for
 from synpipe.index.publish import IndexReport, open_current, publish, published, republish, tag_for
 from synpipe_tests.support.tables import PROVENANCE, clustered, embedding_table, unit
 
-import lancedb  # isort: skip  # after `index`, which tells it to be quiet
+import lancedb  # isort: skip  # after `index`, which silences its log
 
 LABELS = ("acetylcholine", "gaba", None)
 
@@ -73,12 +73,12 @@ def test_partitioned_tables_find_the_true_neighbours(partitioned: tuple[Path, np
     folder, vectors, report = partitioned
     assert report.kind == "IVF_FLAT" and report.partitions == partitions_for(len(vectors))
     assert report.nprobes <= report.partitions
-    # Rows are indexed in segments; nothing but the one that they were merged to is left, and the seven other indexes.
+    # Rows are indexed in segments. Only the merged segment and the seven other indexes are left.
     table = open_current(folder, "tiny").to_lance()
     assert len(table.get_fragments()) > 1
     assert len(list((folder / "tiny.lance" / "_indices").iterdir())) == 8
     exact = unit(vectors)
-    # Other queries than those that chose the number of probes: between two rows, where none is.
+    # The queries differ from those that chose the number of probes: they lie between two rows.
     random = np.random.default_rng(7)
     hits = []
     for _ in range(100):
@@ -98,13 +98,13 @@ def test_segments_are_merged_in_groups_and_none_is_left(tmp_path: Path, monkeypa
     report = publish_table(embedding_table(tmp_path / "t.parquet", clustered(24, 16)), tmp_path / "db", "a" * 32)
     assert (
         len(open_current(tmp_path / "db", "tiny").to_lance().get_fragments()) == 3
-    )  # a pair, and one that waits for it
+    )  # two segments are merged first, and the third one waits
     assert (report.partitions, report.recall) == (4, 1.0)
     assert len(list((tmp_path / "db" / "tiny.lance" / "_indices").iterdir())) == 8
 
 
 def rare_and_scattered(rows: int = 6_000, rare: int = 60) -> tuple[np.ndarray, list[str]]:
-    """Tight clusters of a frequent class; and between all of them a rare one, whose neighbours lie in many partitions."""
+    """Tight clusters of a frequent class and a rare class scattered between them, with neighbours in many partitions."""
     vectors = clustered(rows, 16, clusters=60, spread=0.05)
     vectors[:rare] = np.random.default_rng(3).normal(size=(rare, 16))
     return vectors, ["octopamine"] * rare + ["gaba"] * (rows - rare)
@@ -112,7 +112,7 @@ def rare_and_scattered(rows: int = 6_000, rare: int = 60) -> tuple[np.ndarray, l
 
 def test_the_probes_are_enough_for_the_rarest_class_too(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(index_recall, "FIRST_NPROBES", 1)
-    monkeypatch.setattr(index_recall, "RECALL_QUERIES", 60)  # as many as there are of the rarest class
+    monkeypatch.setattr(index_recall, "RECALL_QUERIES", 60)  # all rows of the rarest class
     vectors, classes = rare_and_scattered()
     path = embedding_table(tmp_path / "t.parquet", vectors, neurotransmitter=classes)
     report = publish_table(path, tmp_path / "db", "a" * 32)
@@ -126,8 +126,8 @@ def test_the_probes_are_enough_for_the_rarest_class_too(tmp_path: Path, monkeypa
         )
         for row in range(60)
     ]
-    assert np.mean(found) >= 9.5  # the table holds them rounded
-    # Of all rows alone fewer would have been enough: the frequent class finds its neighbours in one partition.
+    assert np.mean(found) >= 9.5  # not 10, because the table holds rounded vectors
+    # Without the rare class fewer probes are enough: the frequent class finds its neighbours in one partition.
     of_all = embedding_table(tmp_path / "all.parquet", vectors)
     unlabelled = publish_table(of_all, tmp_path / "db", "b" * 32)
     assert (unlabelled.rarest_class, unlabelled.rarest_class_recall) == (None, None)
@@ -140,7 +140,7 @@ def test_too_low_a_recall_of_the_rarest_class_leaves_the_former_version_current(
     vectors, classes = rare_and_scattered()
     path = embedding_table(tmp_path / "t.parquet", vectors, neurotransmitter=classes)
     measured = index_recall._recall
-    monkeypatch.setattr(index_recall, "FIRST_NPROBES", 64)  # which are all: no more are tried
+    monkeypatch.setattr(index_recall, "FIRST_NPROBES", 64)  # all partitions, so no larger number is tried
     monkeypatch.setattr(
         index_recall, "_recall", lambda table, queries, *of: measured(table, queries, *of) * (len(queries) > 60)
     )
@@ -166,7 +166,7 @@ def test_every_index_is_there_and_whole(partitioned: tuple[Path, np.ndarray, Ind
     assert {column: str(entry.index_type) for column, entry in found.items()} == {
         "vector": "IvfFlat",
         "neurotransmitter": "Bitmap",
-        "region": "Bitmap",  # here and below: columns of nothing but nulls
+        "region": "Bitmap",  # here and below: columns that contain only nulls
         "hemilineage": "Bitmap",
         "predicted_neurotransmitter": "Bitmap",
         "split": "Bitmap",
@@ -202,7 +202,7 @@ def test_the_table_holds_exactly_the_rows_of_the_file(tmp_path: Path) -> None:
         if name != "vector":
             assert found[name].to_pylist() == source[name].to_pylist()
     stored = np.array(found["vector"].to_pylist())
-    np.testing.assert_allclose(np.linalg.norm(stored, axis=1), 1, atol=1e-6)  # of unit length again
+    np.testing.assert_allclose(np.linalg.norm(stored, axis=1), 1, atol=1e-6)  # exactly of unit length again
     np.testing.assert_allclose(stored, unit(np.array(source["vector"].to_pylist())), atol=1e-6)
 
 
@@ -222,17 +222,17 @@ def test_a_new_build_becomes_current_and_the_old_one_stays_readable(tmp_path: Pa
     db = tmp_path / "db"
     first = publish_table(embedding_table(tmp_path / "1.parquet", clustered(300, 32)), db, "a" * 32)
     reader = open_current(db, "tiny")
-    # Another encoder, with another dimension.
+    # Another encoder, with another number of dimensions.
     second = publish_table(embedding_table(tmp_path / "2.parquet", clustered(500, 48, seed=1)), db, "b" * 32)
     assert second.version > first.version
-    assert reader.count_rows() == 300  # one that is at work sees what it opened
+    assert reader.count_rows() == 300  # an open reader keeps seeing the version that it opened
     assert len(reader.search(np.ones(32, np.float32)).limit(3).to_arrow()) == 3
     now = open_current(db, "tiny")
     assert now.count_rows() == 500 and now.schema.field("vector").type.list_size == 48
     now.checkout(first.tag)
     assert now.count_rows() == 300 and len(now.list_indices()) == 7
     assert len(now.search(np.ones(32, np.float32)).limit(3).to_arrow()) == 3
-    # Back to the first data without building anything, and to the second.
+    # Go back to the first data without building anything, and then to the second.
     fingerprint = PROVENANCE["encoder_fingerprint"]
     for data, report in (("a", first), ("b", second)):
         assert republish(db, "tiny", data * 32, fingerprint, print)
@@ -241,7 +241,7 @@ def test_a_new_build_becomes_current_and_the_old_one_stays_readable(tmp_path: Pa
     assert not republish(db, "tiny", "c" * 32, fingerprint, print)
     assert not republish(db, "tiny", "a" * 32, "0" * 64, print)
     assert published(db, "tiny") == second
-    # Built again, the same tag names a new version.
+    # After a new build, the same tag names a new version.
     third = publish_table(tmp_path / "1.parquet", db, "a" * 32)
     assert third.tag == first.tag and third.version > second.version
     assert published(db, "tiny") == third
@@ -249,7 +249,7 @@ def test_a_new_build_becomes_current_and_the_old_one_stays_readable(tmp_path: Pa
 
 @pytest.fixture
 def before(tmp_path: Path) -> Iterator[Path]:
-    """A database with something published, which must be as it was after the test."""
+    """A database with a published version that the test must leave as it is."""
     folder = tmp_path / "db"
     report = publish_table(embedding_table(tmp_path / "before.parquet", clustered(300, 32)), folder, "a" * 32)
     yield folder
@@ -318,7 +318,7 @@ def test_a_full_disk_leaves_the_former_version_current(tmp_path: Path) -> None:
 
 
 def test_readers_of_current_see_a_whole_table_whenever_a_build_is_killed(tmp_path: Path) -> None:
-    """Builds of 6,000 and of 5,500 rows in turn are killed while rows or indexes are written; a reader looks on."""
+    """Builds of 6,000 and 5,500 rows are killed while they write rows or indexes, and a reader checks the table each time."""
     db = tmp_path / "db"
     paths = [embedding_table(tmp_path / f"{rows}.parquet", clustered(rows, 16)) for rows in (5_500, 6_000)]
     publish_table(paths[0], db, "0" * 32)
@@ -338,7 +338,7 @@ def test_readers_of_current_see_a_whole_table_whenever_a_build_is_killed(tmp_pat
         """
     )
     seen = {whole_state(db)}
-    # What the builder says last before it is killed: two parts of the vectors are indexed.
+    # The last lines that the builder prints before it is killed. The vectors are indexed in two parts.
     written = ["rows written", "1 of 2 parts", "2 of 2 parts"]
     for awaited, reads in (
         (written[:1], 0),
@@ -359,13 +359,13 @@ def test_readers_of_current_see_a_whole_table_whenever_a_build_is_killed(tmp_pat
         process.stdout.close()
         seen.add(whole_state(db))
     assert seen == {("0" * 32, 5_500), ("1" * 32, 6_000)}
-    # And the next build works as if nothing had happened.
+    # The next build works normally.
     publish_table(paths[0], db, "0" * 32)
     assert whole_state(db) == ("0" * 32, 5_500)
 
 
 def whole_state(folder: Path) -> tuple[str, int]:
-    """Version and rows of what is current, having checked that it is whole."""
+    """Check that the current version is complete, and return its data version and number of rows."""
     table = open_current(folder, "tiny")
     rows = table.count_rows()
     entries = table.list_indices()

@@ -1,4 +1,4 @@
-"""Search: the true nearest of every class under every metric, filters that cannot be subverted, exact ids."""
+"""Search: it finds the true nearest of every class under every metric, filters are safe, and ids are exact."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,9 +16,9 @@ from synpipe.index.publish import publish
 from synpipe.index.search import SynapseIndex, parse_where
 from synpipe_tests.support.tables import clustered, embedding_table
 
-CLASSES = ("acetylcholine", "gaba", "serotonin", "octopamine")  # nobody is octopaminergic here
+CLASSES = ("acetylcholine", "gaba", "serotonin", "octopamine")  # no synapse of this data set is octopaminergic
 COUNT, DIMENSIONS = 6_000, 32
-FIRST_ID = 2**63 - 1 - COUNT  # the largest ids there are: no float64 tells two of them apart
+FIRST_ID = 2**63 - 1 - COUNT  # the largest possible ids, which float64 cannot tell apart
 NASTY = [
     "O'Brien",
     "' OR '1'='1",
@@ -34,14 +34,14 @@ NASTY = [
 
 @dataclass
 class Truth:
-    """What the index holds, kept beside it. Vectors are float64 (n, d) with their length."""
+    """The content of the index. vectors: float64 (n, d), with their length."""
 
     vectors: np.ndarray
     ids: np.ndarray
     columns: dict[str, list[Any]]
 
     def nearest(self, query: int, metric: str, per_class: int, **where: Any) -> dict[str, list[tuple[int, float]]]:
-        """(id, distance) of the nearest by class, by the definitions in a textbook."""
+        """Return (id, distance) of the nearest of each class, computed from textbook definitions."""
         here, all_ = self.vectors[query], self.vectors
         distances = {
             "cosine": lambda: 1 - all_ @ here / np.linalg.norm(all_, axis=1) / np.linalg.norm(here),
@@ -65,7 +65,7 @@ class Truth:
 
 
 def make(folder: Path, vectors: np.ndarray, **columns: Any) -> Dataset:
-    """A data set of which there is nothing but the index of the encoder `tiny`."""
+    """A data set that has only the index of the encoder `tiny`."""
     spec = DatasetSpec.parse(
         {
             "title": "made up",
@@ -115,7 +115,7 @@ def exact(dataset_and_truth: tuple[Dataset, Truth]) -> SynapseIndex:
 
 
 def too_large(dataset: Dataset, class_rows: int, kept_rows: int) -> SynapseIndex:
-    """The index treated as too large for memory; vectors of classes of up to `class_rows` are held."""
+    """The index, treated as too large for memory. Only vectors of classes of at most `class_rows` rows are held."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(search, "KEPT_ROWS", kept_rows)
         patch.setattr(search, "EXACT_ROWS", 0)
@@ -127,13 +127,13 @@ def too_large(dataset: Dataset, class_rows: int, kept_rows: int) -> SynapseIndex
 
 @pytest.fixture(scope="module")
 def large(dataset_and_truth: tuple[Dataset, Truth]) -> SynapseIndex:
-    """Nothing is held in memory, as in a table too large for it."""
+    """The index with no vectors in memory, as for a table that is too large."""
     return SynapseIndex(dataset_and_truth[0], "tiny", in_memory=False)
 
 
 @pytest.fixture(scope="module")
 def mixed(dataset_and_truth: tuple[Dataset, Truth]) -> SynapseIndex:
-    """Serotonin and the unlabelled in memory, the others through the index."""
+    """The index with serotonin and unlabelled rows in memory; LanceDB answers for the other classes."""
     return too_large(dataset_and_truth[0], 1000, kept_rows=COUNT)
 
 
@@ -158,7 +158,7 @@ def distances_agree(found: dict, expected: dict[str, list[tuple[int, float]]], r
 def test_the_nearest_of_every_class_are_the_true_ones(exact: SynapseIndex, truth: Truth, metric: Any, query: int):
     found = exact.search(int(truth.ids[query]), metric, per_class=5)
     expected = truth.nearest(query, metric, 5)
-    # The stored vectors are rounded by 1/500 of a component: distances shift by as much, the order hardly.
+    # Stored vectors are rounded by 1/500 of a component. Distances shift as much, but their order hardly changes.
     distances_agree(found, expected, rtol=5e-3, atol=1e-3)
     assert list(found) == ["acetylcholine", "gaba", "serotonin", UNLABELLED]
     same = [
@@ -173,7 +173,7 @@ def test_neighbours_say_who_they_are(either: SynapseIndex, truth: Truth) -> None
     for name, neighbours in answer.items():
         assert len({neighbour.synapse_id for neighbour in neighbours}) == 6
         for neighbour in neighbours:
-            row = row_of[neighbour.synapse_id]  # an id that a float64 has touched is not among them
+            row = row_of[neighbour.synapse_id]  # an id that was converted to float64 would not be among them
             assert row != 5
             assert neighbour.neurotransmitter == (None if name == UNLABELLED else name)
             for column in ("neuron_id", "hemilineage", "region", "neurotransmitter"):
@@ -187,7 +187,7 @@ def test_the_index_agrees_with_the_exact_search(exact: SynapseIndex, large: Syna
         here, there = (index.search(int(truth.ids[query]), per_class=4) for index in (exact, large))
         assert list(here) == list(there)
         for name, neighbours in here.items():
-            assert len(neighbours) == len(there[name]) == 4  # also of a class with thirty members
+            assert len(neighbours) == len(there[name]) == 4  # even for a class with thirty members
             found = {neighbour.synapse_id: neighbour.distance for neighbour in there[name]}
             hits += [neighbour.synapse_id in found for neighbour in neighbours]
             for neighbour in neighbours:
@@ -197,7 +197,7 @@ def test_the_index_agrees_with_the_exact_search(exact: SynapseIndex, large: Syna
 
 
 def test_a_rare_class_is_given_in_full_where_more_is_asked_for(either: SynapseIndex, truth: Truth, monkeypatch) -> None:
-    monkeypatch.setattr(search, "CLASS_NPROBES_FACTOR", 1)  # 16 of 64 partitions, which do not hold all of them
+    monkeypatch.setattr(search, "CLASS_NPROBES_FACTOR", 1)  # 16 of 64 partitions, which do not contain all members
     members = truth.columns["neurotransmitter"].count("serotonin")
     assert 10 < members < 60
     query = truth.columns["neurotransmitter"].index("gaba")
