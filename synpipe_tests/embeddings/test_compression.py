@@ -1,4 +1,4 @@
-"""Compressed encoders: the fit against scikit-learn, names, refusals, and a branch of the graph that embeds no tile."""
+"""Compressed encoders: the fit compared with scikit-learn, names, errors, and a branch of the graph that embeds no tile."""
 
 from pathlib import Path
 
@@ -51,7 +51,7 @@ def test_the_autoencoder_is_the_same_each_time_and_reconstructs_directions_no_wo
     centred = unit(vectors) - pca.mean
 
     def lost(codes: np.ndarray) -> float:
-        """1 − cosine between the vectors and the best reconstruction from their codes that is linear."""
+        """1 − cosine between the vectors and the best linear reconstruction from their codes."""
         back = codes @ np.linalg.lstsq(codes, centred, rcond=None)[0]
         return float(
             1 - ((back * centred).sum(1) / np.linalg.norm(back, axis=1) / np.linalg.norm(centred, axis=1)).mean()
@@ -62,11 +62,11 @@ def test_the_autoencoder_is_the_same_each_time_and_reconstructs_directions_no_wo
 
 
 @pytest.mark.parametrize(
-    ("count", "dimensions", "said"),
+    ("count", "dimensions", "message"),
     [(100, 24, "saves nothing"), (100, 30, "24 dimensions"), (8, 8, "at least 9")],
 )
-def test_what_cannot_be_fitted_is_refused(count: int, dimensions: int, said: str) -> None:
-    with pytest.raises(SynpipeError, match=said):
+def test_what_cannot_be_fitted_is_refused(count: int, dimensions: int, message: str) -> None:
+    with pytest.raises(SynpipeError, match=message):
         fit(clustered(count, 24), spec_of(dimensions=dimensions))
 
 
@@ -85,7 +85,7 @@ def test_a_fit_is_kept_as_safetensors_and_a_damaged_one_is_refused(tmp_path: Pat
 
 
 @pytest.mark.parametrize(
-    ("names", "said"),
+    ("names", "message"),
     [
         (["tiny+pca8"], "not among the `encoders:`"),
         (["tiny", "nobody+pca8"], "'nobody', which is not among"),
@@ -97,7 +97,7 @@ def test_a_fit_is_kept_as_safetensors_and_a_damaged_one_is_refused(tmp_path: Pat
         (["tiny", "tiny+pca9"], "rename that entry"),
     ],
 )
-def test_names_that_are_refused(tmp_path: Path, names: list[str], said: str) -> None:
+def test_names_that_are_refused(tmp_path: Path, names: list[str], message: str) -> None:
     path = tmp_path / "encoders.yaml"
     entries = {
         **changes.ENCODERS,
@@ -106,7 +106,7 @@ def test_names_that_are_refused(tmp_path: Path, names: list[str], said: str) -> 
         "tiny_pca9": changes.ENCODERS["other"],
     }
     path.write_text(yaml.safe_dump({"encoders": entries}))
-    with pytest.raises(SynpipeError, match=said) as caught:
+    with pytest.raises(SynpipeError, match=message) as caught:
         chosen_encoders(names, load_registry(path), "here.yaml")
     assert "here.yaml" in str(caught.value)
 
@@ -116,7 +116,7 @@ def test_names_that_are_refused(tmp_path: Path, names: list[str], said: str) -> 
 
 @pytest.fixture(scope="module")
 def compressed(template: Own, tmp_path_factory: pytest.TempPathFactory) -> Own:
-    """The same with two compressed encoders added. Shared: copy it, do not change it."""
+    """The template store with two more, compressed encoders. Tests share it: copy it, do not change it."""
     own = changes.copy(template, tmp_path_factory.mktemp("compressed"))
     own.edit_dataset(lambda content: content.update(encoders=NAMES))
     make_outdated(own.dataset)
@@ -141,7 +141,7 @@ def test_a_compressed_branch_needs_no_tile_and_leaves_its_base_alone(
     expected = {f"{kind}_tiny_pca8" for kind in ("embeddings", "embedding_table", "index", "scores")} | {"evaluation"}
     assert own.outdated().keys() == expected
     tiles = own.dataset.cut_outs_folder
-    tiles.rename(own.folder / "elsewhere")  # none can be read
+    tiles.rename(own.folder / "elsewhere")  # so that no tile can be read
     make_outdated(own.dataset)
     assert own.outdated() == {}
     (own.folder / "elsewhere").rename(tiles)
@@ -152,7 +152,7 @@ def test_a_compressed_branch_needs_no_tile_and_leaves_its_base_alone(
 
     own.edit_dataset(lambda content: content.update(encoders=["tiny", "other"]))
     remove_leftovers(find_leftovers(own.dataset))
-    assert own.outdated() == {"evaluation": "stale"}  # it is of all encoders
+    assert own.outdated() == {"evaluation": "stale"}  # it covers all encoders
     assert not list(own.folder.rglob("*pca8*.parquet"))
     assert not list(own.folder.rglob("*.safetensors"))
     assert base() == before
@@ -175,12 +175,12 @@ def test_the_table_holds_the_principal_components_of_the_base(compressed: Own) -
 
 def test_a_compressed_encoder_is_searched_under_both_names_and_may_be_the_default(compressed: Own) -> None:
     query = read_table(compressed.dataset.tiles_path)["synapse_id"][0].as_py()
-    said = [
-        answer(compressed.project, "search", str(query), "-d", changes.NAME, *which)
-        for which in ([], ["-e", "tiny+pca8"], ["-e", "tiny_pca8"])
+    outputs = [
+        answer(compressed.project, "search", str(query), "-d", changes.NAME, *option)
+        for option in ([], ["-e", "tiny+pca8"], ["-e", "tiny_pca8"])
     ]
-    assert said[0] == said[1] == said[2]
-    assert "encoder tiny_pca8" in said[0]
+    assert outputs[0] == outputs[1] == outputs[2]
+    assert "encoder tiny_pca8" in outputs[0]
     refused = refusal(run(compressed.project, "search", str(query), "-d", changes.NAME, "-e", "tiny+pca16"))
     assert "tiny_pca8" in refused
 
@@ -193,7 +193,7 @@ def test_a_tile_from_elsewhere_is_embedded_as_those_of_the_table_were(compressed
     query = read_table(dataset.tiles_path)["synapse_id"][3].as_py()
     (vector,) = encoder.embed(reader.by_id(query)[None])
     answers = index.search_vector(vector, encoder.fingerprint, per_class=1)
-    nearest = min((found[0] for found in answers.values()), key=lambda one: one.distance)
+    nearest = min((neighbours[0] for neighbours in answers.values()), key=lambda neighbour: neighbour.distance)
     assert nearest.synapse_id == query
     assert nearest.distance < 1e-3
     base = open_encoder(dataset.encoders["tiny"], dataset.weights_base, "cpu")
@@ -224,7 +224,7 @@ def test_added_synapses_and_another_base_lead_to_the_store_that_is_made_from_scr
 
 def test_too_many_dimensions_stop_the_branch_with_a_sentence(own: Own) -> None:
     own.edit_dataset(lambda content: content.update(encoders=["tiny", "tiny+pca128", "tiny+pca512"]))
-    said = refusal(run(own.project, "materialize", "-d", changes.NAME, "-s", "embeddings_tiny_pca128"))
-    assert "at least 129 are needed" in said
-    said = refusal(run(own.project, "materialize", "-d", changes.NAME, "-s", "embeddings_tiny_pca512"))
-    assert "tiny has 512 dimensions" in said
+    message = refusal(run(own.project, "materialize", "-d", changes.NAME, "-s", "embeddings_tiny_pca128"))
+    assert "at least 129 are needed" in message
+    message = refusal(run(own.project, "materialize", "-d", changes.NAME, "-s", "embeddings_tiny_pca512"))
+    assert "tiny has 512 dimensions" in message

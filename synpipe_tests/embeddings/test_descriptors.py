@@ -1,4 +1,4 @@
-"""Hand-made descriptors are encoders, each blind to what it should be blind to."""
+"""Hand-made descriptors: they are encoders, and each ignores what it should ignore."""
 
 from pathlib import Path
 
@@ -19,13 +19,13 @@ ROTATION = ("lbp", "grey_histogram", "filter_bank", "filter_bank_pooled")
 
 @pytest.fixture(scope="module")
 def tiles() -> np.ndarray:
-    """Smooth textures of different grain, elongated in different directions: uint8 (6, 3, 256, 256)."""
+    """Smooth textures of different grain, elongated in one direction: uint8 (6, 3, 256, 256)."""
     rng = np.random.default_rng(0)
-    found = []
+    textures = []
     for grain in (1, 2, 3, 4, 6, 8):
         texture = ndimage.gaussian_filter(rng.normal(size=(3, 256, 256)), (0.5, grain, 2 * grain), mode="wrap")
-        found.append(128 + 40 * texture / texture.std())
-    return np.clip(found, 0, 255).astype(np.uint8)
+        textures.append(128 + 40 * texture / texture.std())
+    return np.clip(textures, 0, 255).astype(np.uint8)
 
 
 def cosine(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -76,11 +76,11 @@ def test_the_sections_may_change_places_in_the_pooled_bank(tiles: np.ndarray):
 
 
 def test_hog_counts_orientations(tiles: np.ndarray):
-    """A grating along x has gradients along x alone: all of its weight is in the two bins beside zero."""
+    """A grating along x has gradients along x only, so all of its weight is in the two bins beside zero."""
     x = np.arange(256)
     grating = np.broadcast_to((128 + 60 * np.sin(x / 4)).astype(np.uint8), (1, 3, 256, 256))
-    found = describe("hog", grating).reshape(-1, descriptors.HOG_BINS).sum(axis=0)
-    assert found[[0, -1]].sum() / found.sum() > 0.99
+    bins = describe("hog", grating).reshape(-1, descriptors.HOG_BINS).sum(axis=0)
+    assert bins[[0, -1]].sum() / bins.sum() > 0.99
 
 
 def test_entries_of_the_registry(tmp_path: Path):
@@ -88,10 +88,10 @@ def test_entries_of_the_registry(tmp_path: Path):
     path.write_text(
         "encoders: {lines: {descriptor: hog, description: mine}, net: {model: resnet10t, weights: random, seed: 0}}"
     )
-    found = load_registry(path)
-    assert found["lines"] == DescriptorSpec(descriptor="hog", description="mine")
-    assert found["lines"].identity(tmp_path, {}) == DescriptorSpec(descriptor="hog").identity(tmp_path, {})
-    assert found["lines"].identity(tmp_path, {}) != DescriptorSpec(descriptor="lbp").identity(tmp_path, {})
+    registry = load_registry(path)
+    assert registry["lines"] == DescriptorSpec(descriptor="hog", description="mine")
+    assert registry["lines"].identity(tmp_path, {}) == DescriptorSpec(descriptor="hog").identity(tmp_path, {})
+    assert registry["lines"].identity(tmp_path, {}) != DescriptorSpec(descriptor="lbp").identity(tmp_path, {})
     path.write_text("encoders: {lines: {descriptor: sift}}")
     with pytest.raises(SynpipeError, match=r"lines.*'hog'"):
         load_registry(path)

@@ -1,4 +1,4 @@
-"""Embedding: order, batches, values that are not finite, and a cache that survives damage and interruption."""
+"""Embedding: order, batches, values that are not finite, and a cache that survives damage and interrupts."""
 
 import dataclasses
 import hashlib
@@ -47,7 +47,7 @@ def hashes(tiles: np.ndarray) -> list[str]:
 
 
 class CountingReader:
-    """Reads rows of an array and remembers which."""
+    """Reads rows of an array and remembers their numbers."""
 
     def __init__(self, tiles: np.ndarray) -> None:
         self.tiles = tiles
@@ -64,14 +64,14 @@ def test_rows_keep_their_order_and_do_not_depend_on_the_batch_size(
 ) -> None:
     encoder = open_tiny(precision=precision)
     expected = np.concatenate([encoder.embed(tile[None]) for tile in tiles])
-    assert len(np.unique(expected.round(6), axis=0)) == len(tiles)  # so that a wrong order would show
+    assert len(np.unique(expected.round(6), axis=0)) == len(tiles)  # so that a wrong order would be noticed
     done: list[int] = []
     for batch_size in (5, 23, 64, None):
         vectors = embed_shard(encoder, tiles.__getitem__, hashes, batch_size, done.append)
         assert vectors.dtype == np.float32
         error = np.linalg.norm(vectors - expected, axis=1) / np.linalg.norm(expected, axis=1)
         assert error.max() < 1e-5
-    assert done == [5, 5, 5, 5, 3, 23, 23, 16, 7]  # by itself 16 on a CPU
+    assert done == [5, 5, 5, 5, 3, 23, 23, 16, 7]  # the default is 16 on a CPU
 
 
 def test_empty_shard_gives_no_rows(encoder: Encoder, tiles: np.ndarray) -> None:
@@ -157,7 +157,7 @@ def test_encoders_do_not_see_each_others_vectors(
 def test_several_devices_share_the_parts(
     tmp_path: Path, encoder: Encoder, tiles: np.ndarray, hashes: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two of them here are the same CPU twice: each takes parts, none is embedded by both, and the result is that of one."""
+    """The devices are the same CPU twice. Each takes some parts, none is embedded twice, and the result is that of one device."""
     monkeypatch.setitem(embedding.ROWS_PER_PART, "cpu", 4)
     alone, together = (EmbeddingCache(tmp_path / name, encoder.fingerprint) for name in ("alone", "together"))
     shards = [Shard(f"s{number}", hashes[number::2], tiles[number::2].__getitem__) for number in range(2)]
@@ -194,8 +194,8 @@ def test_a_device_that_fails_costs_only_what_it_was_at(
     broken = dataclasses.replace(encoder, forward=FunctionForward(fails))
     with pytest.raises(RuntimeError, match="fell off"):
         embed_missing([encoder, broken], cache, [Shard("s0", hashes, tiles.__getitem__)])
-    there = cache.known_hashes("s0")
-    assert embed_missing([encoder], cache, [Shard("s0", hashes, tiles.__getitem__)]).tiles == len(tiles) - len(there)
+    kept = cache.known_hashes("s0")
+    assert embed_missing([encoder], cache, [Shard("s0", hashes, tiles.__getitem__)]).tiles == len(tiles) - len(kept)
 
 
 def test_interrupted_work_keeps_the_finished_parts(
@@ -267,7 +267,7 @@ def test_part_file_says_what_made_it_and_other_tools_read_it(
 
 
 def test_embeddings_of_real_tissue_tell_structures_apart(real_em: Path) -> None:
-    """The offline default on 544 real points: nearest neighbours (cosine) agree more often than by chance."""
+    """With the default encoder on 544 real points, nearest neighbours (cosine) agree more often than by chance."""
     import csv
 
     import h5py

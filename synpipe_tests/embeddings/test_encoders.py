@@ -1,4 +1,4 @@
-"""Encoders: the registry's errors, identities, seeded weights, weights files, the hub. All models are tiny or offline."""
+"""Encoders: errors of the registry, identities, seeded weights, weights files, the hub. Models are tiny or need no download."""
 
 import hashlib
 import http.server
@@ -41,9 +41,9 @@ def file_spec(name: str, **changes: object) -> EncoderSpec:
 
 
 class FreshProcess:
-    """Another Python process that opens encoders; its hub is a port of this machine where at first nobody listens.
+    """Another Python process that opens encoders. Its hub is a port of this machine, on which nothing listens at first.
 
-    A process of its own because huggingface_hub reads HF_ENDPOINT when it is imported.
+    It is a separate process because huggingface_hub reads HF_ENDPOINT when it is imported.
     """
 
     HUB_TIMEOUT_S = 2.0  # shorter than ours, so that the tests do not wait long
@@ -96,7 +96,7 @@ def fresh_process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FreshPro
 
 @pytest.fixture(scope="module")
 def state() -> dict[str, torch.Tensor]:
-    """Weights of the tiny model with its classifier, as the hub has them."""
+    """The weights of the tiny model with its classifier, like those on the hub."""
     with torch.random.fork_rng():
         torch.manual_seed(7)
         return timm.create_model(TINY).state_dict()
@@ -113,7 +113,7 @@ def test_shipped_registry_begins_with_an_encoder_that_needs_no_network() -> None
 
 
 def test_every_model_of_the_shipped_registry_is_known_to_timm_with_weights() -> None:
-    import synpipe.embeddings.em_network  # noqa: F401  # makes `d4resnet` known to timm
+    import synpipe.embeddings.em_network  # noqa: F401  # registers `d4resnet` with timm
 
     for name, spec in load_registry(REGISTRY).items():
         if not spec.is_network:
@@ -220,7 +220,7 @@ def test_embedding_has_the_promised_shape_and_shows_the_model_the_centre_only(tm
 
 
 def test_preprocessing_equals_timms_own_transform(tmp_path: Path) -> None:
-    """Our bytes-to-model path against timm's evaluation transform at native scale (crop_pct 1, so nothing is resized)."""
+    """Our preprocessing gives the result of timm's evaluation transform at native scale (crop_pct 1, no resizing)."""
     from PIL import Image
 
     encoder = open_encoder(spec_of(crop_px=256), tmp_path)
@@ -259,7 +259,7 @@ def test_model_larger_than_a_tile_is_built_for_224(tmp_path: Path) -> None:
     assert np.isfinite(encoder.embed(make_tiles(1))).all()
 
 
-# First eight values for one tile of uniform noise. They move only with torch, timm, or a mistake here.
+# The first eight values for one tile of uniform noise. Only another torch or timm, or a mistake here, changes them.
 GOLDEN = {
     "em_d4": [-3.47018, 13.364, -3.04717, -8.06157, 5.39944, 0.222898, 7.80847, 10.0308],
     "resnet10t_random": [0.0317521, 0.0, 0.0245435, 0.0, 0.398656, 0.0138547, 0.794996, 0.0],
@@ -416,7 +416,7 @@ def test_hub_without_network_then_with_it_then_from_its_cache(
         server.shutdown()
     assert f"GET {_Hub.path_of_weights}" in server.requests
     assert {request.split()[1] for request in server.requests} == {_Hub.path_of_weights}  # no telemetry
-    cached = fresh_process(spec)  # nobody listens any more
+    cached = fresh_process(spec)  # nothing listens any more
 
     local = open_encoder(file_spec("w.safetensors"), tmp_path)
     assert downloaded["fingerprint"] == cached["fingerprint"] == local.fingerprint  # same bytes, same encoder

@@ -1,4 +1,4 @@
-"""The forward pass on a GPU, where there is one; and what `compile` is to the fingerprint, anywhere."""
+"""The forward pass on a GPU, if there is one, and the effect of `compile` on the identity of an encoder."""
 
 from pathlib import Path
 

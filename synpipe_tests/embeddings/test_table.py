@@ -1,4 +1,4 @@
-"""The embedding table: the columns that other tools rely on, vectors as good as exact ones, in a small file."""
+"""The embedding table: the columns that other tools rely on, the accuracy of rounded vectors, and the size of the file."""
 
 import gzip
 import json
@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
@@ -14,10 +13,11 @@ from hypothesis import strategies as st
 
 from synpipe.assets.embedding_table import DERIVED_FIELDS
 from synpipe.embeddings.table import round_vectors, table_schema, write_embedding_table
+from synpipe.embeddings.vectors import read_vectors
 from synpipe.errors import SynpipeError
 from synpipe_tests.support.tables import PROVENANCE, clustered, embedding_table, synapses, tiles_of, unit
 
-# The contract with other tools: a change here raises `pipeline.TABLE_SCHEMA_VERSION`.
+# The contract with other tools. Whoever changes it must raise `pipeline.TABLE_SCHEMA_VERSION`.
 COLUMNS = {
     "synapse_id": "int64",
     "x_nm": "double",
@@ -47,13 +47,8 @@ COLUMNS = {
 }
 
 
-def vectors_of(table: pa.Table) -> np.ndarray:
-    column = table["vector"].combine_chunks()
-    return column.flatten().to_numpy().reshape(len(table), -1)
-
-
 def ten_nearest(vectors: np.ndarray, queries: np.ndarray) -> np.ndarray:
-    """Rows of the ten most similar vectors, the query itself left out."""
+    """Rows of the ten most similar vectors, without the query itself."""
     similarity = vectors[queries] @ vectors.T
     similarity[np.arange(len(queries)), queries] = -np.inf
     return np.argpartition(-similarity, 10, axis=1)[:, :10]
@@ -94,7 +89,7 @@ def test_rows_carry_their_synapse_tile_and_vector(tmp_path: Path) -> None:
         assert found[name].to_pylist() == table[name].take(order).to_pylist()
     assert found["content_hash"].to_pylist() == tiles["content_hash"].to_pylist()
     np.testing.assert_allclose(found["norm"].to_numpy(), np.linalg.norm(vectors, axis=1), rtol=1e-6)
-    np.testing.assert_allclose(vectors_of(found), unit(vectors), atol=1 / 500)
+    np.testing.assert_allclose(read_vectors(found), unit(vectors), atol=1 / 500)
     for name in ("encoder", "encoder_fingerprint", "dataset_version"):
         assert set(found[name].to_pylist()) == {PROVENANCE[name]}
 
@@ -131,7 +126,7 @@ def test_rounded_vectors_have_the_same_neighbours(dimensions: int, spread: float
 
 
 def test_the_file_is_smaller_than_gzipped_json(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    """Against the same vectors as JSON, and against three decimals of them, which is what SynOminous wrote."""
+    """Smaller than JSON of the same vectors, and of vectors with three decimals, which is what SynOminous wrote."""
     vectors = clustered(2000, 192)
     labels = np.random.default_rng(0).choice(["acetylcholine", "gaba", "glutamate"], 2000)
     path = embedding_table(tmp_path / "table.parquet", vectors, neurotransmitter=labels)
@@ -147,7 +142,7 @@ def test_the_file_is_smaller_than_gzipped_json(tmp_path: Path, capsys: pytest.Ca
         return len(gzip.compress(json.dumps(rows, separators=(",", ":")).encode(), 6))
 
     parquet = path.stat().st_size
-    same = gzipped(vectors_of(table).astype(np.float64))
+    same = gzipped(read_vectors(table).astype(np.float64))
     three_decimals = gzipped(np.round(unit(vectors), 3))
     values = 2000 * 192
     with capsys.disabled():
@@ -177,7 +172,7 @@ def test_a_vector_without_a_length_is_an_error_and_leaves_the_former_file(tmp_pa
     vectors = clustered(20, 16)
     write(path, vectors)
     former = path.read_bytes()
-    vectors[13] = value  # in the second row group: the first has been written by then
+    vectors[13] = value  # in the second row group, after the first was written
     with pytest.raises(SynpipeError, match=r"synapse 13 .* encoder tiny"):
         write(path, vectors)
     assert path.read_bytes() == former

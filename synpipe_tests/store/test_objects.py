@@ -271,11 +271,11 @@ def test_vectors_on_an_object_store(
     flipped = bytearray(first.read_bytes())
     flipped[len(flipped) // 2] ^= 1
     first.write_bytes(flipped)
-    monkeypatch.setattr(embedding_cache, "SMALL_BYTES", 0)  # so that the hashes are read separately
-    lacking = partial(EmbeddingCache(ROOT / "embeddings", "f" * 32).lacking, "00003", ["?", *hashes, "?"])
-    assert lacking(verify=False).tolist() == [0] and not first.with_suffix(".damaged").exists()
+    monkeypatch.setattr(embedding_cache, "SMALL_BYTES", 0)  # so that the hashes are read apart
+    missing = partial(EmbeddingCache(ROOT / "embeddings", "f" * 32).missing_rows, "00003", ["?", *hashes, "?"])
+    assert missing(verify=False).tolist() == [0] and not first.with_suffix(".damaged").exists()
     first.write_bytes(first.read_bytes()[:-20])
-    assert lacking(verify=False).tolist() == [0, 1, 2]
+    assert missing(verify=False).tolist() == [0, 1, 2]
     assert EmbeddingCache(ROOT / "embeddings", "f" * 32).known_hashes("00003") == set(hashes[2:])
     assert str(first) in caplog.text and first.with_suffix(".damaged").exists() and not first.exists()
 

@@ -1,4 +1,4 @@
-"""Fine-tuning: what a network is shown, that it learns, a kill in the middle, and the encoder that comes of it."""
+"""Fine-tuning: augmented tiles, learning, recovery from a kill, and the resulting encoder."""
 
 import json
 import os
@@ -29,7 +29,7 @@ from synpipe_tests.support.command import answer, invoke, refusal
 from synpipe_tests.support.finetune_once import run
 from synpipe_tests.support.textures import CLASSES, change_spec, make_outdated, write_textures
 
-# What the network is shown.
+# Augmentation.
 
 
 def test_augmentation_moves_and_turns_and_keeps_the_scale(monkeypatch: pytest.MonkeyPatch):
@@ -41,7 +41,7 @@ def test_augmentation_moves_and_turns_and_keeps_the_scale(monkeypatch: pytest.Mo
     assert seen.shape == (64, 3, 128, 128)
     shown = set()
     for outer, middle, _ in seen:
-        # From pixel to pixel the row changes by one or not at all, and so does the column: nothing was resized.
+        # From pixel to pixel, the row changes by one or not at all, and so does the column. So nothing was resized.
         steps = [np.unique(np.diff(outer, axis=axis)).tolist() for axis in (0, 1)]
         others = [np.unique(np.diff(middle, axis=axis)).tolist() for axis in (0, 1)]
         assert sorted(map(abs, steps[0] + steps[1])) == [0, 1]
@@ -74,10 +74,10 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-# Checkpoints five to seven are of the steps of the second epoch, the eighth is of its end.
+# Checkpoints five to seven are written after the steps of the second epoch, the eighth at its end.
 @pytest.mark.parametrize(("number", "epoch", "step"), [(6, 1, 1), (8, 1, 3)])
 def test_a_kill_in_the_middle_changes_nothing(undisturbed: Path, tmp_path: Path, number: int, epoch: int, step: int):
-    """Wherever it hits, half of the next checkpoint is written. The same number of threads is a condition of the guarantee."""
+    """The kill leaves half of the next checkpoint. The guarantee requires the same number of threads."""
     command = [sys.executable, "-m", "synpipe_tests.support.finetune_once", str(tmp_path), str(number)]
     threads = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
     assert subprocess.run(command, cwd=REPOSITORY, env=threads, check=False).returncode == -signal.SIGKILL
@@ -92,7 +92,7 @@ def test_a_kill_in_the_middle_changes_nothing(undisturbed: Path, tmp_path: Path,
         assert found.keys() == expected.keys()
         assert all(torch.equal(found[key], expected[key]) for key in expected)
     assert not checkpoint.exists()
-    # The same command again takes what is there.
+    # Running the same command again returns the finished result.
     assert run(tmp_path, said=said) == report
     assert len(list((tmp_path / "tensorboard").iterdir())) == 2
 
@@ -142,7 +142,7 @@ def test_weights_and_biases_only_when_configured(tmp_path: Path, monkeypatch: py
     del sys.modules["wandb"]
 
 
-# As an asset, and as an encoder of its own.
+# As an asset, and as an encoder.
 
 FINETUNE = {"method": "finetune", "epochs": 10, "batch_size": 12, "learning_rate": 3e-3, "patience": 10}
 
@@ -162,7 +162,7 @@ def test_the_trained_network_predicts_and_its_vectors_are_kept(made: Project):
     rows = read_table(dataset.table_path("tiny"))
     assert rows["predicted_neurotransmitter"].null_count == 0
     assert set(rows["predicted_neurotransmitter"].to_pylist()) <= set(CLASSES)
-    # The vectors of the table are those of the encoder itself.
+    # The table holds the vectors of the original encoder.
     assert set(rows["encoder_fingerprint"].to_pylist()) != {counts["encoder_fingerprint"]}
     assert find_leftovers(dataset) == []
 
@@ -179,7 +179,7 @@ def test_a_trained_network_is_an_encoder_of_its_own(made: Project):
     make_outdated(again)
     dataset = again.dataset("demo")
     embedded = read_manifest(dataset, "embeddings_taught").figures
-    assert embedded["tiles_embedded"] == 0  # the classifier had embedded them: one network, one preprocessing
+    assert embedded["tiles_embedded"] == 0  # the classifier embedded them with the same network and preprocessing
     assert read_manifest(dataset, "index_taught").rows == 112
     assert read_manifest(dataset, "classifier_taught").figures["balanced_accuracy"] > 0.6
     reasons = {one.reason for one in find_leftovers(dataset)}

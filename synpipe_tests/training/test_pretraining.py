@@ -1,4 +1,4 @@
-"""Training an encoder on unlabelled EM: that it learns, carries on after a kill, and that the shipped weights are good."""
+"""Pretraining on unlabelled EM: it learns, it continues after a kill, and the shipped weights are good."""
 
 import json
 import signal
@@ -68,7 +68,7 @@ def test_a_short_training_finds_held_out_places_better(store: Path, tmp_path: Pa
     assert after["recall_at_5"] > 2 * before["recall_at_5"]
     assert after["recall_at_1"] > 2 * before["recall_at_1"]
 
-    # What it writes is an encoder.
+    # The result can be opened as an encoder.
     spec = EncoderSpec(model="d4resnet", weights="e.safetensors", precision="fp32")
     encoder = open_encoder(spec, tmp_path, device="cpu")
     tiles = np.random.default_rng(0).integers(0, 256, (2, 3, 256, 256), dtype=np.uint8)
@@ -101,7 +101,7 @@ def test_killed_and_run_again_it_ends_with_the_same_weights(tmp_path: Path):
     again = subprocess.run(
         command("killed.safetensors"), env=environment(project), check=True, capture_output=True, text=True
     )
-    assert "step 1 of 3" not in again.stderr  # it carried on
+    assert "step 1 of 3" not in again.stderr  # it continued
     whole, carried_on = (load_file(tmp_path / f"{name}.safetensors") for name in ("whole", "killed"))
     for name, value in whole.items():
         torch.testing.assert_close(carried_on[name], value, rtol=0, atol=0, msg=name)
@@ -166,7 +166,7 @@ def test_shipped_weights_are_the_ones_of_their_card():
 
 
 def test_shipped_encoder_finds_places_of_an_unseen_volume_whichever_way_they_are_turned(real_em: Path):
-    """150 places of ssTEM, one section off and turned by 37°, must be found among the 150 as they are."""
+    """150 places of ssTEM, one section off and turned by 37°, must be found among the 150 unaltered ones."""
     with h5py.File(real_em / "vnc_stack1.h5") as file:
         sections = file["volumes/raw"][8:12]
     rng = np.random.default_rng(0)
