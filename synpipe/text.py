@@ -5,8 +5,9 @@ from collections.abc import Sequence
 from numbers import Number
 from typing import Any
 
-from tabulate import tabulate
+import tabulate
 
+tabulate.MIN_PADDING = 0  # by default, a right-aligned column is two characters wider than its header
 _NUMBER = re.compile(r"[-+−]?[\d,]*\.?\d+ ?%?")
 
 
@@ -19,7 +20,7 @@ def format_table(headers: Sequence[str], rows: Sequence[Sequence[Any]], *, markd
     columns = zip(*rows, strict=True) if rows else [()] * len(headers)
     alignment = ["right" if all(map(_is_number, column)) else "left" for column in columns]
     layout = "github" if markdown else "simple"
-    return tabulate(rows, headers, tablefmt=layout, missingval="", disable_numparse=True, colalign=alignment)
+    return tabulate.tabulate(rows, headers, tablefmt=layout, missingval="", disable_numparse=True, colalign=alignment)
 
 
 def _is_number(cell: Any) -> bool:

@@ -191,8 +191,11 @@ def _show_leftovers(dataset: "Dataset", unneeded: "Sequence[Leftover]", deleted:
             for leftover in unneeded
         ]
         click.echo(format_table(["MB", "reason", "versions", "path"], rows))
-    total = sum(leftover.bytes for leftover in unneeded) / 1e6
-    click.echo(f"{len(unneeded):,} entries, {total:,.1f} MB{', removed' if deleted else '; remove them with --delete'}")
+        total = sum(leftover.bytes for leftover in unneeded) / 1e6
+        hint = ", removed" if deleted else "; remove them with --delete"
+        click.echo(f"\n{len(unneeded):,} entries, {total:,.1f} MB{hint}")
+    else:
+        click.echo("Nothing to remove.")
     if any(state.state != "fresh" for state in states(dataset)):
         click.echo(
             "Some assets are out of date. Materialise them first: files that only outdated assets need are then listed too."

@@ -307,7 +307,7 @@ def test_the_package_runs_as_a_module_without_heavy_imports():
 
 def test_tables_align_formatted_numbers_to_the_right():
     table = format_table(["asset", "rows", "share"], [["a", "12,345", "97.5%"], ["long", "7", None]])
-    assert table.splitlines()[2:] == ["a      12,345    97.5%", "long        7"]
+    assert table.splitlines()[2:] == ["a      12,345  97.5%", "long        7"]
 
 
 def test_every_command_has_help_with_examples_or_defaults():
