@@ -2,6 +2,8 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+UV_INSTALL := $(BIN)/uv pip install --python $(BIN)/python
 INSTALLED := .venv/.installed
 
 .DEFAULT_GOAL := help
@@ -33,7 +35,7 @@ check: $(INSTALLED) ## Lint, formatting and types
 	@$(BIN)/mypy
 
 bench: $(INSTALLED) ## Measure size, speed and memory, beside other ways (installs CloudVolume, FAISS and hnswlib for it, which needs a C++ compiler)
-	@$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint requirements.lock --editable '.[bench]'
+	@$(UV_INSTALL) --quiet --constraint requirements.lock --editable '.[bench]'
 	@$(BIN)/python -m synpipe_tests.bench $(BENCH)
 
 pictures: $(INSTALLED) ## Make the pictures of the README anew from the demo (needs Chromium)
@@ -50,12 +52,16 @@ lock: $(INSTALLED) ## Write requirements.lock anew from pyproject.toml, with the
 clean: ## Remove the environment and the default store
 	rm -rf .venv data/store
 
-# The environment is made of the exact versions of the lock file, and again whenever that file changes.
+# The environment holds the exact versions of the lock file. It is brought up to date whenever that file changes.
+# pip installs uv, and uv installs the rest, in parallel and with its progress on the terminal. uv does not read pip's settings: where only pip
+# is configured to reach a package index, pip installs the rest too.
 $(INSTALLED): requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "synpipe needs Python 3.11 or newer: make PYTHON=python3.12 …"; exit 1; }
-	@echo "Making the environment in .venv (once; torch is large, so this takes some minutes)"
+	@echo "Installing the dependencies into .venv (once; torch is large, so this may take some minutes)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --requirement requirements.lock
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	@sed -n '/^uv==/,/[^\\]$$/p' requirements.lock | $(PIP) install --quiet --require-hashes --no-deps --requirement /dev/stdin
+	@$(UV_INSTALL) --require-hashes --requirement requirements.lock || \
+		{ echo "uv failed, so pip installs the dependencies"; $(PIP) install --require-hashes --requirement requirements.lock; }
+	@$(PIP) install --quiet --no-deps --no-build-isolation --editable .
 	@touch $@

@@ -1,6 +1,7 @@
 """What the tests share: real EM data where it is there, and a small demo data set, made once a run."""
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -52,6 +53,14 @@ SLOWEST = (
     "cli",
     "site",
 )
+
+
+def pytest_configure() -> None:
+    """Let SIGINT interrupt this process and those that it starts.
+
+    A shell starts its background jobs with SIGINT ignored, and child processes inherit that. Some tests send SIGINT.
+    """
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -146,9 +155,15 @@ def project_of(dataset: Dataset) -> Project:
 
 
 def environment(project: Project) -> dict[str, str]:
-    """The environment of a command that works on `project`."""
+    """The environment of a command that works on `project` and runs the code of this checkout."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("SYNPIPE_", "DAGSTER_"))}
-    return {**kept, "SYNPIPE_DATA": str(project.data), "SYNPIPE_STORE": str(project.store), "OMP_NUM_THREADS": "1"}
+    return {
+        **kept,
+        "SYNPIPE_DATA": str(project.data),
+        "SYNPIPE_STORE": str(project.store),
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(REPOSITORY),  # the environment may have another checkout installed
+    }
 
 
 def run_synpipe(project: Project, *arguments: str, timeout_s: float = 300) -> subprocess.CompletedProcess[str]:
