@@ -280,6 +280,7 @@ def test_vectors_on_an_object_store(
     assert str(first) in caplog.text and first.with_suffix(".damaged").exists() and not first.exists()
 
 
+@pytest.mark.slow
 def test_an_index_of_partitions_is_built_in_segments_there_too(
     server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

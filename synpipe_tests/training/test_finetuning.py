@@ -74,6 +74,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 # Checkpoints five to seven are of the steps of the second epoch, the eighth is of its end.
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "epoch", "step"), [(6, 1, 1), (8, 1, 3)])
 def test_a_kill_in_the_middle_changes_nothing(undisturbed: Path, tmp_path: Path, number: int, epoch: int, step: int):
     """Wherever it hits, half of the next checkpoint is written. The same number of threads is a condition of the guarantee."""

@@ -258,6 +258,7 @@ def test_relative_paths_start_at_the_folder_of_the_yaml_file(tmp_path: Path, gre
         np.testing.assert_array_equal(everything(volume), grey)
 
 
+@pytest.mark.slow
 def test_a_data_set_over_http_end_to_end(tmp_path: Path, serve: Callable[[Path], Server]) -> None:
     """The same stacks as from the local file; what is made is fresh while the server is away, and needs no request."""
     source = tmp_path / "source"

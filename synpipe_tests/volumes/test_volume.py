@@ -140,6 +140,7 @@ def test_truncated_file(tmp_path: Path, path: Path) -> None:
         assert "copy it again" in refusal(short)
 
 
+@pytest.mark.slow
 def test_a_damaged_byte_is_refused_or_does_no_harm(tmp_path: Path, path: Path) -> None:
     """Whatever byte is wrong, h5py's own errors never reach the user."""
     whole = path.read_bytes()
