@@ -1,6 +1,9 @@
 """What the tests share: real EM data where it is there, and a small demo data set, made once a run."""
 
+import fcntl
 import os
+import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -11,6 +14,7 @@ import pytest
 import yaml
 
 from synpipe.datasets import Dataset, Project
+from synpipe_tests.support.outdated import make_outdated
 
 if TYPE_CHECKING:
     from synpipe_tests.support.changes import Own
@@ -38,25 +42,47 @@ SMALL_ENCODERS = {
 }
 
 
-# Files that take longest, in that order: begun last, one of them would keep one process waiting for the other.
-SLOWEST = (
-    "interrupted",
-    "changes",
-    "schedule",
-    "pretraining",
-    "bad_input",
-    "cluster",
-    "stateful",
-    "ui",
-    "explorer_pages",
-    "cli",
-    "site",
+# The files that take longest, longest first. They start first, so that no process is left with a long file at the end.
+LONGEST_FIRST = (
+    "defs/test_schedule",
+    "end_to_end/test_changes",
+    "training/test_pretraining",
+    "cli/test_cli",
+    "defs/test_ui",
+    "end_to_end/test_interrupted",
+    "end_to_end/test_stateful",
+    "reports/test_versions",
+    "end_to_end/test_bad_input",
+    "index/test_publish",
+    "end_to_end/test_cluster",
+    "explorer/test_pages",
+    "explorer/test_site",
+    "explorer/test_server",
+    "analysis/test_projection",
+    "end_to_end/test_faults",
+    "training/test_finetuning",
+    "volumes/test_sources",
+    "defs/test_locks",
+    "analysis/test_compare",
 )
+# Tests that need one of these take part in `make test` only: a data set with every asset made, or a browser.
+SLOW_FIXTURES = {"made", "explored", "template", "first", "browser"}
+
+
+def pytest_configure() -> None:
+    """Let SIGINT interrupt this process and those that it starts.
+
+    A shell starts its background jobs with SIGINT ignored, and child processes inherit that. Some tests send SIGINT.
+    """
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    order = {f"test_{name}.py": place for place, name in enumerate(SLOWEST)}
-    items.sort(key=lambda item: order.get(item.path.name, len(order)))
+    order = {f"{name}.py": place for place, name in enumerate(LONGEST_FIRST)}
+    items.sort(key=lambda item: order.get("/".join(item.path.parts[-2:]), len(order)))
+    for item in items:
+        if item.path.parent.name == "end_to_end" or SLOW_FIXTURES.intersection(getattr(item, "fixturenames", ())):
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(scope="session")
@@ -74,6 +100,10 @@ def write_project(folder: Path, **changes) -> Project:
     datasets.mkdir(parents=True)
     (datasets / "demo.yaml").write_text(yaml.safe_dump({**SMALL_DEMO, **changes}))
     (folder / "data" / "encoders.yaml").write_text(yaml.safe_dump(SMALL_ENCODERS))
+    return project_in(folder)
+
+
+def project_in(folder: Path) -> Project:
     return Project(folder / "data", folder / "store")
 
 
@@ -83,32 +113,52 @@ def project(tmp_path: Path) -> Project:
     return write_project(tmp_path)
 
 
+def made_once(tmp_path_factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
+    """Folder that the first test process to ask for it makes, and that all processes of this test run share."""
+    root = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        root = root.parent  # the folder of the run; each process has its own folder in it
+    folder, done = root / name, root / f"{name}.done"
+    with (root / f"{name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not done.exists():
+            shutil.rmtree(folder, ignore_errors=True)  # an attempt that failed
+            folder.mkdir()
+            make(folder)
+            done.touch()
+    return folder
+
+
 @pytest.fixture(scope="session")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
     """The small demo, materialised through Dagster. Shared: read it, do not change it."""
-    project = write_project(tmp_path_factory.mktemp("made"))
-    result = run_synpipe(project, "materialize", "--dataset", "demo")
-    assert result.returncode == 0, result.stderr
-    return project.dataset("demo")
+
+    def make(folder: Path) -> None:
+        result = run_synpipe(write_project(folder), "materialize", "--dataset", "demo")
+        assert result.returncode == 0, result.stderr
+
+    return project_in(made_once(tmp_path_factory, "made", make)).dataset("demo")
 
 
 @pytest.fixture(scope="session")
-def explored(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
-    """The same with maps, of the kind that few synapses get: made at once. Shared: read it, do not change it."""
-    project = write_project(tmp_path_factory.mktemp("explored"), projection={"n_neighbours": 200})
-    result = run_synpipe(project, "materialize", "--dataset", "demo")
-    assert result.returncode == 0, result.stderr
-    return project.dataset("demo")
+def explored(tmp_path_factory: pytest.TempPathFactory, made: Dataset) -> Dataset:
+    """The small demo with maps. Shared: read it, do not change it."""
+
+    def make(folder: Path) -> None:
+        # With more neighbours than synapses, the map is one of principal components, which takes no time.
+        project = write_project(folder, projection={"n_neighbours": 200})
+        shutil.copytree(made.folder, project.store / made.name)
+        make_outdated(project.dataset("demo"))
+
+    return project_in(made_once(tmp_path_factory, "explored", make)).dataset("demo")
 
 
 @pytest.fixture(scope="session")
 def template(tmp_path_factory: pytest.TempPathFactory) -> "Own":
-    """Files that can be edited, with everything materialised. Shared: copy it, do not change it."""
-    from synpipe_tests.support import (
-        changes,  # Dagster and LanceDB, four seconds that most files of tests can do without
-    )
+    """A data set with files that can be edited, and everything materialised. Shared: copy it, do not change it."""
+    from synpipe_tests.support import changes  # importing Dagster and LanceDB takes four seconds
 
-    return changes.make(tmp_path_factory.mktemp("template"))
+    return changes.Own(made_once(tmp_path_factory, "template", changes.make))
 
 
 @pytest.fixture
@@ -146,9 +196,15 @@ def project_of(dataset: Dataset) -> Project:
 
 
 def environment(project: Project) -> dict[str, str]:
-    """The environment of a command that works on `project`."""
+    """The environment of a command that works on `project` and runs the code of this checkout."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("SYNPIPE_", "DAGSTER_"))}
-    return {**kept, "SYNPIPE_DATA": str(project.data), "SYNPIPE_STORE": str(project.store), "OMP_NUM_THREADS": "1"}
+    return {
+        **kept,
+        "SYNPIPE_DATA": str(project.data),
+        "SYNPIPE_STORE": str(project.store),
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(REPOSITORY),  # the environment may have another checkout installed
+    }
 
 
 def run_synpipe(project: Project, *arguments: str, timeout_s: float = 300) -> subprocess.CompletedProcess[str]:

@@ -267,6 +267,7 @@ def test_every_check_passed_and_says_what_it_saw(history: dg.DagsterInstance):
 # What stops the chain.
 
 
+@pytest.mark.slow
 def test_no_tile_stops_the_chain_and_leaves_the_reasons(tmp_path: Path):
     project = write_project(tmp_path, tiles={"shards": 3, "blank_std": 200}, max_reject_share=1)
     message = refusal(invoke(project, "materialize"))

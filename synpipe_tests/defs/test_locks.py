@@ -25,6 +25,7 @@ from synpipe_tests.support.command import answer, invoke
 from synpipe_tests.support.inputs import Inputs, Store
 
 
+@pytest.mark.slow
 def test_a_killed_run_blocks_nothing_and_is_shown_as_failed(project: Project, tmp_path: Path) -> None:
     messages = tmp_path / "stderr"
     command = [str(Path(sys.executable).parent / "synpipe"), "materialize", "--select", "volume"]
@@ -72,6 +73,7 @@ def _open_history(project: Project, together: threading.Barrier) -> None:
         instance.get_runs()
 
 
+@pytest.mark.slow
 def test_a_history_of_two_revisions_is_named(project: Project) -> None:
     assert invoke(project, "materialize", "--select", "volume").exit_code == 0
     history = project.store / "dagster_home" / "history" / "runs.db"
@@ -82,6 +84,7 @@ def test_a_history_of_two_revisions_is_named(project: Project) -> None:
     assert refused.exit_code == 1 and "delete that folder" in refused.stderr and "dagster_home" in refused.stderr
 
 
+@pytest.mark.slow
 def test_two_runs_of_the_same_assets_at_once_and_a_clearing_up_in_between(tmp_path: Path) -> None:
     """Both succeed, nothing is made twice, and what one of them has just made is not taken for a leftover."""
     inputs = Inputs({1000 + number: ((number % 6, 40 * number, 500 - 30 * number), "gaba") for number in range(12)})

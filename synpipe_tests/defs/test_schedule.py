@@ -134,6 +134,7 @@ def indexed_ids(project: Project, encoder: str) -> set[int]:
 # What is asked for.
 
 
+@pytest.mark.slow
 def test_of_an_empty_store_everything_is_asked_for_and_then_nothing(empty: CodeLocation):
     request = empty.tick()
     assert wanted(request) == TRUNK | BRANCHES
@@ -254,6 +255,7 @@ def test_a_run_that_fails_is_asked_for_again_with_a_bound_until_something_change
     assert fresh.tick() == UP_TO_DATE
 
 
+@pytest.mark.slow
 def test_sources_that_cannot_be_read_at_all_are_asked_for_again_once_they_changed(tmp_path: Path, monkeypatch):
     project = write_project(tmp_path)
     described = project.data / "datasets" / "demo.yaml"
@@ -272,6 +274,7 @@ def test_sources_that_cannot_be_read_at_all_are_asked_for_again_once_they_change
         assert isinstance(location.tick(), dg.RunRequest)
 
 
+@pytest.mark.slow
 def test_a_check_that_failed_keeps_its_asset_out_of_date_and_stops_what_is_downstream(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

@@ -25,6 +25,7 @@ ASSETS = """{
 }"""
 
 
+@pytest.mark.slow
 def test_from_an_empty_store_to_green_assets_with_one_click(project: Project, tmp_path: Path) -> None:
     with serve(project, tmp_path) as ui:
         with chromium() as browser:

@@ -110,6 +110,7 @@ def rare_and_scattered(rows: int = 6_000, rare: int = 60) -> tuple[np.ndarray, l
     return vectors, ["octopamine"] * rare + ["gaba"] * (rows - rare)
 
 
+@pytest.mark.slow
 def test_the_probes_are_enough_for_the_rarest_class_too(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(index_recall, "FIRST_NPROBES", 1)
     monkeypatch.setattr(index_recall, "RECALL_QUERIES", 60)  # all rows of the rarest class
@@ -317,6 +318,7 @@ def test_a_full_disk_leaves_the_former_version_current(tmp_path: Path) -> None:
         subprocess.run(["umount", str(folder)], check=True)
 
 
+@pytest.mark.slow
 def test_readers_of_current_see_a_whole_table_whenever_a_build_is_killed(tmp_path: Path) -> None:
     """Builds of 6,000 and 5,500 rows are killed while they write rows or indexes, and a reader checks the table each time."""
     db = tmp_path / "db"

@@ -495,6 +495,7 @@ def test_a_vector_of_another_encoder_is_refused(index: SynapseIndex, template: O
 # Readers while versions are published.
 
 
+@pytest.mark.slow
 def test_readers_that_never_stop_while_tables_are_rebuilt_optimised_and_cleaned(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

@@ -149,6 +149,7 @@ def write_everything(folder: Path, data: np.ndarray) -> dict[str, tuple[str, dic
     }
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium")
 def test_neuroglancer_shows_the_voxel_of_the_position_whatever_holds_it(tmp_path):
     """The client reads the volume through the link; what it shows at the middle is the voxel that is meant, and no other."""

@@ -280,7 +280,8 @@ def test_vectors_on_an_object_store(
     assert str(first) in caplog.text and first.with_suffix(".damaged").exists() and not first.exists()
 
 
-def test_a_partitioned_index_is_built_in_segments_on_an_object_store(
+@pytest.mark.slow
+def test_an_index_of_partitions_is_built_in_segments_there_too(
     server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(index_recall, "RECALL_QUERIES", 20)  # each query sends several requests

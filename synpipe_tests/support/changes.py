@@ -31,6 +31,7 @@ from synpipe.index.publish import open_current
 from synpipe.store.files import read_table
 from synpipe.synthetic.demo import SyntheticSpec, make_demo
 from synpipe_tests.conftest import QUICK_EVALUATION
+from synpipe_tests.support.outdated import make_outdated
 
 NAME = "mine"
 SPEC = {
@@ -169,14 +170,6 @@ class Own:
         shutil.rmtree(scratch.folder, ignore_errors=True)
         make_outdated(scratch)
         same_store(self.dataset, scratch)
-
-
-def make_outdated(dataset: Dataset) -> None:
-    """What is out of date, without Dagster."""
-    outdated = {state.asset for state in states(dataset) if state.state != "fresh"}
-    for node in nodes(dataset):
-        if node.name in outdated:
-            node.run(lambda line: None)
 
 
 class Killed(BaseException):

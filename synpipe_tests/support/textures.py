@@ -13,8 +13,8 @@ import numpy as np
 import yaml
 from scipy.ndimage import gaussian_filter
 
-from synpipe.assets.graph import nodes, states
 from synpipe.datasets import Project
+from synpipe_tests.support import outdated
 
 CLASSES = ("coarse", "medium", "fine")
 SIGMAS = dict(zip(CLASSES, (6.0, 2.5, 1.0), strict=True))
@@ -70,10 +70,5 @@ def change_spec(project: Project, **changes: Any) -> None:
 
 
 def make_outdated(project: Project) -> set[str]:
-    """Make what is out of date, without Dagster; returns the assets that were."""
-    dataset = project.dataset("demo")
-    outdated = {state.asset for state in states(dataset) if state.state != "fresh"}
-    for node in nodes(dataset):
-        if node.name in outdated:
-            node.run(lambda line: None)
-    return outdated
+    """Make every asset that is stale or missing; returns their names."""
+    return outdated.make_outdated(project.dataset("demo"))

@@ -51,9 +51,8 @@ def blank_sections(volume: np.ndarray) -> set[int]:
     return set(np.flatnonzero(volume.mean((1, 2)) < 10))
 
 
-def test_the_same_spec_gives_the_same_bytes_on_any_number_of_threads(
-    demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+@pytest.mark.slow
+def test_same_spec_same_bytes_on_any_number_of_threads(demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("os.cpu_count", lambda: 1)
     make_demo(tmp_path, SMALL)
     assert sha256(tmp_path) == sha256(demo)

@@ -74,7 +74,8 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-# Checkpoints five to seven are written after the steps of the second epoch, the eighth at its end.
+# Checkpoints five to seven are of the steps of the second epoch, the eighth is of its end.
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "epoch", "step"), [(6, 1, 1), (8, 1, 3)])
 def test_a_kill_in_the_middle_changes_nothing(undisturbed: Path, tmp_path: Path, number: int, epoch: int, step: int):
     """The kill leaves half of the next checkpoint. The guarantee requires the same number of threads."""

@@ -61,6 +61,7 @@ def test_brightness_and_contrast_of_a_section_do_not_change_the_vector():
         torch.testing.assert_close(network(other), network(tile), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_short_training_finds_held_out_places_better(store: Path, tmp_path: Path):
     report = learn(store, tmp_path / "e.safetensors", steps=25)
     assert np.mean(report["loss"][-5:]) < 0.93 * report["loss"][0]
@@ -77,6 +78,7 @@ def test_a_short_training_finds_held_out_places_better(store: Path, tmp_path: Pa
     assert "licence: unknown" in (tmp_path / "e.md").read_text()
 
 
+@pytest.mark.slow
 def test_killed_and_run_again_it_ends_with_the_same_weights(tmp_path: Path):
     project = write_project(tmp_path)
     recipe = tmp_path / "recipe.yaml"
@@ -108,6 +110,7 @@ def test_killed_and_run_again_it_ends_with_the_same_weights(tmp_path: Path):
     assert not checkpoint.exists()
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_another_recipe_is_not_carried_on(store: Path, tmp_path: Path):
     out = tmp_path / "e.safetensors"
     torch.save({"recipe": "other"}, out.with_suffix(".checkpoint"))
@@ -165,6 +168,7 @@ def test_shipped_weights_are_the_ones_of_their_card():
     D4ResNet().load_state_dict(load_file(SHIPPED), strict=True)
 
 
+@pytest.mark.slow
 def test_shipped_encoder_finds_places_of_an_unseen_volume_whichever_way_they_are_turned(real_em: Path):
     """150 places of ssTEM, one section off and turned by 37°, must be found among the 150 unaltered ones."""
     with h5py.File(real_em / "vnc_stack1.h5") as file:

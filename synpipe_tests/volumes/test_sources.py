@@ -260,6 +260,7 @@ def test_relative_paths_start_at_the_folder_of_the_yaml_file(tmp_path: Path, gre
         np.testing.assert_array_equal(everything(volume), grey)
 
 
+@pytest.mark.slow
 def test_a_data_set_over_http_end_to_end(tmp_path: Path, serve: Callable[[Path], Server]) -> None:
     """A remote volume gives the same stacks as the local file. Assets stay fresh while the server is down, and checking that
     sends no request."""
