@@ -33,7 +33,7 @@ torture: $(INSTALLED) ## Kill it at every file operation, fill the disk, damage 
 	@SYNPIPE_TEST_KILLS=1400 SYNPIPE_TEST_SEQUENCES=20 SYNPIPE_TEST_VERSIONS=300 $(BIN)/python -m pytest \
 		synpipe_tests/end_to_end/test_interrupted.py synpipe_tests/end_to_end/test_damage.py \
 		synpipe_tests/end_to_end/test_stateful.py synpipe_tests/defs/test_locks.py \
-		synpipe_tests/reports/test_versions.py::test_readers_that_never_stop_while_tables_are_rebuilt_optimised_and_cleaned
+		synpipe_tests/index/test_versions.py::test_readers_that_never_stop_while_tables_are_rebuilt_optimised_and_cleaned
 
 check: $(INSTALLED) ## Check lint, formatting, types and the import contracts
 	@$(BIN)/ruff check

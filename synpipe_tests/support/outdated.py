@@ -1,13 +1,13 @@
 """Bring a data set up to date in this process, without Dagster."""
 
-from synpipe.assets.graph import states, steps
+from synpipe.assets.graph import states, nodes
 from synpipe.datasets import Dataset
 
 
 def make_outdated(dataset: Dataset) -> set[str]:
     """Make every asset that is stale or missing; returns their names."""
     outdated = {state.asset for state in states(dataset) if state.state != "fresh"}
-    for step in steps(dataset):
-        if step.asset in outdated:
-            step.run(lambda line: None)
+    for node in nodes(dataset):
+        if node.name in outdated:
+            node.run(lambda line: None)
     return outdated
