@@ -1,6 +1,6 @@
 """Bring a data set up to date in this process, without Dagster."""
 
-from synpipe.assets.graph import states, nodes
+from synpipe.assets.graph import nodes, states
 from synpipe.datasets import Dataset
 
 
