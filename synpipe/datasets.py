@@ -1,7 +1,7 @@
-"""Data sets: a YAML file each, in `data/datasets/`, and the folder of the store that holds what is made from it.
+"""Data sets: each has a YAML file in `data/datasets/` and a folder in the store.
 
-In: the data folder (`datasets/*.yaml`, `encoders.yaml`) and the store. Out: `Dataset` objects that know their spec, their
-encoders and where each of their files is. This is the one place that knows the layout of the store.
+A `Project` finds the data folder (`datasets/*.yaml`, `encoders.yaml`) and the store. A `Dataset` knows its spec, its encoders and
+the place of each of its files. No other module knows the layout of the store.
 """
 
 import os
@@ -38,16 +38,15 @@ NAME = re.compile(r"[a-z][a-z0-9_]*")
 
 
 class DatasetSpec(Spec):
-    """One data set.
+    """The content of a data set's YAML file.
 
-    title: a sentence for people. synthetic: makes the volume and the annotations on the spot (the demo). volume,
-    annotations: where the data is; relative paths start at the folder of the YAML file, or of what `synthetic` makes.
-    classes: values that the class column `neurotransmitter` may have. tiles: the recipe. split: what is learnt from and
-    what it is held against. evaluation: how much is measured; null: nothing. classifier: how classes are predicted; null: not
-    at all. encoders: names of entries of `encoders.yaml`, or `<name>+pca32` and `<name>+ae32` (see `compression`), the
-    first being the default; each is a branch of the graph. projection: how the maps are drawn; null draws none.
-    max_reject_share: the share of the synapses that may be rejected, for whatever reason, before the check of `rejects`
-    fails. neuroglancer: the site that links lead to.
+    title: a sentence for people. synthetic: generates the volume and the annotations (the demo). volume, annotations: where the
+    data is; relative paths start at the folder of the YAML file, or at the folder of what `synthetic` generates. classes: the
+    values that the column `neurotransmitter` may have. tiles: how tiles are cut out. split: the sides for training, validation
+    and test. classifier: how classes are predicted; null for no prediction. evaluation: how much is measured; null for nothing.
+    encoders: entries of `encoders.yaml`, or compressed ones such as `<name>+pca32` and `<name>+ae32`; each is a branch of the
+    graph, and the first is the default. projection: how the map is drawn; null for no map. max_reject_share: the share of
+    synapses that may be rejected before the check of `rejects` fails. neuroglancer: the site that links lead to.
     """
 
     title: str
@@ -69,7 +68,7 @@ class DatasetSpec(Spec):
     def _is_a_site(cls, site: str) -> str:
         parts = urlsplit(site)
         if parts.scheme not in ("http", "https") or not parts.hostname or parts.fragment or re.search(r"\s", site):
-            raise ValueError(f"{site} should be the address of a Neuroglancer site: https://… without #")
+            raise ValueError(f"{site} is not the address of a Neuroglancer site: give https://… without #")
         return site.rstrip("/")
 
 
@@ -77,9 +76,9 @@ class DatasetSpec(Spec):
 class Dataset:
     """A data set with its place in the store.
 
-    folder: its folder in the store. base: where relative paths of its spec start. encoders: its encoders by the
-    name of their branch, in the order of the spec. weights_base: where relative paths of weights start. bulk: where tiles,
-    vectors and indexes lie if not in `folder`.
+    folder: its folder in the store. base: where relative paths of its spec start. encoders: specs of its encoders by the name of
+    their branch, in the order of the data set's spec. weights_base: where relative paths of weights start. bulk: the place of
+    tiles, vectors and indexes, if that is not `folder`.
     """
 
     name: str
@@ -115,11 +114,11 @@ class Dataset:
         return self.folder / "split.parquet"
 
     def scores_path(self, encoder: str) -> Path:
-        """Figures of an encoder."""
+        """The figures of an encoder."""
         return self.folder / "evaluation" / f"{encoder}.json"
 
     def queries_path(self, encoder: str) -> Path:
-        """What each query of its evaluation found."""
+        """The results of each query of an encoder's evaluation."""
         return self.folder / "evaluation" / f"{encoder}.parquet"
 
     @property
@@ -129,7 +128,7 @@ class Dataset:
 
     @property
     def bulk_folder(self) -> BulkPath:
-        """Where tiles, vectors and indexes lie: on a cluster, what all of its workers can reach."""
+        """The place of tiles, vectors and indexes. On a cluster, every worker must be able to reach it."""
         return self.folder if self.bulk is None else self.bulk
 
     @property
@@ -157,11 +156,11 @@ class Dataset:
         return self.folder / "projections" / f"{encoder}.parquet"
 
     def compressor_path(self, fingerprint: str) -> BulkPath:
-        """What was fitted for a compressed encoder, by the fingerprint of that."""
+        """The fit of a compressed encoder with this fingerprint."""
         return self.bulk_folder / "compressors" / f"{fingerprint}.safetensors"
 
     def former_table_path(self, encoder: str) -> Path:
-        """A sample of the embedding table's former version."""
+        """A sample of the former version of the embedding table."""
         return self.folder / "former_tables" / f"{encoder}.parquet"
 
     @property
@@ -175,9 +174,9 @@ class Dataset:
         return self.folder / "lineage" / asset / f"{data_version}.json"
 
     def encoder(self, name: str | None) -> str:
-        """The branch of the encoder of that name, or of the default one; `a+pca32` is the same as `a_pca32`.
+        """The branch of this encoder, or of the default one for None; `a+pca32` is the same as `a_pca32`.
 
-        Raises `SynpipeError` where the data set has no such encoder.
+        Raises `SynpipeError` if the data set has no such encoder.
         """
         name = branch_name(self.spec.encoders[0] if name is None else name)
         if name not in self.encoders:
@@ -192,24 +191,24 @@ class Dataset:
         return self.encoders[encoder].identity(self.weights_base, self.encoders)
 
     def volume_files(self) -> list[Path]:
-        """The volume's file or folder, whether it is there or not; none where it is reached over a network."""
+        """The volume's file or folder, even if it does not exist; empty for a volume behind an address."""
         path = self.spec.volume.resolve(self.base)
         return [] if path is None else [path]
 
     def source_files(self) -> list[Path]:
-        """The volume and the annotation files that the spec names, whether they are there or not."""
+        """The volume and the annotation files that the spec names, even if they do not exist."""
         return self.volume_files() + [
             file for annotation in self.spec.annotations for file in annotation.resolve(self.base)
         ]
 
     def missing_sources(self) -> list[Path]:
-        """Source files that are not there; none where the data set makes its own."""
+        """Source files that do not exist; empty for a data set that generates its own."""
         return [] if self.spec.synthetic else [file for file in self.source_files() if not file.exists()]
 
 
 @dataclass(frozen=True)
 class Project:
-    """The data folder, the store, and the place of the bulk of the data: None for the store."""
+    """The data folder, the store, and the place of the bulk of the data (None: the store)."""
 
     data: Path
     store: Path
@@ -219,9 +218,9 @@ class Project:
     def locate(cls, store: str | os.PathLike[str] | None = None) -> "Project":
         """The project that the environment names.
 
-        Data folder: SYNPIPE_DATA, else `./data` where that has `datasets`, else the one beside the package. Store: the
-        argument, else SYNPIPE_STORE, else `store` in the data folder. Bulk: SYNPIPE_BULK, a folder or the address of an object
-        store.
+        Data folder: SYNPIPE_DATA, else `./data` if that has a folder `datasets`, else the one beside the package. Store: the
+        argument, else SYNPIPE_STORE, else `store` in the data folder. Bulk: SYNPIPE_BULK, a folder or the address of an
+        object store.
         """
         beside_package = Path(__file__).resolve().parent.parent / "data"
         here = Path("data").resolve()
@@ -240,15 +239,20 @@ class Project:
         return sorted(path.stem for path in (self.data / "datasets").glob("*.yaml"))
 
     def dataset(self, name: str) -> Dataset:
-        """Raises `SynpipeError` where there is no such data set or its YAML file is wrong."""
+        """The data set of this name. Raises `SynpipeError` if there is none, or if its YAML file is wrong."""
         path = self.data / "datasets" / f"{_checked_name(name)}.yaml"
         if not path.exists():
             known = ", ".join(self.dataset_names()) or "none"
             raise SynpipeError(f"There is no data set {name!r} in {path.parent}; there is {known}.")
         return self.dataset_at(path)
 
+    def find_dataset(self, file_or_name: str) -> Dataset:
+        """The data set of this name, or the one that this YAML file describes; raises `SynpipeError` as both do."""
+        is_file = file_or_name.endswith((".yaml", ".yml")) or os.sep in file_or_name
+        return self.dataset_at(Path(file_or_name)) if is_file else self.dataset(file_or_name)
+
     def dataset_at(self, path: Path) -> Dataset:
-        """The data set that a YAML file anywhere describes, named after it. Raises `SynpipeError` where it is wrong."""
+        """The data set that this YAML file describes, named after the file. Raises `SynpipeError` if the file is wrong."""
         name = _checked_name(path.stem)
         spec = DatasetSpec.parse(expand(read_yaml(path)), str(path))
         folder = self.store / name
@@ -263,7 +267,7 @@ class Project:
         )
 
     def _bulk_of(self, folder: Path) -> BulkPath | None:
-        """Where the bulk of the data set in `folder` lies. Raises `SynpipeError` where SYNPIPE_BULK contradicts the store."""
+        """The place of the bulk of the data set in `folder`. Raises `SynpipeError` if SYNPIPE_BULK contradicts the store."""
         chosen = None if self.bulk is None else self.bulk / folder.name
         record = folder / BULK_RECORD
         if record.exists():
@@ -274,17 +278,17 @@ class Project:
             return chosen
         if chosen is not None and former != chosen:
             raise SynpipeError(
-                f"Tiles, vectors and indexes of {folder.name} lie in {former}, but by SYNPIPE_BULK they should lie in {chosen}. "
-                "Unset it to go on with those that are there. Or move the folders tiles, embeddings, compressors and lancedb, "
-                f"and delete {record} if there is one; or choose another store."
+                f"Tiles, vectors and indexes of {folder.name} are in {former}, but SYNPIPE_BULK places them in {chosen}. Unset "
+                "SYNPIPE_BULK to use the existing ones. Or move the folders tiles, embeddings, compressors and lancedb, and "
+                f"delete {record} if it exists; or choose another store."
             )
         return None if former == folder else former
 
 
 def record_bulk(dataset: Dataset) -> None:
-    """Write down where the bulk lies, before anything is put there: commands find it with SYNPIPE_BULK or without.
+    """Record the place of the bulk before anything is written there, so that commands find it without SYNPIPE_BULK.
 
-    Raises `SynpipeError` where it cannot be reached.
+    Raises `SynpipeError` if the place cannot be reached.
     """
     if dataset.bulk is None:
         return
@@ -297,12 +301,12 @@ def record_bulk(dataset: Dataset) -> None:
 
 def _checked_name(name: str) -> str:
     if not NAME.fullmatch(name):
-        raise SynpipeError(f"{name!r} cannot be the name of a data set: use a-z, 0-9 and _, and begin with a letter.")
+        raise SynpipeError(f"{name!r} cannot be the name of a data set: use a-z, 0-9 and _, starting with a letter.")
     return name
 
 
 def expand(value: Any) -> Any:
-    """Replace `${VARIABLE:-default}` in every string of a YAML document by the environment's value, or the default."""
+    """Replace `${VARIABLE:-default}` in every string of a YAML document with the environment's value, or the default."""
     if isinstance(value, Mapping):
         return {key: expand(item) for key, item in value.items()}
     if isinstance(value, list):

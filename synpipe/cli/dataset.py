@@ -1,6 +1,5 @@
 """Commands that inspect a data set before anything is made from it."""
 
-import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -40,8 +39,7 @@ def check(project: "Project", file_or_name: str, picture: Path | None) -> None:
     """
     from synpipe.reports import dataset_check
 
-    is_file = file_or_name.endswith((".yaml", ".yml")) or os.sep in file_or_name
-    opened = project.dataset_at(Path(file_or_name)) if is_file else project.dataset(file_or_name)
+    opened = project.find_dataset(file_or_name)
     click.echo(f"{opened.name}: {opened.spec.title}")
     report = dataset_check.check(opened)
     for heading, lines in report.found.items():

@@ -307,7 +307,7 @@ def test_the_store_records_its_bulk_folder(tmp_path: Path, server: str) -> None:
     record_bulk(there)
     assert project.dataset("demo").bulk_folder == ROOT / "demo"
     with pytest.raises(
-        SynpipeError, match=r"lie in s3://bucket/some/prefix/demo, but by SYNPIPE_BULK .* in s3://other/demo"
+        SynpipeError, match=r"are in s3://bucket/some/prefix/demo, but SYNPIPE_BULK places them in s3://other/demo"
     ):
         replace(project, bulk=ObjectPath("s3://other")).dataset("demo")
 

@@ -205,7 +205,7 @@ def materialise(order: dict[str, Any], mark: Callable[[bytes], Any]) -> None:
 def for_the_cache() -> bool:
     """Whether what is embedded now are tiles, and not views of them that the evaluation makes."""
     frame: Any = sys._getframe()
-    while frame and frame.f_code is not embedding._embed_parts.__code__:
+    while frame and frame.f_code is not embedding._EmbedQueue.work_off.__code__:
         frame = frame.f_back
     return frame is not None
 
