@@ -1,6 +1,5 @@
-"""The graph in Dagster: its shape, what a person sees of each asset, what stops the chain, and who may import what."""
+"""The graph in Dagster: its shape, what a person sees of each asset, and what stops the chain."""
 
-import ast
 import base64
 import io
 import json
@@ -35,7 +34,6 @@ from synpipe.store.files import read_table, write_table
 from synpipe_tests.conftest import REPOSITORY, SMALL_ENCODERS, project_of, write_project
 from synpipe_tests.support.command import invoke, refusal
 
-PACKAGE = REPOSITORY / "synpipe"
 
 # Asset: (what it depends on, group, checks).
 GRAPH = {
@@ -383,56 +381,7 @@ def test_checks_of_the_table_and_the_index_find_missing_rows_and_other_tiles(tam
     assert f"{len(table)} rows, the table {len(table) - 1}" in finding.description
 
 
-# Who may import what.
-
-
-def imports(path: Path) -> set[str]:
-    """Every module that a file imports, at its top or inside a function."""
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            assert node.level == 0, f"{path}: relative import"
-            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
-    return found
-
-
-MODULES = {
-    ".".join(path.relative_to(REPOSITORY).with_suffix("").parts).removesuffix(".__init__"): imports(path)
-    for path in PACKAGE.rglob("*.py")
-}
-
-
-WITH_LANCEDB = {"synpipe.index.publish", "synpipe.index.build", "synpipe.index.search", "synpipe.reports.versions"}
-
-
-def roots(modules: set[str]) -> set[str]:
-    return {module.split(".")[0] for module in modules}
-
-
-def reachable(module: str) -> set[str]:
-    """Roots of all that a module of synpipe imports, through other modules of synpipe too."""
-    seen, todo = set(), {module}
-    while todo:
-        seen |= todo
-        todo = {name for each in todo for name in MODULES[each] if name in MODULES} - seen
-    return roots({name for each in seen for name in MODULES[each]})
-
-
-def test_only_defs_imports_dagster_and_only_the_index_and_its_readers_import_lancedb():
-    assert len(MODULES) > 15
-    with_dagster = {name for name, found in MODULES.items() if "dagster" in roots(found)}
-    assert {name.startswith("synpipe.defs") for name in with_dagster} == {True}
-    assert {name for name, found in MODULES.items() if "lancedb" in roots(found)} == WITH_LANCEDB
-
-
-@pytest.mark.parametrize("module", ["synpipe.embeddings.embed", "synpipe.embeddings.encoders"])
-def test_the_embedding_code_reaches_neither_dagster_nor_lancedb(module: str):
-    found = reachable(module)
-    assert "torch" in found
-    assert found & {"dagster", "lancedb", "click"} == set()
-    assert {"dagster", "lancedb"} <= reachable("synpipe.defs.run")  # the search does find what is there
+# How fast it starts. Who may import what is in pyproject.toml, as contracts that `make check` enforces.
 
 
 def test_what_must_start_fast_leaves_the_heavy_libraries_alone():
