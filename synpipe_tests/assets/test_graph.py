@@ -34,7 +34,6 @@ from synpipe.store.files import read_table, write_table
 from synpipe_tests.conftest import REPOSITORY, SMALL_ENCODERS, project_of, write_project
 from synpipe_tests.support.command import invoke, refusal
 
-
 # Asset: (what it depends on, group, checks).
 GRAPH = {
     "volume": (set(), "demo", set()),
