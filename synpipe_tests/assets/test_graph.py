@@ -34,8 +34,6 @@ from synpipe.store.files import read_table, write_table
 from synpipe_tests.conftest import REPOSITORY, SMALL_ENCODERS, project_of, write_project
 from synpipe_tests.support.command import invoke, refusal
 
-PACKAGE = REPOSITORY / "synpipe"
-
 # Asset: (what it depends on, group, checks).
 GRAPH = {
     "volume": (set(), "demo", set()),
@@ -391,7 +389,7 @@ def test_checks_of_the_table_and_the_index_find_missing_rows_and_other_tiles(tam
     assert f"{len(table)} rows, the table {len(table) - 1}" in finding.description
 
 
-# What must start fast.
+# How fast it starts. Who may import what is in pyproject.toml, as contracts that `make check` enforces.
 
 
 def test_what_must_start_fast_leaves_the_heavy_libraries_alone():

@@ -131,6 +131,64 @@ def indexed_ids(project: Project, encoder: str) -> set[int]:
     return set(table.to_arrow()["synapse_id"].to_pylist())
 
 
+# Through the daemon. Its schedule ticks once a minute: the tests between the first and the last one fill that time.
+
+AUTOMATION = """{ repositoriesOrError { ... on RepositoryConnection { nodes {
+  schedules { name scheduleState { id status ticks { status skipReason runIds } } }
+  sensors { name sensorState { id status ticks { status skipReason runIds } } }
+} } } }"""
+RUNS = "{ runsOrError { ... on Runs { results { runId status assets { key { path } } assetChecks { name } } } } }"
+STOP_SCHEDULE = 'mutation { stopRunningSchedule(id: "%s") { __typename } }'
+START_SENSOR = """mutation { startSensor(sensorSelector: {
+  repositoryName: "__repository__", repositoryLocationName: "%s", sensorName: "sources_changed"
+}) { __typename } }"""
+LOCATION = "{ repositoriesOrError { ... on RepositoryConnection { nodes { location { name } } } } }"
+
+
+@pytest.fixture(scope="module")
+def automated(made: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Project, Ui]]:
+    """`synpipe ui` on a project with everything made but for one synapse, with a schedule that ticks once a minute."""
+    folder = tmp_path_factory.mktemp("automated")
+    project = copy_of(made, folder)
+    with serve(project, folder, SYNPIPE_SCHEDULE="* * * * *") as ui:
+        yield project, ui
+
+
+def test_the_schedule_is_on_and_the_sensor_is_off(automated: tuple[Project, Ui]):
+    project, ui = automated
+    assert automation(ui, "schedule")["status"] == "RUNNING"
+    assert automation(ui, "sensor")["status"] == "STOPPED"
+    add_synapse(project, 77)  # for the last test
+
+
+def automation(ui: Ui, kind: str) -> dict[str, Any]:
+    """State of the schedule or the sensor, with its ticks, the newest first."""
+    (node,) = ui.ask(AUTOMATION)["repositoriesOrError"]["nodes"]
+    (found,) = node[f"{kind}s"]
+    return found[f"{kind}State"]
+
+
+def launched(ui: Ui, kind: str) -> set[str]:
+    """Wait until a run that the schedule or the sensor asked for has succeeded; names of the assets that it made."""
+
+    def runs() -> list[dict[str, Any]]:
+        ids = [run_id for tick in automation(ui, kind)["ticks"] for run_id in tick["runIds"]]
+        return [run for run in ui.ask(RUNS)["runsOrError"]["results"] if run["runId"] in ids]
+
+    wait_until(lambda: any(run["status"] in ("SUCCESS", "FAILURE") for run in runs()))
+    (run,) = runs()
+    assert run["status"] == "SUCCESS", ui.messages
+    assert len(run["assetChecks"]) == 14
+    return {asset["key"]["path"][-1] for asset in run["assets"]}
+
+
+def wait_until(done: Callable[[], bool], seconds: float = 180) -> None:
+    deadline = time.monotonic() + seconds
+    while not done():
+        assert time.monotonic() < deadline
+        time.sleep(1)
+
+
 # What is asked for.
 
 
@@ -349,65 +407,20 @@ def test_a_run_of_other_assets_is_not_waited_for(fresh: CodeLocation):
     assert wanted(fresh.tick()) == {"index_tiny", "scores_tiny", "evaluation"}
 
 
-# Through the daemon.
+def test_the_daemon_has_made_what_the_schedule_asked_for_and_the_sensor_makes_what_changed_since(
+    automated: tuple[Project, Ui],
+):
+    project, ui = automated
+    assert launched(ui, "schedule") == (TRUNK | BRANCHES) - {"volume"}
+    assert 77 in indexed_ids(project, "tiny") & indexed_ids(project, "other")
+    wait_until(lambda: automation(ui, "schedule")["ticks"][0]["skipReason"] == UP_TO_DATE)
+    assert automation(ui, "sensor")["ticks"] == []
 
-AUTOMATION = """{ repositoriesOrError { ... on RepositoryConnection { nodes {
-  schedules { name scheduleState { id status ticks { status skipReason runIds } } }
-  sensors { name sensorState { id status ticks { status skipReason runIds } } }
-} } } }"""
-RUNS = "{ runsOrError { ... on Runs { results { runId status assets { key { path } } assetChecks { name } } } } }"
-STOP_SCHEDULE = 'mutation { stopRunningSchedule(id: "%s") { __typename } }'
-START_SENSOR = """mutation { startSensor(sensorSelector: {
-  repositoryName: "__repository__", repositoryLocationName: "%s", sensorName: "sources_changed"
-}) { __typename } }"""
-LOCATION = "{ repositoriesOrError { ... on RepositoryConnection { nodes { location { name } } } } }"
-
-
-def test_through_the_daemon_the_schedule_and_then_the_sensor_make_exactly_what_is_stale(made: Dataset, tmp_path: Path):
-    project = copy_of(made, tmp_path)
-    with serve(project, tmp_path, SYNPIPE_SCHEDULE="* * * * *") as ui:
-        assert automation(ui, "schedule")["status"] == "RUNNING"
-        assert automation(ui, "sensor")["status"] == "STOPPED"
-
-        add_synapse(project, 77)
-        assert launched(ui, "schedule") == (TRUNK | BRANCHES) - {"volume"}
-        assert 77 in indexed_ids(project, "tiny") & indexed_ids(project, "other")
-        wait_until(lambda: automation(ui, "schedule")["ticks"][0]["skipReason"] == UP_TO_DATE)
-        assert automation(ui, "sensor")["ticks"] == []
-
-        ui.ask(STOP_SCHEDULE % automation(ui, "schedule")["id"])
-        add_synapse(project, 78)
-        (node,) = ui.ask(LOCATION)["repositoriesOrError"]["nodes"]
-        ui.ask(START_SENSOR % node["location"]["name"])
-        assert launched(ui, "sensor") == (TRUNK | BRANCHES) - {"volume"}
-        assert {77, 78} <= indexed_ids(project, "tiny") & indexed_ids(project, "other")
-        ui.stop()
+    ui.ask(STOP_SCHEDULE % automation(ui, "schedule")["id"])
+    add_synapse(project, 78)
+    (node,) = ui.ask(LOCATION)["repositoriesOrError"]["nodes"]
+    ui.ask(START_SENSOR % node["location"]["name"])
+    assert launched(ui, "sensor") == (TRUNK | BRANCHES) - {"volume"}
+    assert {77, 78} <= indexed_ids(project, "tiny") & indexed_ids(project, "other")
+    ui.stop()
     assert {state.state for state in states(project.dataset("demo"))} == {"fresh"}
-
-
-def automation(ui: Ui, kind: str) -> dict[str, Any]:
-    """State of the schedule or the sensor, with its ticks, the newest first."""
-    (node,) = ui.ask(AUTOMATION)["repositoriesOrError"]["nodes"]
-    (found,) = node[f"{kind}s"]
-    return found[f"{kind}State"]
-
-
-def launched(ui: Ui, kind: str) -> set[str]:
-    """Wait until a run that the schedule or the sensor asked for has succeeded; names of the assets that it made."""
-
-    def runs() -> list[dict[str, Any]]:
-        ids = [run_id for tick in automation(ui, kind)["ticks"] for run_id in tick["runIds"]]
-        return [run for run in ui.ask(RUNS)["runsOrError"]["results"] if run["runId"] in ids]
-
-    wait_until(lambda: any(run["status"] in ("SUCCESS", "FAILURE") for run in runs()))
-    (run,) = runs()
-    assert run["status"] == "SUCCESS", ui.messages
-    assert len(run["assetChecks"]) == 14
-    return {asset["key"]["path"][-1] for asset in run["assets"]}
-
-
-def wait_until(done: Callable[[], bool], seconds: float = 180) -> None:
-    deadline = time.monotonic() + seconds
-    while not done():
-        assert time.monotonic() < deadline
-        time.sleep(1)

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import h5py
@@ -20,10 +21,12 @@ from synpipe.embeddings.encoder_specs import EncoderSpec
 from synpipe.embeddings.encoders import open_encoder
 from synpipe.embeddings.registry import load_registry
 from synpipe.errors import SynpipeError
+from synpipe.training import pretraining
 from synpipe.training.blocks import SIDE_PX, draw_blocks, open_training_volume
 from synpipe.training.pretraining import pretrain
 from synpipe.training.recipe import PretrainSpec, TrainingSource, read_recipe
 from synpipe_tests.conftest import REPOSITORY, Command, environment, write_project
+from synpipe_tests.support.command import invoke
 
 SMALL = {"synthetic": {"seed": 3, "shape_zyx": [10, 1024, 1280], "n_synapses": 60, "n_neurons": 15}}
 
@@ -31,6 +34,21 @@ SMALL = {"synthetic": {"seed": 3, "shape_zyx": [10, 1024, 1280], "n_synapses": 6
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("store")
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """One computing thread, as in the processes that the tests start: sums, and so the weights, depend on their number."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def few_held_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For tests that do not look at the figures of the held-out places, which take longest."""
+    monkeypatch.setattr(pretraining, "HELD_OUT_PLACES", 16)
 
 
 def learn(store: Path, out: Path, **settings):
@@ -79,18 +97,23 @@ def test_a_short_training_finds_held_out_places_better(store: Path, tmp_path: Pa
 
 
 @pytest.mark.slow
-def test_killed_and_run_again_it_ends_with_the_same_weights(tmp_path: Path):
+def test_killed_and_run_again_it_ends_with_the_same_weights(tmp_path: Path, one_thread: None, few_held_out: None):
     project = write_project(tmp_path)
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(json.dumps({"sources": [SMALL], "blocks": 60, "places": 16, "steps": 3}))
 
-    def command(out: str) -> list[str]:
-        program = "import synpipe.training.pretraining as p; p.CHECKPOINT_S = 0; from synpipe.cli import main; main()"
-        return [sys.executable, "-c", program, "pretrain", "--recipe", str(recipe), "--out", str(tmp_path / out)]
+    def arguments(out: str) -> tuple[str, ...]:
+        return "pretrain", "--recipe", str(recipe), "--out", str(tmp_path / out)
 
-    subprocess.run(command("whole.safetensors"), env=environment(project), check=True, capture_output=True)
+    program = (
+        "import synpipe.training.pretraining as p; p.CHECKPOINT_S, p.HELD_OUT_PLACES = 0, 16; "
+        "from synpipe.cli import main; main()"
+    )
     killed = subprocess.Popen(
-        command("killed.safetensors"), env=environment(project), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+        [sys.executable, "-c", program, *arguments("killed.safetensors")],
+        env=environment(project),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
     )
     checkpoint = tmp_path / "killed.checkpoint"
     while not checkpoint.exists():
@@ -100,18 +123,18 @@ def test_killed_and_run_again_it_ends_with_the_same_weights(tmp_path: Path):
     killed.communicate()
     assert not (tmp_path / "killed.safetensors").exists()
 
-    again = subprocess.run(
-        command("killed.safetensors"), env=environment(project), check=True, capture_output=True, text=True
-    )
-    assert "step 1 of 3" not in again.stderr  # it continued
+    again = invoke(project, *arguments("killed.safetensors"))
+    assert again.exit_code == 0, again.stderr
+    assert "step 1 of 3" not in again.stderr  # it carried on
+    undisturbed = invoke(project, *arguments("whole.safetensors"))
+    assert undisturbed.exit_code == 0 and "step 1 of 3" in undisturbed.stderr, undisturbed.stderr
     whole, carried_on = (load_file(tmp_path / f"{name}.safetensors") for name in ("whole", "killed"))
     for name, value in whole.items():
         torch.testing.assert_close(carried_on[name], value, rtol=0, atol=0, msg=name)
     assert not checkpoint.exists()
 
 
-@pytest.mark.slow
-def test_a_checkpoint_of_another_recipe_is_not_carried_on(store: Path, tmp_path: Path):
+def test_a_checkpoint_of_another_recipe_is_not_carried_on(store: Path, tmp_path: Path, few_held_out: None):
     out = tmp_path / "e.safetensors"
     torch.save({"recipe": "other"}, out.with_suffix(".checkpoint"))
     with pytest.raises(SynpipeError, match="another recipe"):
