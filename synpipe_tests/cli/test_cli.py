@@ -102,7 +102,7 @@ def a_synapse(project: Project, encoder: str = "tiny") -> int:
 def test_everything_is_made_from_an_empty_store(first: FirstRun):
     assert first.assets.keys() == TRUNK | BRANCHES
     assert {said["state"] for said in first.assets.values()} == {"fresh"}
-    counts = {asset: said["made"]["figures"] for asset, said in first.assets.items()}
+    counts = {asset: said["made"]["figures"] | {"rows": said["made"]["rows"]} for asset, said in first.assets.items()}
     assert counts["synapse_stacks"]["cut_outs_made"] == counts["synapses"]["rows"] > 90
     for encoder in ENCODERS:
         assert counts[f"embeddings_{encoder}"]["tiles_embedded"] > 90
@@ -138,7 +138,9 @@ def test_a_second_run_reuses_everything(first: FirstRun):
     former = {asset: said["made"]["data_version"] for asset, said in first.assets.items()}
     tables = files(first.project.store / "demo" / "tables")
     said = invoke(first.project, "materialize").stderr
-    counts = {asset: said["made"]["figures"] for asset, said in assets(first.project).items()}
+    counts = {
+        asset: said["made"]["figures"] | {"rows": said["made"]["rows"]} for asset, said in assets(first.project).items()
+    }
     assert counts["synapse_stacks"]["cut_outs_made"] == 0
     assert [counts[f"embeddings_{encoder}"]["tiles_embedded"] for encoder in ENCODERS] == [0, 0]
     assert versions(first.project) == former

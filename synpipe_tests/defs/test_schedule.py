@@ -26,6 +26,7 @@ from synpipe.errors import SynpipeError
 from synpipe.index.publish import CURRENT
 from synpipe_tests.conftest import SMALL_ENCODERS, environment, write_project
 from synpipe_tests.support.browser import Ui, serve
+from synpipe_tests.support.changes import name_of
 
 TRUNK = {"volume", "annotations", "synapses", "synapse_stacks", "rgb_tiles", "rejects", "split"}
 KINDS = ("embeddings", "classifier", "embedding_table", "index", "scores")
@@ -73,7 +74,7 @@ class CodeLocation:
 
 def wanted(request: dg.RunRequest | str) -> set[str] | str:
     """Names of the assets that a request is for."""
-    return request if isinstance(request, str) else {key.path[-1] for key in request.asset_selection or ()}
+    return request if isinstance(request, str) else {name_of(key) for key in request.asset_selection or ()}
 
 
 @pytest.fixture

@@ -56,6 +56,11 @@ VOLUME = SyntheticSpec(seed=1, shape_zyx=(10, 640, 640), n_synapses=40, n_neuron
 TRUNK = {"volume", "annotations", "synapses", "synapse_stacks", "rgb_tiles", "rejects", "split"}
 
 
+def name_of(key: dg.AssetKey) -> str:
+    """The name that an asset with this key has in manifests and on the command line."""
+    return "_".join(reversed(key.path[1:]))
+
+
 def branch(*encoders: str) -> set[str]:
     return {
         f"{kind}_{encoder}" for encoder in encoders for kind in ("embeddings", "embedding_table", "index", "scores")
@@ -128,7 +133,7 @@ class Own:
                 for run_id in runs
                 for entry in instance.all_logs(run_id, of_type=dg.DagsterEventType.ASSET_MATERIALIZATION)
             ]
-        assets = {event.asset_key.path[-1] for event in events if event is not None}
+        assets = {name_of(event.asset_key) for event in events if event is not None}
         counts = {asset: read_manifest(self.dataset, asset).figures for asset in assets}
         return Ran(
             assets,
@@ -149,7 +154,7 @@ class Own:
         graph = build_definitions(self.project, [NAME]).resolve_asset_graph()
         with self.instance() as instance:
             resolver = CachingStaleStatusResolver(instance, graph, LoadingContextForTest(instance))
-            found = {key.path[-1]: resolver.get_status(key) for key in graph.materializable_asset_keys}
+            found = {name_of(key): resolver.get_status(key) for key in graph.materializable_asset_keys}
         return {asset for asset, status in found.items() if status.value != "FRESH"}
 
     def instance(self) -> dg.DagsterInstance:
