@@ -5,8 +5,8 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 UV_INSTALL := $(BIN)/uv pip install --python $(BIN)/python
-# Two test processes with one computing thread each keep two cores busy. Tests of one file share fixtures, so they run in one process.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+# Two test processes keep two cores busy. Tests of one file share fixtures, so they run in one process.
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
 .PHONY: help demo ui explore quick test torture check bench pictures format lock clean

@@ -1,5 +1,7 @@
-"""Two test workers share two cores: numpy's and scipy's BLAS and torch would each start two threads in each of them. They
-read this as they are loaded."""
+"""Limits each test process to one computing thread, because two processes share two cores.
+
+The libraries (torch, and the BLAS of numpy and scipy) read the limit when they are imported, so it is set here, before them.
+"""
 
 import os
 

@@ -1,4 +1,4 @@
-"""What the tests share: real EM data where it is there, and a small demo data set, made once a run."""
+"""Fixtures that all tests share: real EM data where it exists, and small data sets, each made once per test run."""
 
 import fcntl
 import os
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
-# An evaluation of a small data set takes two seconds an encoder, ten times what all of the other steps take.
+# The default evaluation of a small data set takes two seconds per encoder, ten times as long as all other steps together.
 QUICK_EVALUATION = {"queries": 10, "places": 10, "singles": 1}
 SMALL_DEMO = {
     "title": "A small synthetic volume",
@@ -31,7 +31,7 @@ SMALL_DEMO = {
     "tiles": {"shards": 3},
     "encoders": ["tiny", "other"],
     "evaluation": QUICK_EVALUATION,
-    "projection": None,  # umap takes twenty seconds to import and compile; `test_projection` has the maps
+    "projection": None,  # UMAP takes twenty seconds to import and compile; `test_projection` tests the maps
 }
 # Two networks that embed a hundred tiles in about a second.
 SMALL_ENCODERS = {
@@ -87,7 +87,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def real_em() -> Path:
-    """Folder with real EM data; tests that need it skip where it is absent."""
+    """Folder with real EM data. Without it, the tests that need it are skipped."""
     folder = Path(os.environ.get("SYNPIPE_REAL_DATA") or REPOSITORY.parent / "shared" / "em")
     if not (folder / "vnc_stack1.h5").exists():
         pytest.skip(f"no real EM data in {folder}: set SYNPIPE_REAL_DATA to a folder with vnc_stack1.h5")
@@ -95,7 +95,7 @@ def real_em() -> Path:
 
 
 def write_project(folder: Path, **changes) -> Project:
-    """A project with the small demo in `folder`; `changes` replace keys of the data set's YAML file."""
+    """Write a project with the small demo to `folder`. `changes` replace keys of the data set's YAML file."""
     datasets = folder / "data" / "datasets"
     datasets.mkdir(parents=True)
     (datasets / "demo.yaml").write_text(yaml.safe_dump({**SMALL_DEMO, **changes}))
@@ -109,12 +109,12 @@ def project_in(folder: Path) -> Project:
 
 @pytest.fixture
 def project(tmp_path: Path) -> Project:
-    """A project of the test's own, with nothing made yet."""
+    """A project for one test, with an empty store."""
     return write_project(tmp_path)
 
 
 def made_once(tmp_path_factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
-    """Folder that the first test process to ask for it makes, and that all processes of this test run share."""
+    """Return a folder that all test processes of this run share. The first process that needs it makes it."""
     root = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
         root = root.parent  # the folder of the run; each process has its own folder in it
@@ -122,7 +122,7 @@ def made_once(tmp_path_factory: pytest.TempPathFactory, name: str, make: Callabl
     with (root / f"{name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not done.exists():
-            shutil.rmtree(folder, ignore_errors=True)  # an attempt that failed
+            shutil.rmtree(folder, ignore_errors=True)  # left by a failed attempt
             folder.mkdir()
             make(folder)
             done.touch()
@@ -163,7 +163,7 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> "Own":
 
 @pytest.fixture
 def own(template: "Own", tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> "Own":
-    """A copy of that, for a test to change."""
+    """A copy of `template` that a test may change."""
     from synpipe_tests.support import changes
 
     return changes.copy(template, tmp_path / "own", monkeypatch)
@@ -171,7 +171,7 @@ def own(template: "Own", tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> "Ow
 
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
-    """A folder on a disk of so many kB, which a later call makes larger."""
+    """`disk(kB)` mounts a small disk and returns its folder. A later call with a larger number makes it larger."""
     folder = tmp_path / "disk"
     folder.mkdir()
 
@@ -196,19 +196,19 @@ def project_of(dataset: Dataset) -> Project:
 
 
 def environment(project: Project) -> dict[str, str]:
-    """The environment of a command that works on `project` and runs the code of this checkout."""
+    """Environment variables for a command that works on `project` with the code of this checkout."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("SYNPIPE_", "DAGSTER_"))}
     return {
         **kept,
         "SYNPIPE_DATA": str(project.data),
         "SYNPIPE_STORE": str(project.store),
         "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": str(REPOSITORY),  # the environment may have another checkout installed
+        "PYTHONPATH": str(REPOSITORY),  # another checkout may be the one that is installed
     }
 
 
 def run_synpipe(project: Project, *arguments: str, timeout_s: float = 300) -> subprocess.CompletedProcess[str]:
-    """Run the command as a user would, in a process of its own."""
+    """Run the command as a user would, in its own process."""
     command = [str(Path(sys.executable).parent / "synpipe"), *arguments]
     return subprocess.run(
         command, env=environment(project), capture_output=True, text=True, timeout=timeout_s, check=False
@@ -220,5 +220,5 @@ Command = Callable[..., subprocess.CompletedProcess[str]]
 
 @pytest.fixture
 def synpipe(project: Project) -> Command:
-    """`synpipe(...)` on the test's own project."""
+    """`synpipe(...)` runs the command on the test's own project."""
     return lambda *arguments, **options: run_synpipe(project, *arguments, **options)

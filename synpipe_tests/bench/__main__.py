@@ -1,7 +1,8 @@
-"""Every bench, one after the other, and at the end one table of every figure that has a bar: `make bench [BENCH="device search"]`.
+"""Run all benches in turn, and print a table of all figures that have a bar: `make bench [BENCH="device search"]`.
 
-Each is a process of its own, since memory and threads of one would count in the next. One that fails is named, and the others
-go on. All of them take some two hours on two cores; each prints the machine, its load and the versions beside its figures.
+Each bench runs in its own process, so that its memory and threads do not affect the next. If one fails, the others
+still run, and its name is printed at the end. All of them take about two hours on two cores. Each prints the machine,
+its load and the versions beside its figures.
 """
 
 import os

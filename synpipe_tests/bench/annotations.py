@@ -1,7 +1,8 @@
-"""Peak memory and time of the asset `synapses` for large tables: `python -m synpipe_tests.bench.annotations --rows 10000000`.
+"""Measure peak memory and time of `make_synapses` for large tables: `python -m synpipe_tests.bench.annotations --rows 10000000`.
 
-Each format is generated and converted in a process of its own, from the file to `synapses.parquet` with every check. The
-rows are in no order; 0.1 % each are repeated, without a coordinate, outside the volume, of a misspelt transmitter.
+Each format is generated, and converted in its own process, from the file to `synapses.parquet` with every check. The
+rows are in random order. 0.1 % each are repeated, lack a coordinate, lie outside the volume, or misspell the
+transmitter.
 """
 
 import argparse
@@ -39,7 +40,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=ROWS)
     parser.add_argument("--formats", nargs="+", choices=FORMATS, default=FORMATS)
     parser.add_argument("--folder", type=Path, help="for the files, some 200 bytes a row; by default a temporary one")
-    parser.add_argument("--convert", choices=FORMATS, help=argparse.SUPPRESS)  # the process that is measured
+    parser.add_argument("--convert", choices=FORMATS, help=argparse.SUPPRESS)  # runs in the measured process
     arguments = parser.parse_args()
     if arguments.convert:
         _convert(arguments.folder, arguments.convert)
@@ -77,7 +78,7 @@ def _convert(folder: Path, suffix: str) -> None:
 
 
 def write(folder: Path, suffix: str, rows: int) -> Path:
-    """A table as FlyWire's, `synapses.<suffix>`, and the volume, of which no voxel is written."""
+    """Write a table like FlyWire's, `synapses.<suffix>`, and a volume without a single voxel written."""
     with h5py.File(folder / "volume.h5", "w") as file:
         file.create_dataset("volumes/raw", SHAPE_ZYX, np.uint8, chunks=(64, 64, 64)).attrs["resolution"] = VOXEL_NM_ZYX
     path = folder / f"synapses.{suffix}"

@@ -1,7 +1,7 @@
-"""Figures with their bars: every bench tells one at a time, `make bench` ends with the table of all.
+"""Figures and their bars: benches report one at a time, and `make bench` ends with a table of all.
 
-The table is a file of JSON lines that the environment variable SYNPIPE_BENCH_TABLE names; `python -m synpipe_tests.bench.bars FILE`
-prints it.
+The environment variable SYNPIPE_BENCH_TABLE names the file, JSON lines, that collects the table.
+`python -m synpipe_tests.bench.bars FILE` prints it.
 """
 
 import json
@@ -12,9 +12,9 @@ from typing import SupportsFloat
 
 
 def row(figure: str, value: SupportsFloat, bar: float, at_most: bool = True, unit: str = "") -> None:
-    """Print a figure beside its bar, and add it to the table where one is being gathered.
+    """Print a figure beside its bar, and add it to the table if one is being collected.
 
-    figure: of what, and of which bench; at_most: whether the bar is the highest value allowed, or the lowest.
+    figure: what is measured, and by which bench. at_most: whether the bar is the highest allowed value, or else the lowest.
     """
     told = {"figure": figure, "value": float(value), "bar": bar, "at_most": at_most, "unit": unit}
     print(_line(told), flush=True)

@@ -1,6 +1,6 @@
-"""Sizes and times of the demo data set: `python -m synpipe_tests.bench.demo`.
+"""Measure sizes and times of the demo data set: `python -m synpipe_tests.bench.demo`.
 
-Works on the demo data set (made first where it is not there) and prints the machine and the versions beside the figures.
+If the demo data set does not exist, it is made first. The machine and the versions are printed beside the figures.
 """
 
 import gzip
@@ -36,11 +36,11 @@ def main() -> None:
 
 
 def print_sizes(dataset: Dataset, encoder: str) -> None:
-    """The Parquet file against gzipped JSON, SynOminous' format, of the same vectors, and of fewer digits."""
+    """Compare the Parquet file with gzipped JSON, the format of SynOminous, of the same vectors and of fewer digits."""
     path = dataset.table_path(encoder)
     table = read_table(path, ["vector"])["vector"].combine_chunks()
     vectors = table.flatten().to_numpy().reshape(len(table), -1).astype(np.float64)
-    # The shortest decimals that still tell the rounded components apart, so that both files hold the same.
+    # The shortest decimals that distinguish the rounded components, so that both files hold the same information.
     digits = int(np.ceil(-np.log10(np.min(np.diff(np.unique(vectors)))))) + 1
     print(f"\nSize of {encoder}, {vectors.shape[0]:,} × {vectors.shape[1]}, bytes a component")
     print(f"  {'':<34} {'Parquet':>8} {'gzipped JSON':>13}")
@@ -59,7 +59,7 @@ def _parquet_bytes(vectors: np.ndarray) -> int:
 
 
 def print_latencies(dataset: Dataset) -> None:
-    """A tile by id, and the most similar synapses of every class."""
+    """Time reading a tile by id, and searching for the most similar synapses of every class."""
     index = read_table(dataset.tiles_path)
     reader = open_tiles(dataset)
     ids = np.random.default_rng(0).choice(index["synapse_id"].to_numpy(), REPEATS).tolist()

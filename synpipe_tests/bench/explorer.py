@@ -1,8 +1,9 @@
-"""How long the explorer takes for the four most similar synapses of each class: `python -m synpipe_tests.bench.explorer`.
+"""Measure how long the explorer takes for the four most similar synapses of each class: `python -m synpipe_tests.bench.explorer`.
 
-At 103,511 and at 1,000,000 rows × 128, with classes as frequent as those of the labelled synapses of FAFB and a tenth unlabelled.
- Vectors are made up, in clusters that say little about the class. The time is that of a whole answer, as the server
-makes it, before HTTP; beside it, in the same run and by turns, a bare exact scan with numpy of the same rows, sorted by class.
+It measures 103,511 and 1,000,000 rows × 128. The classes are as frequent as among the labelled synapses of FAFB, and a
+tenth of the rows is unlabelled. The vectors are synthetic, in clusters that say little about the class. The time is that
+of a whole answer of the server, without HTTP. For comparison, an exact numpy scan of the same rows, sorted by class, is
+timed in turns in the same run.
 """
 
 import argparse
@@ -31,7 +32,7 @@ from synpipe_tests.bench.bars import row
 from synpipe_tests.support.tables import PROVENANCE
 
 DIMENSIONS = 128
-# Of the 103,511 labelled synapses of FAFB (Eckstein et al.) that SynOminous shows, `synominous_umap.json.gz`.
+# Counts of the 103,511 labelled synapses of FAFB (Eckstein et al.) that SynOminous shows, from `synominous_umap.json.gz`.
 FREQUENCY = {
     "acetylcholine": 0.4615,
     "gaba": 0.3126,
@@ -125,7 +126,7 @@ def timing(method: Callable[[], Any]) -> tuple[float, Any]:
 
 
 def made_up(rows: int) -> tuple[np.ndarray, np.ndarray]:
-    """Unit vectors, float32 (n, d), and numbers of classes, the last for none, (n,)."""
+    """Return unit vectors, float32 (n, d), and class numbers (n,), the last of which means unlabelled."""
     random = np.random.default_rng(0)
     shares = [*(share * (1 - UNLABELLED_SHARE) for share in FREQUENCY.values()), UNLABELLED_SHARE]
     labels = random.choice(len(shares), rows, p=np.array(shares) / sum(shares))
@@ -141,7 +142,7 @@ def made_up(rows: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def store(folder: Path, vectors: np.ndarray, labels: np.ndarray) -> Project:
-    """A store that holds an index of these rows and nothing else; the id of a synapse is its row."""
+    """Make a store that holds only an index of these rows. The id of a synapse is its row."""
     datasets = folder / "data" / "datasets"
     datasets.mkdir(parents=True)
     spec = {
@@ -159,15 +160,14 @@ def store(folder: Path, vectors: np.ndarray, labels: np.ndarray) -> Project:
     path = folder / "table.parquet"
     write_table(path, vectors, labels)
     publish(path, dataset.lancedb_folder, "made_up", "0" * 32, lambda line: None)
-    # By this the explorer knows that there is an index.
+    # This tells the explorer that there is an index.
     write_manifest(dataset, Manifest("index_made_up", "0" * 32, "", {}))
     return project
 
 
 def write_table(path: Path, vectors: np.ndarray, labels: np.ndarray) -> None:
-    """The Parquet file of an embedding table: unit vectors, float32 (n, d), numbers of classes (n,); ids are row numbers."""
-    provenance = json.dumps(PROVENANCE | {"encoder": "made_up"})
-    schema = table_schema(vectors.shape[1], DERIVED_FIELDS).with_metadata({"synpipe": provenance})
+    """Write an embedding table. vectors: unit, float32 (n, d). classes: numbers (n,). Ids are row numbers."""
+    schema = table_schema(vectors.shape[1]).with_metadata({"synpipe": json.dumps(PROVENANCE | {"encoder": "made_up"})})
     names = pa.array([*FREQUENCY, None])
     with pq.ParquetWriter(path, schema, compression="none") as writer:
         for first in range(0, len(vectors), BLOCK):

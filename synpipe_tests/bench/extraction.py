@@ -1,12 +1,12 @@
-"""What cut-outs cost, by method, in one run: `python -m synpipe_tests.bench.extraction`.
+"""Compare the cost of cut-outs by different methods in one run: `python -m synpipe_tests.bench.extraction`.
 
-Every method works in a process of its own: on a server on this machine that takes 20 ms longer for every request, and on a
-local HDF5 file in CREMI layout. Printed for each: requests, bytes and the least that would do, tiles per second, time of
-the processor per tile, peak memory; then the bars, met or missed. The volumes are real EM, repeated, where
-`SYNPIPE_REAL_DATA` says there is some, else noise. CloudVolume is needed here only: `pip install cloud-volume`.
+Every method runs in its own process. It reads from a server on this machine that adds 20 ms to every request, and from
+a local HDF5 file in CREMI layout. Printed for each: requests, bytes and the minimum of bytes, tiles per second, CPU
+time per tile and peak memory; then the bars, met or missed. The volumes are real EM, repeated, if `SYNPIPE_REAL_DATA`
+names a folder that has some, else noise. Only this bench needs CloudVolume: `pip install cloud-volume`.
 
-synpipe's figures are of whole extractions: tiles checked, hashed, and written to disk; those of the others are of the voxels
-alone.
+The figures of synpipe are of whole extractions, in which tiles are checked, hashed and written to disk. The other methods only read
+the voxels.
 """
 
 import asyncio
@@ -42,23 +42,24 @@ from synpipe_tests.support.extraction import extract
 
 DELAY_S = 0.02
 CHUNK = 64
-PERIOD = 1024  # voxels along y and x after which the texture repeats, so that a server can hold a volume of any size
-JPEG_QUALITY = 75  # neuroglancer's own, and CloudVolume's
+PERIOD = 1024  # voxels along y and x after which the texture repeats, which lets a server offer a volume of any size
+JPEG_QUALITY = 75  # the default of neuroglancer and CloudVolume
 VOXEL_NM_ZYX = (40.0, 4.0, 4.0)
 WINDOW = np.array([SECTIONS, TILE_PX, TILE_PX])
 
 DENSE_ZYX, DENSE_TILES = (64, 4096, 4096), 1000
 WIDE_ZYX = (64, 8192, 8192)
 FAFB_ZYX, SPARSE_TILES = (2048, 65_536, 65_536), 250
-# Labelled synapses lie in clumps along their neurons: of those of FAFB 48 % of the tiles were found to overlap another, and a
-# chunk to serve 1.9 tiles at most. Normal clumps of six on average come near to that; what they come to is printed.
+# Labelled synapses lie in clumps along their neurons. In FAFB, 48 % of the tiles overlap another one, and a chunk
+# serves at most 1.9 tiles. Normally distributed clumps of six on average come close to that. The bench prints the
+# values that they reach.
 CLUMP_SYNAPSES, CLUMP_STD_ZYX = 6, (15, 150, 150)
-# One by one no tile profits from another: its rate is that of a part of the same tiles.
+# Read one by one, no tile profits from another, so the rate is measured on a part of the same tiles.
 ONE_BY_ONE_TILES = 100
 CREMI_ZYX = (125, 1250, 1250)
 READ_AHEAD = 16
 TURNS = 3  # odd: the median is one of them
-COMPARED = 20  # tiles that must be the same for all methods
+COMPARED = 20  # tiles that must be equal for all methods
 
 DENSE_BAR, SPARSE_BAR, HDF5_BAR, BYTES_BAR, MEMORY_BAR = 20, 5, 5, 1.1, 1.1
 
@@ -88,14 +89,14 @@ Bar = tuple[str, float, float, bool]
 
 
 def over_http(server: "Server") -> list[Bar]:
-    """CloudVolume and synpipe, dense, sparse and scattered; and synpipe with four times as many synapses."""
+    """Compare CloudVolume and synpipe on dense, sparse and scattered tiles, and synpipe with four times as many synapses."""
     bars: list[Bar] = []
     clumped = _clumped(FAFB_ZYX, SPARSE_TILES)
     title(f"{DELAY_S * 1e3:.0f} ms per request, {CHUNK}³ JPEG; {_sharing(clumped)}")
     for name, shape, starts, bar in (
         ("dense", DENSE_ZYX, _starts(DENSE_ZYX, DENSE_TILES), DENSE_BAR),
         ("sparse", FAFB_ZYX, clumped, SPARSE_BAR),
-        ("scattered", FAFB_ZYX, _starts(FAFB_ZYX, SPARSE_TILES), None),  # hardly two of them share a chunk
+        ("scattered", FAFB_ZYX, _starts(FAFB_ZYX, SPARSE_TILES), None),  # hardly any two share a chunk
     ):
         url, count = f"{server.url}/{'x'.join(map(str, shape))}", len(starts)
         slow, fast = by_turns(
@@ -111,7 +112,8 @@ def over_http(server: "Server") -> list[Bar]:
         if slow["checksum"] != fast["checksum"]:
             bars.append((f"{name}: the same voxels", 0, 1, True))
         if name == "dense":
-            # As dense in a volume four times as large, and four times as dense: more tiles of the same chunks are in flight.
+            # Once as dense in a volume four times as large, and once four times as dense, so that more tiles per chunk
+            # are in flight.
             for wide, what in ((WIDE_ZYX, "as dense"), (shape, "4× as dense")):
                 url = f"{server.url}/{'x'.join(map(str, wide))}"
                 more = server.measure("synpipe", path=f"precomputed://{url}", starts=_starts(wide, 4 * count))
@@ -122,7 +124,7 @@ def over_http(server: "Server") -> list[Bar]:
 
 
 def of_hdf5(texture: np.ndarray, folder: Path) -> list[Bar]:
-    """CREMI's file: gzip, and the chunks that h5py chooses for its shape."""
+    """Read a file like those of CREMI, with gzip and the chunks that h5py chooses for the shape."""
     repeats = [-(-size // have) for size, have in zip(CREMI_ZYX, texture.shape, strict=True)]
     data = np.tile(texture, repeats)[tuple(map(slice, CREMI_ZYX))]
     path = folder / "cremi.h5"
@@ -145,12 +147,12 @@ def of_hdf5(texture: np.ndarray, folder: Path) -> list[Bar]:
 
 
 def _starts(shape: tuple[int, ...], count: int) -> list[list[int]]:
-    """First voxels of windows anywhere within the volume."""
+    """Return the first voxels of windows anywhere in the volume."""
     return np.random.default_rng(1).integers(0, np.array(shape) - WINDOW + 1, (count, 3)).tolist()
 
 
 def _clumped(shape: tuple[int, ...], count: int) -> list[list[int]]:
-    """First voxels of windows in clumps: the number of a clump is geometric, its places are normal."""
+    """Return the first voxels of windows in clumps. The size of a clump is geometric; its positions are normal."""
     random = np.random.default_rng(1)
     places = np.empty((0, 3))
     while len(places) < count:
@@ -183,11 +185,11 @@ def show(name: str, found: dict[str, Any], slow: dict[str, Any]) -> None:
     print(f"  {name:<72} {figures} {found['rate'] / slow['rate']:6.1f}", flush=True)
 
 
-# The methods, each in a process of its own
+# The methods, each in its own process
 
 
 def by_turns(*methods: Callable[[], dict[str, Any]]) -> list[dict[str, Any]]:
-    """Each method several times, one after the other in turns; of each the run of middling rate."""
+    """Run the methods in turns, several times each, and return for each the run with the median rate."""
     turns = [[method() for method in methods] for _ in range(TURNS)]
     return [sorted(runs, key=lambda run: run["rate"])[TURNS // 2] for runs in zip(*turns, strict=True)]
 
@@ -225,7 +227,7 @@ def _one_by_one(cut: Callable[[int, int, int], np.ndarray], starts: list[list[in
 
 
 def by_synpipe(path: str, starts: list[list[int]]) -> dict[str, Any]:
-    pa.Table.from_pylist([{"warm": "up"}])  # at its first table pyarrow imports pandas, where that is installed
+    pa.Table.from_pylist([{"warm": "up"}])  # for its first table, pyarrow imports pandas if it is installed
     folder = Path(tempfile.mkdtemp(prefix="synpipe-bench-"))
     try:
         with Volume(VolumeSpec(path=path), folder) as volume:
@@ -234,7 +236,7 @@ def by_synpipe(path: str, starts: list[list[int]]) -> dict[str, Any]:
             measured = _measured(made, began)
         assert made == len(starts) and found["reason"].null_count == made
         index = found.append_column("file", found["part"]).append_column("synapse_id", found["row"])
-        # A neighbour that is missing is replaced: such a tile is no longer the voxels alone.
+        # synpipe replaces a missing neighbouring section, so such a tile no longer equals the voxels.
         assert not any(found["missing_sections"].to_pylist()[:COMPARED])
         tiles = TileReader(index, folder, "colour").read(np.arange(COMPARED))
         return measured | {"checksum": [zlib.crc32(tile.tobytes()) for tile in tiles]}
@@ -243,7 +245,7 @@ def by_synpipe(path: str, starts: list[list[int]]) -> dict[str, Any]:
 
 
 def by_plan(path: str, starts: list[list[int]]) -> dict[str, Any]:
-    """The voxels alone, in the order and ahead of time as `extract` reads them."""
+    """Read only the voxels, in the order and as far ahead as `extract` reads them."""
     low, checksums = np.array(starts), [0] * COMPARED
     ahead: deque[tuple[int, Callable[[], np.ndarray]]] = deque()
 
@@ -270,7 +272,7 @@ def _now() -> tuple[float, float]:
 
 def _measured(tiles: int, began: tuple[float, float]) -> dict[str, Any]:
     elapsed_s, cpu_s = (now - then for now, then in zip(_now(), began, strict=True))
-    # Of this program alone: `getrusage` would count what its parent had before.
+    # Only of this program: `getrusage` would include the memory of its parent.
     (peak_kb,) = re.findall(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
     return {"rate": tiles / elapsed_s, "cpu_ms": 1e3 * cpu_s / tiles, "peak_mb": int(peak_kb) / 1e3}
 
@@ -282,13 +284,13 @@ METHODS = {"cloudvolume": by_cloudvolume, "synpipe": by_synpipe, "h5py": by_h5py
 
 
 class Server:
-    """A server of volumes whose chunks repeat: any shape is there, at /<depth>x<height>x<width>."""
+    """Serve volumes whose chunks repeat. Any shape is available, at /<depth>x<height>x<width>."""
 
     def __init__(self, url: str, sizes: dict[tuple[int, int], int]):
         self.url, self._sizes = url, sizes
 
     def measure(self, method: str, **arguments: Any) -> dict[str, Any]:
-        """A method in a process of its own, with its requests for chunks and bytes, and the least bytes that would do."""
+        """Run a method in its own process. Returns its figures with the requests for chunks, the bytes and the minimum of bytes."""
         self._counts()
         found = child(method, **arguments)
         low = np.array(arguments["starts"])
@@ -299,7 +301,7 @@ class Server:
         return {**found, **self._counts(), "minimum": minimum}
 
     def _counts(self) -> dict[str, int]:
-        """Since the last call."""
+        """Return the counts since the last call."""
         with urllib.request.urlopen(f"{self.url}/counts") as answer:
             return json.load(answer)
 
@@ -327,7 +329,7 @@ def _serve(chunks: dict[tuple[int, int], bytes], pipe: Any) -> None:
 
 
 class Answers:
-    """HTTP/1.1 with keep-alive, as little of it as the clients need: the processor is theirs."""
+    """A minimal HTTP/1.1 server with keep-alive, which leaves the CPU to the clients."""
 
     CHUNK_PATH = re.compile(r"/\w+/em/(\d+)-\d+_(\d+)-\d+_\d+-\d+$")
     INFO_PATH = re.compile(r"/(\d+)x(\d+)x(\d+)/info$")
@@ -380,20 +382,20 @@ def _info(depth: int, height: int, width: int) -> bytes:
 
 
 def _texture() -> tuple[np.ndarray, str]:
-    """uint8 (64, 1024, 1024), and what it is."""
+    """Return the texture, uint8 (64, 1024, 1024), and its description."""
     real = Path(os.environ.get("SYNPIPE_REAL_DATA", "")) / "vnc_stack1.h5"
     if not real.is_file():
         return np.random.default_rng(0).normal(128, 40, (CHUNK, PERIOD, PERIOD)).clip(1, 255).astype(np.uint8), "noise"
     with h5py.File(real) as file:
         data = file["volumes/raw"][:]
-    # There and back again, without the same section twice in a row.
+    # Forwards and backwards, so that no section follows itself.
     there_and_back = np.concatenate([data, data[-2:0:-1]])
     repeated = np.tile(there_and_back, (-(-CHUNK // len(there_and_back)), 1, 1))[:CHUNK]
     return np.ascontiguousarray(repeated), f"{real.name}, {len(data)} sections, repeated"
 
 
 def _chunks(texture: np.ndarray, folder: Path) -> dict[tuple[int, int], bytes]:
-    """JPEG of each 64³ chunk of the texture, by its number (y, x), written by tensorstore."""
+    """Return the JPEG of each 64³ chunk of the texture, by its number (y, x), written by tensorstore."""
     import tensorstore as ts
 
     spec = {

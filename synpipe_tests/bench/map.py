@@ -1,9 +1,9 @@
-"""How fluid the explorer's map is: `python -m synpipe_tests.bench.map --rows 103511 1000000`.
+"""Measure how smoothly the explorer's map moves: `python -m synpipe_tests.bench.map --rows 103511 1000000`.
 
-Needs the demo in the store (`make demo`) and Chromium. The points are those of 103,511 synapses of FAFB (`synominous_umap.json.gz`
-of SYNPIPE_REAL_DATA) where that file is there, scattered a little around them for more rows; else made up. Graphics are
-computed on the CPU, without a graphics card: a laptop with one is faster. The time until the map is drawn includes that in
-which Playwright hands the points over.
+It needs the demo in the store (`make demo`) and Chromium. The points are those of 103,511 synapses of FAFB if
+SYNPIPE_REAL_DATA has `synominous_umap.json.gz`, and synthetic otherwise. More rows are scattered a little around those
+points. The CPU computes the graphics; a laptop with a graphics card is faster. The time until the map is drawn includes
+the time in which Playwright transfers the points.
 """
 
 import argparse
@@ -75,7 +75,7 @@ def _measure(page: Page, url: str, rows: int, content: bytes) -> None:
 
 
 def _synapses(rows: int) -> pa.Table:
-    """What a map is packed of."""
+    """The columns that a map is made of."""
     random = np.random.default_rng(0)
     file = Path(os.environ.get("SYNPIPE_REAL_DATA", "")) / "fafb_v3" / "synominous_umap.json.gz"
     if file.is_file():

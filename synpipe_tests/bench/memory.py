@@ -1,17 +1,17 @@
-"""Peak memory and time of every asset, at 10,000 and at 100,000 tiles: `python -m synpipe_tests.bench.memory`.
+"""Measure peak memory and time of every asset with 10,000 and with 100,000 tiles: `python -m synpipe_tests.bench.memory`.
 
-Each asset is materialised in a process of its own, with its checks and with what the Dagster page shows of it. The volume
-is a texture whose tiles overlap, the annotations are made up, shards hold 2,048 tiles at either size, and the encoder is a
-descriptor, so that 100,000 tiles take minutes; they take 20 GB of disk, which are given back at the end.
+Each asset is materialised in its own process, with its checks and with what Dagster's page shows of it. The volume is a
+texture whose tiles overlap, and the annotations are synthetic. Shards hold 2,048 tiles at both sizes. The encoder is a
+descriptor, so that 100,000 tiles take minutes. They take 20 GB of disk, which are freed at the end.
 
-Memory is anonymous memory (`RssAnon` of /proc/PID/status, looked at every 5 ms): what a process can only keep. Pages of files
-that are mapped, as tiles are, are not in it, for the kernel takes them back when it needs room; they would count all of
-the tiles that have been read. Allocators are told to give back at once what is freed (`ALLOCATORS`): what they keep in reserve
-depends on chance and on the load, by up to 40 MB.
+Memory means anonymous memory (`RssAnon` in /proc/PID/status, read every 5 ms), which the kernel cannot reclaim. It
+excludes the pages of mapped files, such as tiles: the kernel takes those back when it needs memory, and they would
+count every tile that has been read. `ALLOCATORS` makes allocators return freed memory at once, because their reserve
+depends on chance and load, by up to 40 MB.
 
-Fits see a sample of at most `SAMPLE` vectors at both sizes here. As shipped it is larger, and bounds the memory just the same,
-further up: `bench_projection` says what the largest of them takes. Of the compressed encoder only the vectors are made: the
-rest is the same work as for its base.
+Here, fits see a sample of at most `SAMPLE` vectors at both sizes. The shipped sample is larger and bounds the memory in
+the same way, at a higher level: the bench `projection` measures the largest. For the compressed encoder, only the
+vectors are made, because the other assets do the same work as those of its base.
 """
 
 import argparse
@@ -40,14 +40,12 @@ from synpipe_tests.conftest import environment
 SHAPE_ZYX, VOXEL_NM_ZYX = (40, 2304, 2304), (40, 4, 4)
 TILES_PER_SHARD = 2048
 SYNAPSES_PER_NEURON = 50
-SAMPLE = (
-    5_000  # of more than 4,096 vectors UMAP finds the nearest as it does of the 200,000 that it is given as shipped
-)
+SAMPLE = 5_000  # from 4,097 vectors on, UMAP searches neighbours as it does for the shipped 200,000
 COMPRESSED = "grey_pca32"
 ALLOCATORS = {"MIMALLOC_PURGE_DELAY": "0", "MALLOC_ARENA_MAX": "1", "MALLOC_TRIM_THRESHOLD_": "131072"}
-# Ten times the tiles. A quarter is left for the few numbers of each that are held, and for the more parts that a file has.
+# With ten times the tiles, a quarter more is allowed for the few numbers kept per tile and for the additional parts of files.
 RATIO_BAR = 1.25
-# Whatever is done for each tile costs the same at both sizes; a step whose fits see a sample becomes cheaper.
+# Work per tile costs the same at both sizes. A step that fits on a sample becomes cheaper per tile.
 TIME_BAR = 1.5
 INTERVAL_S = 0.005
 
@@ -64,7 +62,7 @@ def main() -> None:
 
 
 def tell(sizes: list[int], small: dict[str, tuple[float, float]], large: dict[str, tuple[float, float]]) -> None:
-    """small, large: peak in MB and seconds, by asset."""
+    """Print the table. small, large: peak in MB, and seconds, by asset."""
     print(f"\n{'':<34} {'peak, MB':>15} {'':>6} {'bytes a':>9}   {'ms a tile':>15}")
     print(f"{'asset':<34} {sizes[0]:>7,} {sizes[1]:>7,} {'ratio':>6} {'more tile':>9}   {sizes[0]:>7,} {sizes[1]:>7,}")
     for asset, (peak, seconds) in small.items():
@@ -86,7 +84,7 @@ def tell(sizes: list[int], small: dict[str, tuple[float, float]], large: dict[st
 
 
 def make_project(folder: Path, tiles: int) -> Project:
-    """A project of that many synapses, each of which has a tile, in a volume that all sizes share."""
+    """Write a project with this many synapses, each of which has a tile. All sizes share the volume."""
     volume = folder / "volume.h5"
     if not volume.exists():
         write_volume(volume)
@@ -99,11 +97,11 @@ def make_project(folder: Path, tiles: int) -> Project:
         "volume": {"path": str(volume)},
         "annotations": [{"format": "table", "path": str(synapses), "columns": {"x": "x_nm", "y": "y_nm", "z": "z_nm"}}],
         "classes": [*FREQUENCY],
-        # Small blocks: the shards of so small a volume would not be alike.
+        # Small blocks, because the shards of so small a volume would otherwise differ in size.
         "tiles": {"shards": -(-tiles // TILES_PER_SHARD), "block_voxels_zyx": [8, 64, 64]},
         "encoders": ["grey", "grey+pca32"],  # `COMPRESSED` is the second
         "evaluation": {"synapses": SAMPLE},
-        "split": {"guard": 0.01},  # all tiles of so small a volume overlap
+        "split": {"guard": 0.01},  # all tiles of such a small volume overlap
     }
     (data / "datasets" / "bench.yaml").write_text(yaml.safe_dump(spec))
     registry = {"encoders": {"grey": {"descriptor": "grey_histogram"}}}
@@ -112,7 +110,7 @@ def make_project(folder: Path, tiles: int) -> Project:
 
 
 def write_volume(path: Path) -> None:
-    """Grey values that vary over some 30 voxels, and differ from section to section."""
+    """Return grey values that vary over about 30 voxels and differ between sections."""
     random = np.random.default_rng(0)
     with h5py.File(path, "w") as file:
         voxels = file.create_dataset("volumes/raw", SHAPE_ZYX, np.uint8)
@@ -129,7 +127,7 @@ def write_synapses(path: Path, count: int) -> None:
     places = random.integers(half, np.array(SHAPE_ZYX) - half, (count, 3))
     z_nm, y_nm, x_nm = ((places + 0.5) * VOXEL_NM_ZYX).T
     neurons = np.arange(count) // SYNAPSES_PER_NEURON
-    # A neuron has one transmitter, and stands in one region.
+    # A neuron has one transmitter and lies in one region.
     labels = random.choice(len(FREQUENCY), neurons[-1] + 1, p=np.array([*FREQUENCY.values()]) / sum(FREQUENCY.values()))
     columns = {
         "synapse_id": np.arange(count) + 720_000_000_000,
@@ -146,7 +144,7 @@ def write_synapses(path: Path, count: int) -> None:
 
 
 def measure(project: Project) -> Iterator[tuple[str, tuple[float, float]]]:
-    """Asset, peak in MB and seconds, in the order in which the data flows."""
+    """Yield asset, peak in MB and seconds, in the order of the data flow."""
     for node in nodes(project.dataset("bench")):
         if node.encoder == COMPRESSED and node.asset.name != "embeddings":
             continue  # the same work as for its base
@@ -167,7 +165,7 @@ def measure(project: Project) -> Iterator[tuple[str, tuple[float, float]]]:
 
 
 def anonymous_mb(process_id: int) -> float:
-    """0 for a process that has ended."""
+    """Return the anonymous memory of a process, or 0 if it has ended."""
     try:
         lines = Path(f"/proc/{process_id}/status").read_text().splitlines()
     except (FileNotFoundError, ProcessLookupError):

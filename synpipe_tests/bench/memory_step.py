@@ -1,4 +1,4 @@
-"""One asset of a project is materialised, as Dagster would, for `bench_memory`: `… DATA STORE ASSET` prints the seconds."""
+"""Materialise one asset as Dagster would, for the bench `memory`: `… DATA STORE ASSET` prints the seconds."""
 
 import json
 import os
@@ -26,7 +26,7 @@ def main(data: str, store: str, asset: str) -> None:
             print(f"{asset}: {name}: {finding.description}", file=sys.stderr)
     node.asset.show(dataset, node.encoder, manifest)
     print(json.dumps({"seconds": time.perf_counter() - began}), flush=True)
-    os._exit(0)  # threads of a library that are still at work have ended a process with an error once
+    os._exit(0)  # running threads of a library once made the process end with an error
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
-"""What a whole brain needs, from what a part of it takes here: `python -m synpipe_tests.bench.scale`.
+"""Estimate what a whole brain needs, from measurements of a part: `python -m synpipe_tests.bench.scale`.
 
-Rates and sizes are measured in this run and multiplied by the number of synapses. What cannot be measured here is a constant of
-this file with its source, and is marked: the density of synapses, the rate of a network on a GPU where there is none, prices.
+Rates and sizes are measured in this run and multiplied by the number of synapses. Values that cannot be measured here
+are constants in this file, with their sources, and are marked in the output: the density of synapses, the rate of a
+network on a GPU where there is none, and prices.
 """
 
 import argparse
@@ -36,9 +37,10 @@ BRAIN_UM3 = 8e7  # Zheng et al., Cell 2018: volume of the brain of an adult fly
 TILES, BATCHES = 1000, 16
 INDEX_ROWS, DIMENSIONS = 400_000, 128  # of xcit_nano
 TILE_BYTES = 3 * 256 * 256
-# timm, results/benchmark-infer-amp-nchw-pt240-cu124-rtx4090-dynamo.csv: images a second of 224 × 224, compiled, in batches of 256.
+# timm, results/benchmark-infer-amp-nchw-pt240-cu124-rtx4090-dynamo.csv: images of 224 × 224 per second, compiled, in
+# batches of 256.
 PUBLISHED_GPU, PUBLISHED_RATES = "RTX 4090", {"xcit_nano": 30_600, "vit_base_patch16_224": 3_346}
-GPU_SHARE = 0.7  # of the network's own rate that the loop is to reach there, see `bench_device`
+GPU_SHARE = 0.7  # share of the network's own rate that the loop should reach there; see the bench `device`
 DOLLARS_GPU_HOUR, DOLLARS_CORE_HOUR, DOLLARS_GB_MONTH = 3.0, 0.05, 0.023  # list prices of large clouds, rounded
 
 
@@ -56,7 +58,7 @@ def main() -> None:
 
 
 def cut_outs(count: int) -> dict[str, Any]:
-    """Cut-outs as dense as the synapses of the brain, from 64³ JPEG chunks on a server that takes 20 ms for a request."""
+    """Measure cut-outs as dense as the synapses of the brain, from 64³ JPEG chunks on a server that takes 20 ms per request."""
     voxels = TILES / count * BRAIN_UM3 * 1e9 / np.prod(bench_extraction.VOXEL_NM_ZYX)
     side = round(float((voxels / 64) ** 0.5) / 64) * 64
     shape = (64, side, side)
@@ -86,7 +88,7 @@ def embedding_rates(folder: Path) -> dict[str, Profile]:
 
 
 def index_build(folder: Path, rows: int) -> tuple[float, float]:
-    """Seconds to build, verify and publish an index, and bytes of the whole of it a row."""
+    """Return the seconds to build, verify and publish an index, and its bytes per row."""
     folder.mkdir()
     write_table(folder / "table.parquet", *bench_search.made_up(rows, DIMENSIONS, spread=False))
     began = time.perf_counter()
@@ -98,7 +100,7 @@ def index_build(folder: Path, rows: int) -> tuple[float, float]:
 
 
 def table_bytes() -> dict[str, float]:
-    """Bytes a row of the demo's embedding tables in Parquet."""
+    """Return the bytes per row of the demo's embedding tables in Parquet."""
     project = Project.locate()
     materialize(project, "demo")
     demo = project.dataset("demo")
@@ -144,7 +146,7 @@ def told(
         f"{row_bytes:,.0f} B",
         f"{row_bytes * count / 1e9:,.0f} GB",
     )
-    # Every row is held against every partition, and partitions grow with the root of the rows.
+    # Every row is compared with every partition, and the number of partitions grows with the square root of the rows.
     hours = seconds * (count / INDEX_ROWS) ** 1.5 / 3600
     note = f"{partitions_for(count):,} partitions; extrapolated by rows × √rows from {INDEX_ROWS:,}: {seconds:.0f} s"
     line("  hours of this machine to build it", "", f"{hours:,.0f}", note)

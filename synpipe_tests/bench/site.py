@@ -1,8 +1,9 @@
-"""The static site at 103,511 × 128: `python -m synpipe_tests.bench.site`, with SynOminous' way beside it in the same run.
+"""Measure the static site with 103,511 × 128 beside the method of SynOminous: `python -m synpipe_tests.bench.site`.
 
-Ids, classes and places on the map are the real ones of SynOminous (`fafb_v3/synominous_umap.json.gz` below SYNPIPE_REAL_DATA)
-where they are there. Vectors and all other columns are made up. There are no tiles: they do not come before an answer.
-SynOminous' way is its own query in PGlite with pgvector, in Node; npm fetches them into a temporary folder.
+Ids, classes and positions on the map are the real ones of SynOminous if SYNPIPE_REAL_DATA has
+`fafb_v3/synominous_umap.json.gz`. Vectors and all other columns are synthetic. There are no tiles, because a page loads
+them only after an answer. The method of SynOminous is its own query in PGlite with pgvector, in Node; npm downloads
+both into a temporary folder.
 """
 
 import argparse
@@ -66,7 +67,7 @@ def main() -> None:
 
 
 def rows_of(count: int) -> tuple[np.ndarray, dict[str, Any], str]:
-    """Vectors, columns of the table, and what is real of them."""
+    """Return the vectors, the columns of the table, and a description of which of them are real."""
     random = np.random.default_rng(0)
     real = Path(os.environ.get("SYNPIPE_REAL_DATA", "../shared/em")) / "fafb_v3" / "synominous_umap.json.gz"
     if count == ROWS and real.exists():
@@ -124,7 +125,7 @@ def no_tiles(files: Any, dataset: Dataset, synapses: pa.Table, *_: Any) -> dict[
 
 
 def measure(page: Page, served: Host, ids: np.ndarray) -> dict[str, Any]:
-    """What a visitor of the site meets; times in ms, by metric those of a search with its way to the worker and back."""
+    """Measure what a visitor experiences. Times are in ms; those by metric include the messages to the worker and back."""
     random = np.random.default_rng(1)
     address = f"{served.url}?id={ids[0]}"
 
@@ -171,7 +172,7 @@ def measure(page: Page, served: Host, ids: np.ndarray) -> dict[str, Any]:
 
 
 def synominous(folder: Path, vectors: np.ndarray, columns: dict[str, Any]) -> dict[str, Any] | str:
-    """SynOminous' way with the same rows, or why there are no figures of it."""
+    """Run the method of SynOminous with the same rows. Returns its figures, or the reason why there are none."""
     npm, node = shutil.which("npm"), shutil.which("node")
     if npm is None or node is None:
         return "npm or node is not installed"
@@ -207,7 +208,7 @@ def synominous(folder: Path, vectors: np.ndarray, columns: dict[str, Any]) -> di
     return json.loads(run.stdout) | {"bytes": len(packed) + programs}
 
 
-# What a page of SynOminous loads of PGlite; the modules of some kilobytes left out.
+# The files of PGlite that a page of SynOminous loads, without modules of a few kilobytes.
 PROGRAMS = ("pglite.wasm", "pglite.data", "vector.tar.gz")
 
 
@@ -242,7 +243,7 @@ def show(recall: dict[str, Any], found: dict[str, Any], beside: dict[str, Any] |
 
 
 def show_tiles() -> None:
-    """Size, time and fidelity of tiles of real ssTEM, where that is there, in the form of the packs and in others."""
+    """Compare size, time and fidelity of real ssTEM tiles, if available, in the format of the packs and in others."""
     path = Path(os.environ.get("SYNPIPE_REAL_DATA", "../shared/em")) / "vnc_stack1.h5"
     if not path.exists():
         return

@@ -1,4 +1,4 @@
-"""Dagster's UI and a browser, for tests and for the pictures in the README."""
+"""Start Dagster's UI and a browser, for the tests and for the pictures in the README."""
 
 import contextlib
 import json
@@ -22,16 +22,16 @@ from synpipe.datasets import Project
 from synpipe_tests.conftest import environment
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
-# Chromium itself asks hosts of Google's for updates unless told not to.
+# Without these flags, Chromium contacts Google's hosts for updates.
 QUIET = ("--no-first-run", "--disable-background-networking", "--disable-component-update")
-# WebGL without a graphics card.
+# WebGL on the CPU, for machines without a graphics card.
 SOFTWARE_GL = ("--use-gl=angle", "--use-angle=swiftshader", "--enable-unsafe-swiftshader")
 START_S, STOP_S = 150, 60
 
 
 @dataclass
 class Ui:
-    """A `synpipe ui` at work. messages: what it has written so far."""
+    """A running `synpipe ui`. `messages` is what it has written so far."""
 
     url: str
     process: subprocess.Popen
@@ -42,14 +42,14 @@ class Ui:
         return self.log.read_text()
 
     def ask(self, query: str) -> Any:
-        """The answer to a GraphQL query."""
+        """Return the answer to a GraphQL query."""
         body = json.dumps({"query": query}).encode()
         request = urllib.request.Request(f"{self.url}/graphql", body, {"Content-Type": "application/json"})
         with urllib.request.urlopen(request, timeout=30) as answer:
             return json.load(answer)["data"]
 
     def stop(self) -> None:
-        """SIGTERM, and wait until the process and all of its children have ended. Raises `TimeoutError`."""
+        """Send SIGTERM and wait until the process and all of its children have ended. Raises `TimeoutError`."""
         self.process.send_signal(signal.SIGTERM)
         deadline = time.monotonic() + STOP_S
         while self._alive():
@@ -67,9 +67,9 @@ class Ui:
 
 @contextlib.contextmanager
 def serve(project: Project, folder: Path, **variables: str) -> Iterator[Ui]:
-    """`synpipe ui` on a free port, in the background as a shell would start it: with Ctrl-C ignored.
+    """Run `synpipe ui` on a free port, in the background as a shell would start it: with SIGINT ignored.
 
-    variables: of the environment, besides those that name the project.
+    variables: environment variables, in addition to those that name the project.
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -103,7 +103,7 @@ def _wait_until_loaded(ui: Ui) -> None:
 @contextlib.contextmanager
 def chromium(webgl: bool = False) -> Iterator[Browser]:
     flags = [*QUIET, *(SOFTWARE_GL if webgl else ["--disable-gpu"])]
-    # As root, as in most containers, Chromium has no sandbox.
+    # Chromium cannot use its sandbox when it runs as root, as in most containers.
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=flags, chromium_sandbox=False)
         yield browser

@@ -1,7 +1,7 @@
-"""A data set whose files can be edited, materialised through Dagster in this process, and what came of it.
+"""A data set whose files can be edited, materialised through Dagster in this process.
 
-For the tests of versions: what is out of date, what ran (from Dagster's event log), what work that was (from the
-manifests), and whether the store is the one that the same inputs give from scratch.
+The tests of versions ask it what is out of date, what ran (from Dagster's event log), how much work that was (from the
+manifests), and whether the store equals one that is made from the same inputs from scratch.
 """
 
 import csv
@@ -41,12 +41,12 @@ SPEC = {
     "tiles": {"shards": 3, "block_voxels_zyx": [32, 128, 128]},
     "encoders": ["tiny", "other"],
     "projection": None,
-    "max_reject_share": 1,  # bad rows are meant
-    "classifier": None,  # `test_classifier` has those
+    "max_reject_share": 1,  # bad rows are intended
+    "classifier": None,  # `test_classifier` tests it
     "evaluation": QUICK_EVALUATION,
 }
-# Small networks of different architecture and dimensions. The last bits of what the first says of a tile do not depend on the
-# batch, on which those of a compressed encoder, and so the version of its fit, rest.
+# Small networks with different architectures and dimensions. A vector of the first one is the same to the last bit in
+# batches of any size. Compressed encoders need that: the version of their fit depends on every bit of the vectors.
 ENCODERS = {
     "tiny": {"model": "resnet10t", "weights": "random", "seed": 0, "crop_px": 64, "precision": "fp32"},
     "other": {"model": "test_vit", "weights": "random", "seed": 0, "crop_px": 64, "precision": "fp32"},
@@ -69,7 +69,7 @@ def branch(*encoders: str) -> set[str]:
 
 @dataclass(frozen=True)
 class Ran:
-    """assets: without those whose step failed. cut_outs, embedded: work of those that ran."""
+    """What one run did. assets: those that were made. cut_outs, embedded: number of tiles cut out, and embedded by encoder."""
 
     assets: set[str]
     cut_outs: int
@@ -78,13 +78,13 @@ class Ran:
 
 @dataclass(frozen=True)
 class Own:
-    """A project in a folder of the test's own."""
+    """A project in a folder that belongs to one test."""
 
     folder: Path
 
     @property
     def project(self) -> Project:
-        """Anew each time: a project reads the registry once."""
+        """A new object each time, because a project reads the registry only once."""
         return Project(self.folder / "data", self.folder / "store")
 
     @property
@@ -118,11 +118,11 @@ class Own:
             writer.writerows(rows)
 
     def outdated(self) -> dict[str, str]:
-        """State of every asset that is not fresh."""
+        """Return the state of every asset that is not fresh."""
         return {state.asset: state.state for state in states(self.dataset) if state.state != "fresh"}
 
     def materialise(self, *selection: str) -> Ran:
-        """Everything, or a selection, as a run of the project's Dagster instance."""
+        """Materialise everything, or a selection, as a run of the project's Dagster instance."""
         with self.instance() as instance:
             before = {run.run_id for run in instance.get_runs()}
         materialize(self.project, NAME, selection)
@@ -146,11 +146,11 @@ class Own:
         )
 
     def materialise_stale(self) -> Ran:
-        """What the command does with `--stale`."""
+        """Do what `synpipe materialize --stale` does."""
         return self.materialise(*self.outdated())
 
     def unsynced(self) -> set[str]:
-        """Assets that Dagster's own UI calls unsynced or never made."""
+        """Return the assets that Dagster's UI shows as unsynced or never materialised."""
         graph = build_definitions(self.project, [NAME]).resolve_asset_graph()
         with self.instance() as instance:
             resolver = CachingStaleStatusResolver(instance, graph, LoadingContextForTest(instance))
@@ -165,12 +165,12 @@ class Own:
         return {node.name: read_manifest(self.dataset, node.name).data_version for node in nodes(self.dataset)}
 
     def branch_files(self, encoder: str) -> dict[str, bytes]:
-        """Manifests and table of an encoder."""
+        """Return the content of an encoder's manifests and table, by file name."""
         paths = [self.dataset.manifest_path(asset) for asset in branch(encoder)]
         return {path.name: path.read_bytes() for path in [*paths, self.dataset.table_path(encoder)]}
 
     def is_as_from_scratch(self) -> None:
-        """The store is one that is made of the same inputs at once, down to the data versions."""
+        """Assert that the store equals one made from the same inputs from scratch, down to the data versions."""
         scratch = Project(self.folder / "data", self.folder / "scratch").dataset(NAME)
         shutil.rmtree(scratch.folder, ignore_errors=True)
         make_outdated(scratch)
@@ -178,11 +178,11 @@ class Own:
 
 
 class Killed(BaseException):
-    """Stands for the end of the process."""
+    """Simulates the end of the process."""
 
 
-def killed_at_the_end(node: Node) -> Node:
-    """The asset, but its process ends when all of its files are written and its manifest is not."""
+def killed_at_the_end(step: Node) -> Node:
+    """Return the step, changed so that its process ends after writing its files and before writing its manifest."""
 
     def make(task: Task) -> Made[Any]:
         node.asset.make(task)
@@ -192,7 +192,7 @@ def killed_at_the_end(node: Node) -> Node:
 
 
 def same_store(here: Dataset, there: Dataset) -> None:
-    """Data versions, rows, vectors and rejects are the same, whatever was made before and where tiles are kept."""
+    """Assert that data versions, rows, vectors and rejects are equal. The files that hold the tiles may differ."""
     for node in nodes(here):
         versions = [read_manifest(dataset, node.name).data_version for dataset in (here, there)]
         assert versions[0] == versions[1], node.name
@@ -209,13 +209,13 @@ def same_store(here: Dataset, there: Dataset) -> None:
         ):
             assert len(found) > 0
             assert _plain(found.drop_columns(["vector", "norm"])) == _plain(wanted.drop_columns(["vector", "norm"]))
-            # They are held rounded: a last bit may turn one step, 1/500 of a component, into the next.
+            # Stored vectors are rounded, so a difference in the last bit can become one rounding step, 1/500 of a component.
             stored = np.array(found.sort_by("synapse_id")["vector"].to_pylist())
             np.testing.assert_allclose(stored, expected, atol=expected.shape[1] ** -0.5 / 250)
 
 
 def make(folder: Path) -> Own:
-    """The project with everything materialised."""
+    """Write the project to `folder` and materialise everything."""
     own = Own(folder)
     datasets = folder / "data" / "datasets"
     make_demo(datasets, VOLUME)
@@ -228,7 +228,7 @@ def make(folder: Path) -> Own:
 
 
 def copy(made: Own, folder: Path, patch: pytest.MonkeyPatch | None = None) -> Own:
-    """A copy with its own Dagster history, for a test to change. patch: of a test that goes through Dagster."""
+    """Copy the project, with its Dagster history, to `folder`. Tests that use Dagster pass their monkeypatch as `patch`."""
     if patch is not None:
         at_home(patch)
     shutil.copytree(made.folder, folder, dirs_exist_ok=True)
@@ -236,7 +236,7 @@ def copy(made: Own, folder: Path, patch: pytest.MonkeyPatch | None = None) -> Ow
 
 
 def at_home(patch: pytest.MonkeyPatch) -> None:
-    """`prepare_home` names the project in the environment: that ends with the test."""
+    """Undo at the end of the test what `prepare_home` sets in the environment."""
     for name in ("DAGSTER_HOME", "SYNPIPE_STORE", "SYNPIPE_DATA"):
         patch.setenv(name, "")
         patch.delenv(name)
@@ -253,7 +253,7 @@ def _plain(table: pa.Table) -> list[dict[str, Any]]:
 
 
 def _embedded(dataset: Dataset, encoder: str) -> np.ndarray:
-    """Unit vectors by synapse id, as the encoder gave them."""
+    """Return the vectors that the encoder produced, scaled to unit length, in the order of synapse ids."""
     fingerprint = read_manifest(dataset, f"embeddings_{encoder}").figures["encoder_fingerprint"]
     cache = EmbeddingCache(dataset.embeddings_folder, fingerprint)
     tiles = read_table(dataset.tiles_path, ["synapse_id", "shard", "content_hash"]).sort_by("synapse_id").to_pylist()

@@ -1,4 +1,4 @@
-"""The explorer's pages in a browser: the command that serves them, and what a page shows, read back."""
+"""Serve the explorer's pages with the command, open them in a browser, and read back what they show."""
 
 import contextlib
 import io
@@ -29,7 +29,7 @@ SHOWN = """() => [...document.querySelectorAll('.answer .class')].map(each => ({
     ids: [...each.querySelectorAll('.neighbour')].map(one => one.dataset.id),
     distances: [...each.querySelectorAll('.distance')].map(one => Number(one.title.replace('distance ', ''))),
 }))"""
-# Controls, links and images that a screen reader would find no name for.
+# Controls, links and images without a name that a screen reader can say.
 NAMELESS = """() => [...document.querySelectorAll('a, button, input, select, textarea, [role=application], [role=img]')]
     .filter(each => each.checkVisibility())
     .filter(each => ![each.getAttribute('aria-label'), each.textContent, each.title,
@@ -40,7 +40,7 @@ NAMELESS = """() => [...document.querySelectorAll('a, button, input, select, tex
 
 @contextlib.contextmanager
 def explore(project: Project, log: Path) -> Iterator[str]:
-    """`synpipe explore` on a free port; gives its address."""
+    """Run `synpipe explore` on a free port and yield its address."""
     command = [str(Path(sys.executable).parent / "synpipe"), "explore", "--port", "0"]
     with log.open("w") as output:
         process = subprocess.Popen(command, env=environment(project), stdout=output, stderr=output)
@@ -58,7 +58,7 @@ def explore(project: Project, log: Path) -> Iterator[str]:
 
 @dataclass
 class Watched:
-    """A page, what it asked for beyond its own host, and what it complained about."""
+    """A page, its requests to other hosts (`elsewhere`), and its errors (`complaints`)."""
 
     page: Page
     elsewhere: list[str] = field(default_factory=list)
@@ -67,7 +67,7 @@ class Watched:
 
 @contextlib.contextmanager
 def watched(browser: Browser, url: str, **context: Any) -> Iterator[Watched]:
-    """A page at `url`. On leaving, it must have complained of nothing and asked no other host."""
+    """Open a page at `url`. At the end, it must have reported no error and sent no request to another host."""
     opened = browser.new_context(**({"viewport": {"width": 1280, "height": 900}} | context))
     seen = Watched(opened.new_page())
     host = urlsplit(url).netloc
@@ -89,7 +89,7 @@ def watched(browser: Browser, url: str, **context: Any) -> Iterator[Watched]:
 
 
 def until(page: Page, condition: str | Callable[[], bool]) -> None:
-    """Wait for a condition. Playwright's own way of waiting evaluates strings in the page, which forbids that."""
+    """Wait for a condition. Playwright's `wait_for_function` evaluates strings in the page, and the page forbids that."""
     deadline = time.monotonic() + WAIT_S
     while not (page.evaluate(condition) if isinstance(condition, str) else condition()):
         if time.monotonic() > deadline:
@@ -98,7 +98,7 @@ def until(page: Page, condition: str | Callable[[], bool]) -> None:
 
 
 def shown(page: Page) -> dict[str, tuple[list[str], list[float]]]:
-    """Ids and distances by class, once the page shows the answer of its address."""
+    """Wait until the page shows the answer to its address. Return ids and distances by class."""
     until(page, SETTLED)
     return {each["name"]: (each["ids"], each["distances"]) for each in page.evaluate(SHOWN)}
 
@@ -108,7 +108,7 @@ def nameless(page: Page) -> list[str]:
 
 
 class Truth:
-    """What a plain computation over the Parquet file says."""
+    """The expected answers, computed with numpy from the Parquet file."""
 
     def __init__(self, dataset: Dataset, encoder: str):
         table = read_table(dataset.table_path(encoder))
@@ -133,7 +133,7 @@ class Truth:
     def nearest(
         self, synapse_id: str, metric: str = "cosine", per_class: int = 4, **where: Any
     ) -> dict[str, list[str]]:
-        """Ids by class, nearest first. where: wanted values by column; `other_neurons` leaves the query's own out."""
+        """Return ids by class, nearest first. where: accepted values by column. other_neurons: leave out the query's own neuron."""
         distances = self.distances(synapse_id, metric)
         own = self.rows[self.place[synapse_id]]["neuron_id"]
         other_neurons = where.pop("other_neurons", False)
@@ -148,7 +148,7 @@ class Truth:
 
 
 class MapOnPage:
-    """The map of a page: where its points are on the screen."""
+    """The map on a page, and where its points are on the screen."""
 
     def __init__(self, page: Page, truth: Truth):
         page.wait_for_selector(READY)
@@ -156,7 +156,7 @@ class MapOnPage:
         self.truth = truth
 
     def places(self) -> np.ndarray:
-        """Of all synapses, in pixels of the window: (n, 2)."""
+        """Return the positions of all synapses in pixels of the window: (n, 2)."""
         view = self.page.locator(".stage").get_attribute("data-view")
         assert view is not None
         x, y, scale = map(float, view.split())
@@ -166,17 +166,17 @@ class MapOnPage:
         return middle + (self.truth.map - [x, y]) * [scale, -scale]
 
     def wait_for(self, row: int, place: Sequence[float]) -> None:
-        """Until a point is drawn within two pixels of a place of the window."""
+        """Wait until a point is drawn within two pixels of a position in the window."""
         until(self.page, lambda: bool(np.abs(self.places()[row] - place).max() < 2))
 
     def lonely(self) -> int:
-        """The row of the point that is farthest from all others."""
+        """Return the row of the point that is farthest from all others."""
         apart = np.linalg.norm(self.truth.map[:, None] - self.truth.map, axis=2)
         np.fill_diagonal(apart, np.inf)
         return int(apart.min(axis=1).argmax())
 
     def painted(self, row: int) -> bool:
-        """Whether a point is on the screen: its pixel differs from the map's corner."""
+        """Return whether a point is drawn: whether its pixel differs from the corner of the map."""
         right, down = self.places()[row]
         corner = self.page.locator("canvas").bounding_box()
         assert corner is not None

@@ -1,7 +1,7 @@
-"""A folder over HTTP by a server that fails as real ones do: for tests of what is read over a network.
+"""Serve a folder over HTTP and fail as real servers do, for tests of reading over a network.
 
-In: a folder, and a rule that says what befalls the n-th request for a path. Out: an address, and how often each path was
-asked for. Guarantee: the same rule gives the same faults, whatever the order in which the requests come.
+Inputs: a folder, and a rule that says how the n-th request for a path fails. Outputs: an address, and the number of
+requests for each path. The same rule gives the same faults in whatever order the requests arrive.
 """
 
 import random
@@ -16,16 +16,16 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-# What may befall a request: a status of HTTP, or
-RESET = "reset"  # the connection is torn down before an answer
-STALL = "stall"  # the headers come, and then nothing more
-SHORT = "short"  # half of the body comes, and then the connection is closed
-HALVED = "halved"  # half of the body comes as though it were all of it
+# How a request may fail: with an HTTP status, or
+RESET = "reset"  # the connection is reset before an answer
+STALL = "stall"  # the headers arrive, and nothing after them
+SHORT = "short"  # half of the body arrives, and the connection is closed
+HALVED = "halved"  # half of the body arrives as if it were the whole
 
 Fault = int | str | None
-Rule = Callable[[str, int], Fault]  # path and number of the request for it, from 1 on → what befalls it
+Rule = Callable[[str, int], Fault]  # path, and number of the request for it from 1 → fault
 
-STALL_S = 60  # longer than any time-out of a test; a server that is closed stalls no longer
+STALL_S = 60  # longer than any time-out of a test; closing the server ends the stall
 
 
 def never(_path: str, _number: int) -> Fault:
@@ -33,7 +33,7 @@ def never(_path: str, _number: int) -> Fault:
 
 
 def at_first(times: int, *faults: Fault, seed: int = 0) -> Rule:
-    """Each path fails that many times, each with faults of its own, and is well from then on."""
+    """Each path fails `times` times, each time with the next of the faults, and works afterwards."""
 
     def rule(path: str, number: int) -> Fault:
         return random.Random(f"{seed} {path} {number}").choice(faults) if number <= times else None
@@ -42,14 +42,14 @@ def at_first(times: int, *faults: Fault, seed: int = 0) -> Rule:
 
 
 def always(fault: Fault, concerned: Callable[[str], bool]) -> Rule:
-    """The paths that are concerned fail whenever they are asked for."""
+    """Every request for one of these paths fails."""
     return lambda path, _number: fault if concerned(path) else None
 
 
 class FaultServer(ThreadingHTTPServer):
-    """rule: may be replaced at any time. requests: how often each path was asked for."""
+    """The server. rule: may be replaced at any time. requests: number of requests by path."""
 
-    request_queue_size = 256  # as real servers have it; connections beyond it are reset
+    request_queue_size = 256  # as on real servers; further connections are reset
 
     def __init__(self, folder: Path, rule: Rule):
         super().__init__(("127.0.0.1", 0), partial(_Handler, directory=str(folder)))
@@ -58,7 +58,7 @@ class FaultServer(ThreadingHTTPServer):
         self.url = f"http://127.0.0.1:{self.server_port}"
 
     def handle_error(self, *_: Any) -> None:
-        """A client that gives up is no fault of the server's."""
+        """Ignore clients that close the connection."""
 
 
 @contextmanager
@@ -84,7 +84,7 @@ class _Handler(SimpleHTTPRequestHandler):
         elif isinstance(fault, int):
             self.send_error(fault)
         elif fault == RESET:
-            # Closing with a linger of zero seconds sends a reset instead of an orderly end.
+            # Closing with a linger time of zero sends a reset.
             self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             self.close_connection = True
         else:
@@ -103,4 +103,4 @@ class _Handler(SimpleHTTPRequestHandler):
         self.close_connection = fault != HALVED
 
     def log_message(self, *_: Any) -> None:
-        """Silent."""
+        """Log nothing."""

@@ -1,6 +1,7 @@
 """A small fine-tuning that kills itself: `python -m synpipe_tests.support.finetune_once FOLDER NUMBER`.
 
-Tiles are noise of three grains. A checkpoint is written after every step and every epoch, the one of that number by half.
+The tiles are noise of three grain sizes. A checkpoint is written after every step and every epoch. The process ends
+when half of checkpoint NUMBER is written.
 """
 
 import os
@@ -24,7 +25,7 @@ CODES = np.arange(COUNT) % 3
 
 
 def tiles() -> np.ndarray:
-    """uint8 (COUNT, 3, 256, 256)."""
+    """Return the tiles: uint8 (COUNT, 3, 256, 256)."""
     random = np.random.default_rng(0)
     found = np.empty((COUNT, 3, 256, 256), np.uint8)
     for place, code in enumerate(CODES):
@@ -35,7 +36,7 @@ def tiles() -> np.ndarray:
 
 
 def run(folder: Path, said: list[str] | None = None, **changes: Any) -> dict[str, Any]:
-    """The first half is for training, the next quarter for validation, and the last must not be read."""
+    """Use the first half for training and the next quarter for validation. The last quarter must not be read."""
     content = tiles()
 
     def read(rows: np.ndarray) -> np.ndarray:
@@ -51,7 +52,7 @@ def run(folder: Path, said: list[str] | None = None, **changes: Any) -> dict[str
 
 
 def kill_while_saving(number: int) -> None:
-    """Let this process be killed when half of a checkpoint is written."""
+    """Make this process kill itself when half of a checkpoint is written."""
     save, saved = torch.save, 0
 
     def counted(state: Any, path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Inputs that tests change, with what must come out of them, computed here from the voxels and the rows alone."""
+"""Inputs that tests change, and the expected outputs, computed here from only the voxels and the rows."""
 
 import csv
 import hashlib
@@ -28,13 +28,13 @@ DATASET = {
     "volume": {"path": "volume.h5"},
     "annotations": [{"format": "table", "path": "synapses.csv", "columns": {"x": "x_nm", "y": "y_nm", "z": "z_nm"}}],
     "tiles": {"shards": 3, "block_voxels_zyx": [2, 128, 128]},
-    "max_reject_share": 1,  # bad rows are meant
-    # What learns from the vectors takes longer than all else, and these data sets are made a hundred times.
+    "max_reject_share": 1,  # bad rows are intended
+    # Learning from the vectors takes longer than everything else, and these data sets are made a hundred times.
     "classifier": None,
     "projection": None,
     "evaluation": None,
 }
-# The smallest networks that timm has, for tests; a forward pass takes a millisecond.
+# timm's smallest networks, which exist for tests. A forward pass takes a millisecond.
 ENCODER = {"weights": "random", "crop_px": 64, "precision": "fp32"}
 
 Place = tuple[int, int, int]  # voxel (z, y, x)
@@ -42,13 +42,13 @@ Place = tuple[int, int, int]  # voxel (z, y, x)
 
 @dataclass(frozen=True)
 class Inputs:
-    """synapses: place and label by id. encoders: model and seed by name, those of the data set."""
+    """The inputs of a data set. synapses: place and label by id. encoders: model and seed by name."""
 
     synapses: dict[int, tuple[Place, str]]
     encoders: dict[str, tuple[str, int]] = field(default_factory=lambda: {"tiny": ("test_resnet", 0)})
 
     def write(self, data: Path) -> None:
-        """The files of the data folder; the volume only once."""
+        """Write the files of the data folder. The volume is written only once."""
         folder = data / "datasets"
         folder.mkdir(parents=True, exist_ok=True)
         if not (folder / "volume.h5").exists():
@@ -64,24 +64,24 @@ class Inputs:
         (folder / "demo.yaml").write_text(yaml.safe_dump({**DATASET, "encoders": list(self.encoders)}))
 
     def rows(self) -> dict[int, tuple[Any, ...]]:
-        """What a table must say of each synapse: position, label and content hash of its tile."""
+        """Return the expected position, label and content hash of the tile for each synapse."""
         return {
             synapse_id: (*nm(place), label, content_hash(place)) for synapse_id, (place, label) in self.synapses.items()
         }
 
     def with_synapses(self, changes: dict[int, tuple[Place, str] | None]) -> "Inputs":
-        """The same with synapses added, replaced and, for None, removed."""
+        """Return the same inputs with synapses added or replaced, or removed where the value is None."""
         return replace(self, synapses={key: value for key, value in (self.synapses | changes).items() if value})
 
 
 def nm(place: Place) -> tuple[float, float, float]:
-    """Position in nm of which a voxel is the centre of the window: see `Volume.window_starts`."""
+    """Return the position in nm whose window is centred on this voxel; see `Volume.window_starts`."""
     z, y, x = place
     return (z + 0.5) * VOXEL_NM[0], float(y * VOXEL_NM[1]), float(x * VOXEL_NM[2])
 
 
 def content_hash(place: Place) -> str:
-    """Of the tile around a voxel: the sections before, at and after it, or the middle one where there is none."""
+    """Return the hash of the tile around a voxel: the sections before, at and after it. A missing one is replaced by the middle."""
     z, y, x = place
     tile = np.empty((3, 256, 256), np.uint8)
     for channel, section in enumerate((z - 1, z, z + 1)):
@@ -94,7 +94,7 @@ def content_hash(place: Place) -> str:
 
 @dataclass
 class Store:
-    """What readers find in a store: data version by asset; by encoder the rows, and their vectors in the order of ids."""
+    """The content of a store: data versions by asset, and by encoder the rows and their vectors in the order of ids."""
 
     versions: dict[str, str]
     rows: dict[str, dict[int, tuple[Any, ...]]]
@@ -102,7 +102,7 @@ class Store:
 
     @classmethod
     def read(cls, project: Project) -> "Store":
-        """Of every encoder the published index, which must agree with the Parquet table."""
+        """Read the published index of every encoder, and assert that it agrees with the Parquet table."""
         dataset = project.dataset("demo")
         found = cls({node.name: read_manifest(dataset, node.name).data_version for node in nodes(dataset)}, {}, {})
         for encoder in dataset.encoders:
@@ -117,12 +117,12 @@ class Store:
         assert self.rows == other.rows
         assert self.vectors.keys() == other.vectors.keys()
         for encoder, vectors in self.vectors.items():
-            # A batch of another size changes the last bits, which may round to the next step; see `embedding`, `table`.
+            # Another batch size changes the last bits, and with them the rounding; see `embed` and `table`.
             np.testing.assert_allclose(vectors, other.vectors[encoder], atol=2e-3)
 
 
 def published(dataset: Dataset, encoder: str) -> pa.Table:
-    """The rows of the published index, whose indexes must be whole."""
+    """Return the rows of the published index, and assert that its LanceDB indexes are complete."""
     table = lancedb.connect(dataset.lancedb_folder).open_table(encoder)
     table.checkout(CURRENT)
     indexes = table.list_indices()

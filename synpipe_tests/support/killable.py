@@ -1,8 +1,9 @@
-"""A process that materialises in forks of itself, each of which can be killed with SIGKILL at any of its file operations.
+"""A process that materialises in forks of itself. SIGKILL can end each fork at any of its file operations.
 
-Run as `python -m synpipe_tests.support.killable`, it imports what is slow to import once, ten seconds that each fork saves. In: one
-JSON line per materialisation, see `Killable.materialise`. Out: one line each, a `Materialised`. A fork makes, without
-Dagster, exactly what is out of date. Parts are of `PART` tiles, so that a small data set has several in each shard.
+Run it as `python -m synpipe_tests.support.killable`. It imports the slow libraries once, which saves each fork ten
+seconds. It reads one JSON line per materialisation (see `Killable.materialise`) and answers each with one line, a
+`Materialised`. Without Dagster, a fork makes exactly what is out of date. Parts hold `PART` tiles, so that each shard
+of a small data set has several.
 """
 
 import contextlib
@@ -35,8 +36,12 @@ LEARN = {"classifier", "projection", "scores", "evaluation"}
 
 @dataclass(frozen=True)
 class Materialised:
-    """moments: file operations of ours at which the fork could have been killed, `l` while something was learnt or judged, `w`
-    else. changes: of LanceDB's files. cut_outs, embedded: tiles, counted as the work on them was begun."""
+    """What a fork did.
+
+    moments: one letter per file operation of synpipe at which the fork could have been killed: `l` in an asset of
+    `LEARN`, else `w`. changes: number of changes of LanceDB's files. cut_outs, embedded: number of tiles, counted when
+    the work on them began.
+    """
 
     killed: bool
     moments: str
@@ -46,7 +51,7 @@ class Materialised:
 
 
 class Killable:
-    """The process, seen from a test."""
+    """The process, as tests use it."""
 
     def __init__(self, process: subprocess.Popen[str]):
         self._process = process
@@ -55,8 +60,8 @@ class Killable:
     def materialise(self, project: Project, at: int = 0, change: int = 0, after_s: float = 0) -> Materialised:
         """Make what is out of date in the data set `demo`.
 
-        at: number of the moment, from 1, at which the process kills itself. change: or the number of the change of LanceDB's
-        files at which it is killed, as soon as the kernel tells of it. after_s: or the time.
+        at: kill the fork at this moment, counted from 1. change: kill it when the kernel reports this change of LanceDB's files.
+        after_s: kill it after this time. Zero means never.
         """
         assert self._process.stdin and self._process.stdout
         order = {"data": str(project.data), "store": str(project.store), "at": at, "change": change, "after_s": after_s}
@@ -71,7 +76,7 @@ class Killable:
 @contextlib.contextmanager
 def killable() -> Iterator[Killable]:
     quiet = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    # LanceDB warns that it may hang when forked while at work; before the fork it does nothing here.
+    # LanceDB warns that a fork may hang if LanceDB was working before it. Here it does nothing before the fork.
     quiet["PYTHONWARNINGS"] = "ignore:lancedb fork support,ignore:lance is not fork-safe"
     command = [sys.executable, "-m", "synpipe_tests.support.killable"]
     repository = Path(__file__).resolve().parents[2]
@@ -96,10 +101,10 @@ def main() -> None:
     from synpipe.index import build as index_build
     from synpipe.index import recall as index_recall
 
-    torch.set_num_threads(1)  # a thread of the parent would be missing in its forks
+    torch.set_num_threads(1)  # forks do not inherit the parent's threads
     extraction.PART_TILES = PART
     embedding.ROWS_PER_PART["cpu"] = PART
-    index_recall.RECALL_QUERIES = 3  # a third of the time that a build takes, and no file is touched
+    index_recall.RECALL_QUERIES = 3  # more queries take a third of the time of a build and touch no file
     index_build.FLAT_ROWS, index_build.SAMPLE_RATE = 8, 2  # partitions of a dozen rows, in two segments
     for line in sys.stdin:
         print(json.dumps(fork(json.loads(line))), flush=True)
@@ -144,7 +149,7 @@ def fork(order: dict[str, Any]) -> dict[str, Any]:
 
 
 class Watch:
-    """Changes below a folder as the kernel tells of them (inotify(7)): LanceDB writes its files without Python."""
+    """Counts changes below a folder with inotify(7), because LanceDB writes its files outside Python."""
 
     MADE, FOLDER = 0x100, 0x40000000
     MASK = MADE | 0x2 | 0x8 | 0x40 | 0x80 | 0x200  # made, modified, closed, moved from and to, deleted
@@ -162,7 +167,7 @@ class Watch:
                 self._add(inside)
 
     def changes(self) -> int:
-        """How many there were since the last call."""
+        """Return the number of changes since the last call."""
         content, count = os.read(self.descriptor, 65536), 0
         while content:
             folder, mask, _, length = struct.unpack_from("iIII", content)
@@ -175,11 +180,11 @@ class Watch:
 
 
 def materialise(order: dict[str, Any], mark: Callable[[bytes], Any]) -> None:
-    """The work of a fork. mark: what is written here outlives a kill: a `c` per cut-out, an `e` per tile embedded."""
+    """Do the work of a fork. mark: writes to a pipe, which survives a kill: `c` per cut-out, `e` per embedded tile."""
     store, moments, kind = order["store"], 0, b"w"
 
     def operations(event: str, arguments: tuple[Any, ...]) -> None:
-        """Before a folder is made, before and after a temporary file is flushed, before and after it is renamed."""
+        """Count a moment before a folder is made, and before and after a temporary file is flushed or renamed."""
         nonlocal moments
         if event not in ("open", "os.rename", "os.mkdir") or not str(arguments[0]).startswith(store):
             return
@@ -203,7 +208,7 @@ def materialise(order: dict[str, Any], mark: Callable[[bytes], Any]) -> None:
 
 
 def for_the_cache() -> bool:
-    """Whether what is embedded now are tiles, and not views of them that the evaluation makes."""
+    """Return whether tiles are being embedded now, not the evaluation's views of them."""
     frame: Any = sys._getframe()
     while frame and frame.f_code is not embedding._EmbedQueue.work_off.__code__:
         frame = frame.f_back
@@ -211,7 +216,7 @@ def for_the_cache() -> bool:
 
 
 def count(name: str, module: Any, note: Callable[..., Any]) -> None:
-    """Let every call of a function of `module` be noted first."""
+    """Call `note` before every call of a function of `module`."""
     function = getattr(module, name)
 
     def noted(*arguments: Any, **named: Any) -> Any:

@@ -1,6 +1,6 @@
-"""A real S3 server on this machine, for tests of what lies on an object store.
+"""An S3 server on this machine, for tests of object stores.
 
-It is moto's: the HTTP interface of S3, with nothing behind it but memory.
+moto provides it: the HTTP interface of S3, with its data in memory.
 """
 
 import os
@@ -15,7 +15,7 @@ BUCKET = "bucket"
 
 @contextmanager
 def serve() -> Iterator[str]:
-    """A server with an empty bucket, named in the environment as the tools of the cloud read it: its address."""
+    """Run a server with an empty bucket and yield its address. The environment names it as cloud tools expect."""
     server = pytest.importorskip("moto.server", reason="moto[server] is not installed")
     running = server.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     running.start()

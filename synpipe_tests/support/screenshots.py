@@ -1,6 +1,6 @@
-"""The pictures of the README, made anew from the demo in the store: `make pictures`.
+"""Take the pictures of the README from the demo in the store: `make pictures`.
 
-Out: `asset_graph.png`, `tiles.png`, `neighbours.png`, `explorer_search.png` and `explorer_map.png` in data/pictures/, together
+Outputs: `asset_graph.png`, `tiles.png`, `neighbours.png`, `explorer_search.png` and `explorer_map.png` in data/pictures/, together
 about a megabyte.
 """
 
@@ -22,13 +22,13 @@ from synpipe_tests.support.explorer_pages import MapOnPage, Truth, explore, show
 
 WIDTH_PX = 1200
 MARGIN_PX = 16
-# High enough to keep the graph, in the middle, clear of the toolbar above it and the buttons below it.
+# High enough that the toolbar above and the buttons below do not cover the graph in the middle.
 PANES_PX, TOOLBAR_PX, BUTTONS_PX = 545, 115, 460
 WINDOW: Any = {"width": PANES_PX + WIDTH_PX, "height": 2300}
 EXPLORER_WINDOW: Any = {"width": WIDTH_PX, "height": 800}
-# Beside tiles, the colours of the classes are on few pixels, and must stay what they are.
+# Few pixels beside the tiles show the colours of the classes, and those colours must not change.
 RARE_COLOURS = Image.Quantize.MAXCOVERAGE
-# The dots of the page's background are lighter than this, and nothing else is.
+# Only the dots of the page's background are lighter than this.
 BACKGROUND_GREY = 232
 
 
@@ -53,7 +53,7 @@ def main() -> None:
 
 
 def _alone(project: Project, folder: Path) -> Project:
-    """The same store with no data set but the demo, whatever others this machine has the files of."""
+    """Return a project with the same store and only the demo data set, whatever other data sets exist."""
     data = folder / "data"
     shutil.copytree(project.data, data, ignore=shutil.ignore_patterns("store", "pictures", "datasets"))
     (data / "datasets").mkdir()
@@ -62,7 +62,7 @@ def _alone(project: Project, folder: Path) -> Project:
 
 
 def _search(page: Page, url: str, truth: Truth) -> Image.Image:
-    """The synapses most like the first one that has a label, in grey, which leaves the colours of the picture to the classes."""
+    """Search for synapses like the first labelled one. Grey tiles leave the colours of the picture to the classes."""
     labelled = next(row["synapse_id"] for row in truth.rows if row["neurotransmitter"])
     page.goto(f"{url}?id={labelled}&tiles=grey")
     shown(page)
@@ -71,7 +71,7 @@ def _search(page: Page, url: str, truth: Truth) -> Image.Image:
 
 
 def _map(page: Page, url: str, truth: Truth) -> Image.Image:
-    """The map, with the mouse on the synapse that has most room around it."""
+    """Show the map, with the mouse on the synapse that has most room around it."""
     page.goto(f"{url}?page=map")
     places = MapOnPage(page, truth)
     page.mouse.move(*places.places()[places.lonely()])
@@ -85,13 +85,13 @@ def _shot(page: Page) -> Image.Image:
 
 
 def _graph(page: Page) -> Image.Image:
-    """The asset graph with all groups expanded, without the page around it."""
+    """Show the asset graph with all groups expanded, cropped to the graph."""
     page.get_by_role("button", name="Materialize all").wait_for()
     page.get_by_text("demo", exact=True).last.wait_for()
     page.wait_for_timeout(2000)
     page.keyboard.press("Alt+e")
     page.get_by_text("rgb_tiles").last.wait_for()
-    page.wait_for_timeout(3000)  # the graph glides into its place
+    page.wait_for_timeout(3000)  # the graph moves into place
     width, height = WINDOW["width"] - PANES_PX, WINDOW["height"] - TOOLBAR_PX - BUTTONS_PX
     clip: Any = {"x": PANES_PX, "y": TOOLBAR_PX, "width": width, "height": height}
     shot = Image.open(io.BytesIO(page.screenshot(clip=clip))).convert("RGB")
@@ -100,7 +100,7 @@ def _graph(page: Page) -> Image.Image:
 
 
 def _save(image: Image.Image | None, path: Path, method: Image.Quantize = Image.Quantize.MEDIANCUT) -> None:
-    """As a PNG of 256 colours, a third of the size. method: which ones."""
+    """Save as a PNG with 256 colours, a third of the size. method: how Pillow chooses the colours."""
     if image is None:
         raise SystemExit("The demo has nothing to show: run `make demo` first.")
     path.parent.mkdir(exist_ok=True)

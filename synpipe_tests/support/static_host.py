@@ -1,4 +1,4 @@
-"""A static host on loopback that keeps account of what it is asked: any folder, with or without Range requests."""
+"""Serve any folder on loopback, with or without Range requests, and record every request."""
 
 import contextlib
 import re
@@ -13,7 +13,7 @@ from pathlib import Path
 
 @dataclass
 class Host:
-    """asked: path, status and bytes of the body of each answer, in their order."""
+    """asked: path, status and size of the body in bytes of each answer, in order."""
 
     url: str
     asked: list[tuple[str, int, int]] = field(default_factory=list)
@@ -25,7 +25,7 @@ class Host:
 
 @contextlib.contextmanager
 def host(folder: Path, ranges: bool) -> Iterator[Host]:
-    """`python -m http.server`, which knows no Range requests; with `ranges`, one that does."""
+    """Serve like `python -m http.server`, which ignores Range headers. With `ranges`, answer them."""
     with ThreadingHTTPServer(("127.0.0.1", 0), partial(_Handler, directory=str(folder))) as server:
         server.daemon_threads = True
         found = Host(f"http://127.0.0.1:{server.server_port}/")

@@ -1,4 +1,4 @@
-"""Embedding tables of made-up vectors, written by the program itself, for the tests of table, index and search."""
+"""Embedding tables of synthetic vectors, written by synpipe itself, for the tests of table, index and search."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,7 +23,7 @@ PROVENANCE = {
 
 
 def clustered(count: int, dimensions: int, seed: int = 0, clusters: int = 40, spread: float = 0.6) -> np.ndarray:
-    """Vectors as an encoder gives them, in clusters and of different lengths: float32 (count, dimensions)."""
+    """Return vectors like an encoder's, in clusters and of different lengths: float32 (count, dimensions)."""
     random = np.random.default_rng(seed)
     centres = random.normal(size=(clusters, dimensions))
     vectors = centres[random.integers(0, clusters, count)] + spread * random.normal(size=(count, dimensions))
@@ -31,7 +31,7 @@ def clustered(count: int, dimensions: int, seed: int = 0, clusters: int = 40, sp
 
 
 def synapses(count: int, **columns: Any) -> pa.Table:
-    """Synapses 0 … count-1, everything else null but for `columns`."""
+    """Return synapses 0 … count-1. All columns are null except those given as `columns`."""
     given = {"synapse_id": np.arange(count), **columns}
     arrays = [
         pa.array(given[field.name], field.type) if field.name in given else pa.nulls(count, field.type)
@@ -41,7 +41,7 @@ def synapses(count: int, **columns: Any) -> pa.Table:
 
 
 def tiles_of(table: pa.Table, shards: int = 1) -> pa.Table:
-    """One tile of each synapse, in `shards` runs of rows; tile i has the content hash f"{i:032x}"."""
+    """Return one tile per synapse, in `shards` consecutive groups of rows. Tile i has the content hash f"{i:032x}"."""
     count = len(table)
     return pa.table(
         {
@@ -62,7 +62,7 @@ def embedding_table(
     derived: Sequence[pa.Table] = (),
     **columns: Any,
 ) -> Path:
-    """The Parquet file of an embedding table with these vectors."""
+    """Write the Parquet file of an embedding table with these vectors, and return its path."""
     table = synapses(len(vectors), **columns)
 
     def read_vectors(_: int, hashes: list[str]) -> np.ndarray:
@@ -86,6 +86,6 @@ NOTHING_DERIVED = [Derived(asset.table_columns, None) for asset in CONTRIBUTORS]
 
 
 def unit(vectors: np.ndarray) -> np.ndarray:
-    """Vectors of unit length in float64."""
+    """Return the vectors scaled to unit length, in float64."""
     exact = vectors.astype(np.float64)
     return exact / np.linalg.norm(exact, axis=1, keepdims=True)

@@ -1,7 +1,7 @@
-"""A data set whose classes are textures: coarse, medium and fine noise, so that a few tiles teach any network to tell them.
+"""A data set whose classes are textures: coarse, medium and fine noise. Any network learns them from a few tiles.
 
-Tiles lie side by side and do not overlap, so that the split sets nothing aside. 27 neurons of four synapses each, nine to a
-class, and four synapses of no neuron and no class.
+The tiles lie side by side without overlap, so the split sets none aside. There are 27 neurons with four synapses each, nine neurons
+per class, and four synapses without a neuron or a class.
 """
 
 import csv
@@ -34,7 +34,7 @@ ENCODERS = {"tiny": {"model": "test_resnet", "weights": "random", "seed": 0, "cr
 
 
 def write_textures(folder: Path, **changes: Any) -> Project:
-    """The project, with nothing made yet; `changes` replace keys of the data set's YAML file."""
+    """Write the project, with an empty store. `changes` replace keys of the data set's YAML file."""
     datasets = folder / "data" / "datasets"
     datasets.mkdir(parents=True)
     random = np.random.default_rng(0)

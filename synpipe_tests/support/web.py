@@ -1,4 +1,4 @@
-"""What Neuroglancer needs in tests: its own client, as its Python package brings it, and files behind a web server."""
+"""Run Neuroglancer in tests: the client from its Python package, and a web server for the files that it reads."""
 
 import contextlib
 import threading
@@ -21,7 +21,7 @@ LOADED_S, ATTEMPTS = 60, 3
 
 @contextlib.contextmanager
 def serve_folder(folder: Path) -> Iterator[str]:
-    """The address of a server on loopback that allows CORS and knows Range requests, as Neuroglancer needs it."""
+    """Serve a folder on loopback and yield the address. Neuroglancer needs CORS and Range requests."""
     cors = Middleware(CORSMiddleware, allow_origins=["*"], allow_headers=["*"])
     files = Starlette(
         routes=[Mount("/", StaticFiles(directory=folder, follow_symlink=True, html=True))], middleware=[cors]
@@ -37,7 +37,7 @@ def serve_folder(folder: Path) -> Iterator[str]:
 
 
 def add_client(folder: Path) -> str:
-    """Put the client into a folder that is served. Returns its path below the server: it wants a token there."""
+    """Put the client into a served folder. Returns its path on the server, which must contain a token."""
     from neuroglancer import static
 
     (folder / "v").mkdir()
@@ -54,14 +54,15 @@ def neuroglancer_page() -> Iterator[Page]:
 
 
 def open_link(page: Page, link: str, layers: int) -> None:
-    """Open a link and wait until all of its layers are there.
+    """Open a link and wait until all of its layers are ready.
 
-    The first page that a browser opens sometimes loses its first layer (the client of neuroglancer 2.41 says "Cannot read
-    properties of undefined (reading 'length')"), whatever the layer is, and never does again: it is opened anew then.
+    The first page that a browser opens sometimes loses its first layer, whatever the layer is: the client of
+    neuroglancer 2.41 reports "Cannot read properties of undefined (reading 'length')". Later pages never do, so the
+    link is then opened again.
     """
     ready = f"window.viewer?.layerManager.managedLayers.filter(each => each.isReady()).length === {layers}"
     for attempt in range(ATTEMPTS):
-        page.goto("about:blank")  # else another fragment is no other page
+        page.goto("about:blank")  # a new fragment alone would not load the page again
         page.goto(link)
         try:
             page.wait_for_function(ready, timeout=LOADED_S * 1000)
@@ -73,7 +74,7 @@ def open_link(page: Page, link: str, layers: int) -> None:
 
 
 def value_at_middle(page: Page, layer: int) -> str:
-    """What a layer shows at the position, once it does."""
+    """Wait until a layer has a value at the current position, and return it."""
     shown = f"viewer.layerManager.managedLayers[{layer}].layer.getValueAt(viewer.navigationState.position.value, {{}})"
     page.wait_for_function(f"({shown}) != null")
     return page.evaluate(f"String({shown})")
