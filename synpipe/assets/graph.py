@@ -223,7 +223,7 @@ def find_node(dataset: Dataset, name: str) -> Node:
     for node in found:
         if branch_name(name) in (node.name, "/".join(node.key[1:])):
             return node
-    known = ", ".join(sorted("/".join(node.key[1:]) for node in found))
+    known = ", ".join(sorted(node.name for node in found))
     raise SynpipeError(f"{dataset.name} has no asset {name!r}. Its assets: {known}.")
 
 

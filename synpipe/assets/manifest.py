@@ -68,7 +68,7 @@ _MANIFEST = TypeAdapter(Manifest)
 
 
 def find_manifest(dataset: Dataset, asset: str) -> Manifest | None:
-    """The manifest of an asset, or None if the asset has not been made or its manifest is damaged.
+    """The manifest of an asset, or None if the asset has not been made, or its manifest is damaged or of an unknown old format.
 
     A damaged manifest is moved aside with a warning; materialising the asset then writes a new one, mostly from files that are
     still there. Raises `SynpipeError` for a store that a newer synpipe wrote.
@@ -141,10 +141,12 @@ class _NewerStore(Exception):
     """The message is the version of synpipe that wrote the store."""
 
 
-def _parse(content: Any) -> Manifest:
-    """Raises `ValueError`, `TypeError`, `AttributeError` or `KeyError` for content that no synpipe wrote."""
+def _parse(content: Any) -> Manifest | None:
+    """None for a format older than 1. Raises `ValueError`, `TypeError`, `AttributeError` or `KeyError` for damaged content."""
     if isinstance(content["format"], int) and content["format"] > FORMAT:
         raise _NewerStore(content.get("synpipe_version"))
+    if isinstance(content["format"], int) and content["format"] < 1:
+        return None
     if content["format"] == 1:
         content = _from_format_1(content)
     elif content.pop("checksum") != _checksum(content):

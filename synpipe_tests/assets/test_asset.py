@@ -112,7 +112,7 @@ def test_an_asset_is_found_by_both_of_its_names(dataset: Dataset):
     }
     assert {name: find_node(dataset, name).name for name in names} == names
     assert find_node(dataset, "embeddings_tiny+pca8").key == ("demo", "tiny_pca8", "embeddings")
-    with pytest.raises(SynpipeError, match=r"no asset 'embeddings_none'.*tiny/embeddings"):
+    with pytest.raises(SynpipeError, match=r"no asset 'embeddings_none'.*embeddings_tiny"):
         find_node(dataset, "embeddings_none")
 
 

@@ -22,7 +22,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
 
-from synpipe.assets.embedding_table import DERIVED_FIELDS
 from synpipe.assets.manifest import Manifest, write_manifest
 from synpipe.datasets import Project
 from synpipe.embeddings.table import table_schema

@@ -12,11 +12,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import dagster as dg
 import h5py
 import pytest
 
-from synpipe.assets.graph import Node, nodes, states
-from synpipe.assets.manifest import read_manifest
+from synpipe.assets.asset import Made, Task
+from synpipe.assets.graph import Node, find_node, nodes, states
+from synpipe.assets.manifest import FORMAT, read_manifest
 from synpipe.errors import SynpipeError
 from synpipe.index.publish import IndexReport, published
 from synpipe.store.files import read_table
@@ -331,13 +333,13 @@ def test_nothing_is_built_on_what_is_not_whole_or_has_changed_since(own: Own, te
     assert sorted(own.dataset.cut_outs_folder.rglob("*")) == cut_outs
     own.volume.write_bytes(pixels)
 
-    def edited_while_it_is_read(*arguments: Any) -> Any:
-        made = synapses.make(*arguments)
+    def edited_while_it_is_read(task: Task) -> Made[Any]:
+        made = synapses.asset.make(task)
         own.edit_synapses(relabel)
         return made
 
     with pytest.raises(SynpipeError, match="mine/annotations is out of date, its source changed"):
-        replace(synapses, make=edited_while_it_is_read).run(lambda line: None)
+        replace(synapses, asset=replace(synapses.asset, make=edited_while_it_is_read)).run(lambda line: None)
     own.csv.write_bytes(csv)
     make_outdated(own.dataset)
     same_store(own.dataset, template.dataset)
@@ -373,11 +375,11 @@ def rewrite_manifests(own: Own, **content: Any) -> None:
 
 
 def test_a_store_of_a_newer_version_is_refused_and_left_alone(own: Own):
-    rewrite_manifests(own, format=2, synpipe_version="9.1", something_new=[1])
+    rewrite_manifests(own, format=FORMAT + 1, synpipe_version="9.1", something_new=[1])
     before = files(own.dataset.folder)
     for command in ("status", "materialize"):
         message = refusal(invoke(own.project, command, "--dataset", NAME))
-        for words in ("was written by synpipe 9.1", "upgrade synpipe", "--store"):
+        for words in ("was written by synpipe 9.1", "Upgrade synpipe", "--store"):
             assert words in message
     assert files(own.dataset.folder) == before
 
@@ -412,7 +414,7 @@ def test_the_page_marks_and_materialises_the_branch_of_a_changed_encoder(own: Ow
             nodes = ui.ask(STATUS)["assetNodes"]
             assert len(nodes) == len(TRUNK | BRANCHES)
             return {
-                node["assetKey"]["path"][-1]: [cause["category"] for cause in node["staleCauses"]]
+                name_of(dg.AssetKey(node["assetKey"]["path"])): [cause["category"] for cause in node["staleCauses"]]
                 for node in nodes
                 if node["staleStatus"] != "FRESH"
             }
@@ -427,7 +429,7 @@ def test_the_page_marks_and_materialises_the_branch_of_a_changed_encoder(own: Ow
         assert all("CODE" in causes for causes in found.values())
 
         # What the button "Materialize unsynced" sends.
-        keys = ", ".join(f'{{path: ["{NAME}", "{asset}"]}}' for asset in sorted(found))
+        keys = ", ".join(f"{{path: {json.dumps(find_node(own.dataset, asset).key)}}}" for asset in sorted(found))
         launched = ui.ask(LAUNCH % (repository["name"], place, keys))["launchPipelineExecution"]
         assert launched["__typename"] == "LaunchRunSuccess", launched
         deadline = time.monotonic() + 120

@@ -181,7 +181,7 @@ class Killed(BaseException):
     """Simulates the end of the process."""
 
 
-def killed_at_the_end(step: Node) -> Node:
+def killed_at_the_end(node: Node) -> Node:
     """Return the step, changed so that its process ends after writing its files and before writing its manifest."""
 
     def make(task: Task) -> Made[Any]:
