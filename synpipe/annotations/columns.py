@@ -43,6 +43,13 @@ def as_text(column: pa.Array) -> pa.Array:
     return pc.if_else(pc.is_in(pc.utf8_lower(text), pa.array(ABSENT)), pa.scalar(None, pa.string()), text)
 
 
+def as_float32(column: pa.Array) -> pa.Array:
+    """Return the column as float32, with null where a value is absent, not a number, or not finite as float32."""
+    with np.errstate(over="ignore"):  # a value that overflows becomes infinite and then null
+        values = as_floats(column).astype(np.float32)
+    return pa.array(values, mask=~np.isfinite(values))
+
+
 def as_floats(column: pa.Array) -> np.ndarray:
     """Return the column as float64, with NaN where a value is absent or not a number."""
     if pa.types.is_string(column.type):

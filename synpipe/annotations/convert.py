@@ -107,7 +107,7 @@ def _convert_source(
     if count == 0:
         raise SynpipeError(f"{source.files(inputs.base)[0]} holds no synapses. Name a file that has at least one.")
     notes += [
-        f"{source.name}: {number:,} synapses have a {key} that is not a number or not exact; it is left empty."
+        f"{source.name}: {number:,} synapses have a {key} that is not a number, not exact or too large; it is left empty."
         for key, number in emptied.items()
     ]
     return notes + (units.conclude() if units else [])

@@ -14,7 +14,15 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from synpipe.annotations.bounds import VolumeBounds
-from synpipe.annotations.columns import MAX_ID, MAX_ID_AS_FLOAT, as_class_names, as_floats, as_text, as_whole_numbers
+from synpipe.annotations.columns import (
+    MAX_ID,
+    MAX_ID_AS_FLOAT,
+    as_class_names,
+    as_float32,
+    as_floats,
+    as_text,
+    as_whole_numbers,
+)
 from synpipe.annotations.schema import (
     BAD_ID,
     MALFORMED_ROW,
@@ -143,7 +151,7 @@ def _type_rows(table: pa.Table, source: AnnotationSource, classes: Sequence[str]
         "hemilineage": as_text(raw["hemilineage"]),
         "region": as_text(raw["region"]),
         "neurotransmitter": labels,
-        "confidence": pa.array(as_floats(raw["confidence"]), from_pandas=True).cast(pa.float32(), safe=False),
+        "confidence": as_float32(raw["confidence"]),
         "source": pa.repeat(source.name, count),
         "source_id": as_text(raw["synapse_id"]),
     }

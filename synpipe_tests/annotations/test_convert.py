@@ -627,3 +627,27 @@ def test_the_format_chooses_the_spec_and_the_fingerprint_follows_content_and_spe
     assert table(path, id_offset=1).fingerprint(tmp_path) != before
     path.write_text("synapse_id,x,y,z\n1,1,1,12\n")
     assert spec.fingerprint(tmp_path) != before
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".parquet"])
+def test_a_confidence_that_is_too_large_is_left_empty_with_a_note(tmp_path: Path, suffix: str) -> None:
+    """The columns hold 32-bit floats, in which 1e39 would become infinite."""
+    values = [1e39, -1e39, 3e38, 0.5]
+    path = tmp_path / f"points{suffix}"
+    columns = {"synapse_id": [1, 2, 3, 4], **{axis: [10.0] * 4 for axis in "xyz"}, "confidence": values}
+    if suffix == ".csv":
+        rows = (",".join(map(str, row)) for row in zip(*columns.values(), strict=True))
+        path.write_text("\n".join([",".join(columns), *rows]))
+    else:
+        write_table(path, columns)
+    result = read(tmp_path, table(path))
+    assert result.synapses["confidence"].to_pylist() == [None, None, pytest.approx(3e38), 0.5]
+    assert [note for note in result.notes if "points: 2 synapses have a confidence" in note and "too large" in note]
+    assert result.rejects.num_rows == 0
+
+
+def test_an_infinite_confidence_is_left_empty_with_a_note(tmp_path: Path) -> None:
+    columns = {"synapse_id": [1, 2], **{axis: [10.0] * 2 for axis in "xyz"}, "confidence": [np.inf, 0.25]}
+    result = read(tmp_path, table(write_table(tmp_path / "points.parquet", columns)))
+    assert result.synapses["confidence"].to_pylist() == [None, 0.25]
+    assert [note for note in result.notes if "1 synapses have a confidence" in note]
