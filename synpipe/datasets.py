@@ -19,6 +19,7 @@ from synpipe.analysis.classifier import ClassifierSpec, LinearSpec
 from synpipe.analysis.evaluation import EvaluationSpec
 from synpipe.analysis.projection import ProjectionSpec
 from synpipe.analysis.splits import SplitSpec
+from synpipe.annotations.columns import check_class_names
 from synpipe.annotations.formats import AnnotationSpec
 from synpipe.embeddings.encoder_specs import AnyEncoderSpec
 from synpipe.embeddings.registry import branch_name, chosen_encoders, load_registry
@@ -62,6 +63,12 @@ class DatasetSpec(Spec):
     projection: ProjectionSpec | None = ProjectionSpec()
     max_reject_share: float = Field(0.05, ge=0, le=1)
     neuroglancer: str = "https://neuroglancer-demo.appspot.com"
+
+    @field_validator("classes")
+    @classmethod
+    def _are_distinct(cls, classes: tuple[str, ...]) -> tuple[str, ...]:
+        check_class_names(classes)
+        return classes
 
     @field_validator("neuroglancer")
     @classmethod

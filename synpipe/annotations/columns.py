@@ -12,6 +12,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from synpipe.annotations.schema import UNLABELLED
+
 MAX_ID = 2**63 - 1
 # Above 2^53 - 1, float64 cannot distinguish neighbouring integers (IEEE 754), so such an id may belong to another synapse.
 MAX_ID_AS_FLOAT = 2**53 - 1
@@ -111,6 +113,25 @@ def as_class_names(column: pa.Array, classes: Sequence[str]) -> tuple[pa.Array, 
             f"{value!r} is none of {', '.join(classes)}{_hint(value, class_by_name)}" if is_unknown else None
         )
     return pa.array(labels, pa.string()).take(encoded.indices), pa.array(problems, pa.string()).take(encoded.indices)
+
+
+def check_class_names(classes: Sequence[str]) -> None:
+    """Raise `ValueError` if the name of a class is empty or reserved, or if two names would stand for the same values."""
+    earlier: dict[str, str] = {}
+    for name in classes:
+        if not name.strip():
+            raise ValueError("a class has an empty name: give it a name, or remove it")
+        if _normalised(name) == UNLABELLED:
+            raise ValueError(
+                f"{name!r} is what synpipe calls synapses without a class: rename the class, or remove it and leave the "
+                "neurotransmitter of its synapses empty"
+            )
+        if (same := earlier.get(_canonical(name))) is not None:
+            raise ValueError(
+                f"{same!r} and {name!r} name the same class, because case, spaces and common synonyms do not matter: keep one "
+                "of them"
+            )
+        earlier[_canonical(name)] = name
 
 
 def _normalised(name: str) -> str:

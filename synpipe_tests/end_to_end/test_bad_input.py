@@ -171,6 +171,23 @@ DESCRIPTION_FAULTS = {
     "a data set with an unknown encoder": Fault(
         lambda user: user.describe(encoders=["tiny", "huge"]), ("mine.yaml", "huge", "encoders.yaml", "tiny")
     ),
+    "classes that differ only in case": Fault(
+        lambda user: user.describe(classes=["gaba", "Gaba"]),
+        ("mine.yaml", "classes", "'gaba' and 'Gaba'", "same class"),
+    ),
+    "a class that is named twice": Fault(
+        lambda user: user.describe(classes=["gaba", "gaba"]),
+        ("mine.yaml", "classes", "'gaba' and 'gaba'", "same class"),
+    ),
+    "classes that are synonyms": Fault(
+        lambda user: user.describe(classes=["ach", "acetylcholine"]), ("mine.yaml", "'ach' and 'acetylcholine'")
+    ),
+    "a class without a name": Fault(
+        lambda user: user.describe(classes=["gaba", " "]), ("mine.yaml", "classes", "empty name")
+    ),
+    "a class named unlabelled": Fault(
+        lambda user: user.describe(classes=["gaba", "Unlabelled"]), ("mine.yaml", "'Unlabelled'", "rename the class")
+    ),
     "no registry": Fault(lambda user: user.encoders.unlink(), ("encoders.yaml", "does not exist")),
     "an encoder with an unknown key": Fault(
         lambda user: user.register(wheights="hub"), ("encoders.yaml", "`tiny`", "wheights", "Known keys", "weights")
