@@ -12,6 +12,7 @@ The *identity* differs from the *fingerprint*, which is the key of the cached ve
 weights that were loaded, so it is known only after the encoder was opened or fitted.
 """
 
+import re
 from collections.abc import Mapping
 from functools import lru_cache
 from importlib.metadata import version
@@ -30,6 +31,11 @@ DESCRIPTOR_METHOD = 1  # `descriptors`
 COMPRESSION_METHOD = 1  # `compression`
 
 _WEIGHT_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
+# Arguments of `timm.create_model` that load weights or choose which are loaded, beside those that begin with `pretrained`.
+_ARGS_OF_WEIGHTS = ("checkpoint_path", "cache_dir")
+# These begin with `pretrained` and describe the architecture of Swin networks.
+_ARGS_OF_SHAPE = ("pretrained_window_size", "pretrained_window_sizes")
+_LIKE_A_FILE = re.compile(r"[/\\:]|\.(safetensors|pth|pt|bin|ckpt|npz|npy|tar|h5)$", re.IGNORECASE)
 
 # Looking up a version reads a file and takes 6 ms, and `status` asks for every asset of every encoder.
 _version = lru_cache(version)
@@ -67,6 +73,19 @@ class EncoderSpec(Spec):
         if weights not in ("hub", "random") and not weights.endswith(_WEIGHT_SUFFIXES):
             raise ValueError(f"use `hub`, `random` or a file that ends with {', '.join(_WEIGHT_SUFFIXES)}")
         return weights
+
+    @field_validator("args")
+    @classmethod
+    def _load_no_weights(cls, args: dict[str, Any]) -> dict[str, Any]:
+        """`weights` alone says what is loaded. The identity and the fingerprint do not cover files that `args` name."""
+        for name, value in args.items():
+            names_weights = name in _ARGS_OF_WEIGHTS or (name.startswith("pretrained") and name not in _ARGS_OF_SHAPE)
+            if names_weights or (isinstance(value, str) and _LIKE_A_FILE.search(value)):
+                raise ValueError(
+                    f"`{name}: {value}` makes timm load a file, whose content would not change the fingerprint of the encoder: "
+                    "remove it, and name the weights under `weights`"
+                )
+        return args
 
     @model_validator(mode="after")
     def _check_seed(self) -> Self:

@@ -133,6 +133,21 @@ def test_every_model_of_the_shipped_registry_is_known_to_timm_with_weights() -> 
         ("{model: resnet18, weights: hub, crop_px: 300}", ["crop_px", "256"]),
         ("{model: 'hf-hub:someone/model', weights: hub}", ["model"]),
         ("resnet18", ["the whole entry"]),
+        *(
+            (
+                f"{{model: resnet18, weights: random, seed: 0, args: {{{args}}}}}",
+                [args.split(": ")[0], "`weights`", "fingerprint"],
+            )
+            for args in (
+                "checkpoint_path: w.pth",
+                "pretrained: true",
+                "pretrained_cfg: a1_in1k",
+                "pretrained_strict: false",
+                "cache_dir: weights",
+                "anything: weights/w.safetensors",
+                "anything: w.PTH",
+            )
+        ),
     ],
 )
 def test_wrong_entry_is_named_with_its_file(tmp_path: Path, entry: str, expected: list[str]) -> None:
