@@ -80,6 +80,9 @@ def make(task: Task) -> Made[EmbeddingsFacts]:
 
     encoders = open_on_all_devices(spec, dataset.weights_base)
     encoder, devices = encoders[0], ", ".join(str(one.device) for one in encoders)
+    if spec.is_network:
+        for each in encoders:
+            spec.check_loaded(each.weights, identity)
     task.log(f"{encoder.spec.model} on {devices}, {encoder.dim} dimensions, fingerprint {encoder.fingerprint[:12]}")
     if missing is None or missing.cache.fingerprint != encoder.fingerprint:
         missing = find_missing(dataset, encoder.fingerprint)

@@ -21,6 +21,7 @@ from typing import Any, ClassVar, Literal, Self, TypeAlias
 
 from pydantic import Field, field_validator, model_validator
 
+from synpipe.errors import SynpipeError
 from synpipe.specs import Spec, digest
 from synpipe.store.fingerprints import file_sha256
 from synpipe.tiles.tile import TILE_PX
@@ -106,6 +107,17 @@ class EncoderSpec(Spec):
             weights = f"random:{self.seed}"
         else:
             weights = f"sha256:{file_sha256(path)}" if path.is_file() else f"missing:{self.weights}"
+        return self._identity_with(weights)
+
+    def check_loaded(self, weights: str, identity: str) -> None:
+        """Raise `SynpipeError` if `weights`, which were loaded, are not those of `identity`: the file was replaced since."""
+        if self.weights not in ("hub", "random") and self._identity_with(weights) != identity:
+            raise SynpipeError(
+                f"The weights file {self.weights} of encoder {self.model} was replaced while it was being opened. Run the same "
+                "command again."
+            )
+
+    def _identity_with(self, weights: str) -> str:
         return digest({**self._settings(), "weights": weights, "crop_px": self.crop_px})
 
     def fingerprint(self, weights: str, preprocessing: Mapping[str, Any]) -> str:

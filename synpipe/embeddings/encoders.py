@@ -15,8 +15,12 @@ After a change that alters vectors, raise `NETWORK_METHOD` in `encoder_specs`.
 """
 
 import difflib
+import hashlib
 import logging
 import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,7 +31,6 @@ from synpipe.embeddings import descriptors
 from synpipe.embeddings.encoder_specs import DescriptorSpec, EncoderSpec, TileEncoderSpec
 from synpipe.embeddings.forward import BATCH_SIZE, Forward, FunctionForward, NetworkForward
 from synpipe.errors import SynpipeError, one_line
-from synpipe.store.fingerprints import file_sha256
 from synpipe.tiles.tile import TILE_PX
 
 if TYPE_CHECKING:
@@ -37,6 +40,7 @@ logger = logging.getLogger(__name__)
 
 _CROP_OF_LARGE_MODELS_PX = 224  # for a network whose own input is larger than a tile; a multiple of 14, 16 and 32
 _HUB_TIMEOUT_S = 5.0
+_COPY_BYTES = 2**22
 
 # huggingface_hub reads this when it is imported.
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
@@ -138,8 +142,9 @@ def open_network(spec: EncoderSpec, weights_base: Path) -> tuple["torch.nn.Modul
             model = _create(spec, args)
         else:
             path = _hub_file(spec, config) if spec.weights == "hub" else weights_base / spec.weights
-            model = _create_with_weights(spec, args, config, path)
-            weights = f"sha256:{file_sha256(path)}"
+            with _private_copy(spec, path) as (copy, sha256):
+                model = _create_with_weights(spec, args, config, _Weights(path, copy))
+            weights = f"sha256:{sha256}"
 
     data = timm.data.resolve_model_data_config(model)
     preprocessing = {"crop_px": crop_px, "resize": "none", "mean": list(data["mean"]), "std": list(data["std"])}
@@ -217,15 +222,48 @@ def _create(spec: EncoderSpec, args: dict[str, Any], **weights: Any) -> "torch.n
         ) from None
 
 
-def _create_with_weights(spec: EncoderSpec, args: dict[str, Any], config: Any, path: Path) -> "torch.nn.Module":
+@dataclass(frozen=True)
+class _Weights:
+    """named: the file of the registry or of the hub's cache, for messages. copy: the file that is loaded."""
+
+    named: Path
+    copy: Path
+
+
+@contextmanager
+def _private_copy(spec: EncoderSpec, path: Path) -> Iterator[tuple[Path, str]]:
+    """A copy of a weights file, for as long as the context is open, and the SHA-256 of its bytes.
+
+    The file itself may be replaced at any moment. Nobody changes the copy, so the digest is that of the weights that are loaded.
+    """
+    total = hashlib.sha256()
+    with tempfile.TemporaryDirectory(prefix="synpipe-") as folder:
+        copy = Path(folder) / f"weights{path.suffix}"
+        try:
+            with open(path, "rb") as source, open(copy, "wb") as target:
+                while block := source.read(_COPY_BYTES):
+                    total.update(block)
+                    target.write(block)
+        except FileNotFoundError:
+            raise SynpipeError(
+                f"The weights file {path} of encoder {spec.model} does not exist: correct `weights` in the registry."
+            ) from None
+        except OSError as error:
+            raise SynpipeError(
+                f"The weights file {path} of encoder {spec.model} cannot be copied to {folder} ({error.strerror}). Make the file "
+                "readable, and make space there, or let TMPDIR name another folder."
+            ) from None
+        yield copy, total.hexdigest()
+
+
+def _create_with_weights(
+    spec: EncoderSpec, args: dict[str, Any], config: Any, weights: "_Weights"
+) -> "torch.nn.Module":
     import timm
 
+    path = weights.named
     try:
-        state = timm.models.load_state_dict(str(path), weights_only=True)
-    except FileNotFoundError:
-        raise SynpipeError(
-            f"The weights file {path} of encoder {spec.model} does not exist: correct `weights` in the registry."
-        ) from None
+        state = timm.models.load_state_dict(str(weights.copy), weights_only=True)
     except Exception as error:  # safetensors, pickle, zipfile and torch raise many types
         raise SynpipeError(
             f"The weights file {path} of encoder {spec.model} cannot be read ({_first_line(error)}). It must be "

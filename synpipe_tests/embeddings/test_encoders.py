@@ -219,6 +219,43 @@ def test_weights_file_counts_by_content_not_by_name(tmp_path: Path, state: dict[
     assert open_encoder(file_spec("a.safetensors"), tmp_path).fingerprint != first.fingerprint
 
 
+def test_arguments_of_the_architecture_are_allowed() -> None:
+    args = {"global_pool": "max", "pretrained_window_size": 8, "weight_init": "jax"}
+    assert spec_of(args=args).args == args
+
+
+def test_weights_that_are_replaced_while_they_are_loaded_keep_their_own_fingerprint(
+    tmp_path: Path, state: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The fingerprint belongs to the weights that were loaded, whenever the file changes."""
+    first, second, used = (tmp_path / f"{name}.safetensors" for name in ("a", "b", "used"))
+    safetensors.torch.save_file(state, first)
+    safetensors.torch.save_file({**state, "conv1.0.weight": state["conv1.0.weight"] * 2}, second)
+    expected = [open_encoder(file_spec(path.name), tmp_path) for path in (first, second)]
+    tiles, load = make_tiles(1), timm.models.load_state_dict
+
+    def replace_then_load(*args: Any, **options: Any) -> Any:
+        used.write_bytes(second.read_bytes())
+        return load(*args, **options)
+
+    def load_then_replace(*args: Any, **options: Any) -> Any:
+        loaded = load(*args, **options)
+        used.write_bytes(second.read_bytes())
+        return loaded
+
+    for patched in (replace_then_load, load_then_replace):
+        used.write_bytes(first.read_bytes())
+        identity = file_spec(used.name).identity(tmp_path, {})
+        monkeypatch.setattr(timm.models, "load_state_dict", patched)
+        opened = open_encoder(file_spec(used.name), tmp_path)
+        monkeypatch.undo()
+        (same,) = [one for one in expected if one.fingerprint == opened.fingerprint]
+        np.testing.assert_array_equal(opened.embed(tiles), same.embed(tiles))
+        file_spec(used.name).check_loaded(opened.weights, identity)  # this one was loaded before it was replaced
+        with pytest.raises(SynpipeError, match="was replaced"):
+            file_spec(used.name).check_loaded(expected[1].weights, identity)
+
+
 # Embedding
 
 
