@@ -163,7 +163,7 @@ DESCRIPTION_FAULTS = {
     ),
     "a data set that is a list": Fault(lambda user: user.dataset.write_bytes(b"- title\n"), ("mine.yaml", "mapping")),
     "a data set with an unknown key": Fault(
-        lambda user: user.describe(tile={"shards": 2}), ("mine.yaml", "tile: ", "Known keys", "tiles")
+        lambda user: user.describe(tile={"shards": 2}), ("mine.yaml", "`tile` is not", "Known keys", "tiles")
     ),
     "a data set with a wrong value": Fault(
         lambda user: user.describe(tiles={"border": "mirror"}), ("mine.yaml", "tiles.border", "'pad'")

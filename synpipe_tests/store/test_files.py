@@ -5,9 +5,10 @@ import os
 import subprocess
 import sys
 import textwrap
+import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Any, Literal
 
 import h5py
 import numpy as np
@@ -267,10 +268,15 @@ def test_an_invalid_spec_names_every_wrong_key_at_once() -> None:
         Outer.parse(wrong, "demo.yaml, entry 3")
     message = str(caught.value)
     assert message.startswith("demo.yaml, entry 3: ")
-    for part in ("name:", "count:", "inner.mode:", "nmae:", "Known keys: name, count, inner, parts."):
+    for part in (
+        "`name` is required and missing.",
+        "`count` is 0, but it should be at least 1.",
+        "`inner.mode` is 'c', but it should be 'a' or 'b'.",
+        "`nmae` is not a known key: did you mean `name`? Known keys: name, count, inner, parts.",
+    ):
         assert part in message
     for nonsense in (None, [], "text", 3):
-        with pytest.raises(SynpipeError, match=r"demo\.yaml: the whole entry: "):
+        with pytest.raises(SynpipeError, match=r"demo\.yaml: the whole entry is .*, but it should be a mapping"):
             Outer.parse(nonsense, "demo.yaml")
 
 
@@ -320,3 +326,92 @@ def test_yaml_files(tmp_path: Path) -> None:
         read_yaml(path)
     path.write_text("title: x\nvolume: {path: v.h5}\n")
     assert read_yaml(path) == {"title": "x", "volume": {"path": "v.h5"}}
+
+
+ALIASES_OF_ALIASES = "a0: &a0 [x, x]\n" + "".join(
+    f"a{number}: &a{number} [{', '.join([f'*a{number - 1}'] * 9)}]\n" for number in range(1, 12)
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (ALIASES_OF_ALIASES, ["more than 100,000 values", "aliases", "line 6"]),
+        ("a: &a [*a]\n", ["line 1", "an alias refers to a value that contains the alias"]),
+        ("a: &a\n  b: {c: *a}\n", ["an alias refers to a value that contains the alias"]),
+        ("a: " + "[" * 150 + "]" * 150, ["nested more than 100 deep"]),
+        ("a: " + "[" * 3000 + "]" * 3000, ["nested more than 100 deep"]),
+        ("a0: &a0 x\n" + "".join(f"a{n + 1}: &a{n + 1} [*a{n}]\n" for n in range(2000)), ["nested more than 100 deep"]),
+        ("a: " + "1" * 5000, ["line 1", "a number is too large"]),
+        ("a: 99999999999999999999\n", ["a number is too large"]),
+        ("title: x\na: {{ data }}\n", ["line 2", "Placeholders such as {{ name }}", "${VARIABLE:-default}"]),
+        ("a: {{ data }}/volume.h5\n", ["line 1", "Placeholders such as {{ name }}"]),
+        ("? [a, b]\n: 1\n", ["a key is a list or a mapping"]),
+        ("a: 1\na: 2\n", ["line 2", "the key 'a' appears twice"]),
+        ("a: 2020-13-45\n", ["line 1", "month"]),
+        ('a: "\\0"\n', ["characters that no text may have"]),
+        ('a: "\\ud800"\n', ["characters that no text may have"]),
+    ],
+)
+def test_yaml_that_cannot_be_used_is_explained_at_once(tmp_path: Path, text: str, expected: list[str]) -> None:
+    path = tmp_path / "demo.yaml"
+    path.write_text(text)
+    began = time.monotonic()
+    with pytest.raises(SynpipeError, match=r"demo\.yaml is not valid YAML: ") as caught:
+        read_yaml(path)
+    assert time.monotonic() - began < 20
+    assert [part for part in expected if part not in str(caught.value)] == [], caught.value
+    assert len(str(caught.value)) < 400
+
+
+def test_aliases_and_merge_keys_can_be_used(tmp_path: Path) -> None:
+    path = tmp_path / "demo.yaml"
+    path.write_text("a: &a {x: 1, y: 2}\nb: &b {<<: *a, y: 3}\nc: {<<: [*b, *a], z: 4}\nd: [*a, *b]\n")
+    assert read_yaml(path) == {
+        "a": {"x": 1, "y": 2},
+        "b": {"x": 1, "y": 3},
+        "c": {"x": 1, "y": 3, "z": 4},
+        "d": [{"x": 1, "y": 2}, {"x": 1, "y": 3}],
+    }
+
+
+class First(Spec):
+    kind: Literal["first"]
+    size: tuple[float, float] = (1, 1)
+
+
+class Second(Spec):
+    kind: Literal["second"]
+    args: dict[str, bool | int | str] = Field(default_factory=dict)
+
+
+class WithUnion(Spec):
+    entries: tuple[Annotated[First | Second, Field(discriminator="kind")], ...] = Field((), min_length=1)
+
+
+@pytest.mark.parametrize(
+    ("entry", "sentence"),
+    [
+        ({"kind": "first", "size": 4}, "`entries.0.size` is 4, but it should be a list in square brackets."),
+        ({"kind": "first", "size": [4]}, "`entries.0.size.1` is required and missing: the list is too short."),
+        ({"kind": "first", "size": ["x", 1]}, "`entries.0.size.0` is 'x', but it should be a number."),
+        (
+            {"kind": "first", "sise": 4},
+            "`entries.0.sise` is not a known key: did you mean `size`? Known keys: kind, size.",
+        ),
+        (
+            {"kind": "second", "args": {"x": []}},
+            "`entries.0.args.x` is [], but it should be true or false or a whole number",
+        ),
+        ({"kind": "third"}, "`entries.0` has 'third' as 'kind', but it should be one of 'first', 'second'."),
+        ({"size": [1, 2]}, "`entries.0` has no key 'kind', which is required."),
+        (None, "`entries.0` is empty, but it should be a mapping"),
+        ({"kind": "second", 3: 4}, "`entries.0.3` is not a known key. Known keys: kind, args."),
+    ],
+)
+def test_a_wrong_key_is_explained_in_a_sentence(entry: Any, sentence: str) -> None:
+    """The place as the file has it, what was found and what is expected, without the words of the library."""
+    with pytest.raises(SynpipeError) as caught:
+        WithUnion.parse({"entries": [entry]}, "demo.yaml")
+    assert str(caught.value).startswith(f"demo.yaml: {sentence}"), caught.value
+    assert "Input should" not in str(caught.value) and str(caught.value).count(". ") <= 1
