@@ -90,7 +90,7 @@ def _convert_source(
     if source.label is not None and source.label not in inputs.classes:
         raise SynpipeError(
             f"Source {source.name}: label {source.label!r} is none of the classes {', '.join(inputs.classes)}. Correct the "
-            "label, or add it to `classes`."
+            "label, or add it to `classes`. To leave its synapses unlabelled, remove `label`."
         )
     notes, count, emptied = list[str](), 0, Counter[str]()
     units = UnitCheck(source, inputs.bounds) if inputs.bounds else None

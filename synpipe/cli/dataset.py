@@ -30,7 +30,7 @@ def check(project: "Project", file_or_name: str, picture: Path | None) -> None:
 
     The command opens the volume, reads all annotations and some tiles, and estimates the cost of the rest. FILE is the
     path of a YAML file; NAME is a data set in data/datasets/. All problems are reported together, and the exit code is
-    then 1.
+    then 1. Warnings name what may fail or mislead later, and do not change the exit code.
 
     \b
     Examples:
@@ -48,6 +48,8 @@ def check(project: "Project", file_or_name: str, picture: Path | None) -> None:
         picture = picture or opened.folder / "check.png"
         save_picture(picture, report.picture)
         _echo_section("picture", [short_path(picture)])
+    if report.warnings:
+        _echo_section("warning", report.warnings)
     for problem in report.problems:
         echo_error(problem)
     sys.exit(1 if report.problems else 0)

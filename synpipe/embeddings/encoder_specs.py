@@ -19,7 +19,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self, TypeAlias
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, PositiveFloat, field_validator, model_validator
 
 from synpipe.errors import SynpipeError
 from synpipe.specs import Spec, digest
@@ -45,7 +45,7 @@ _version = lru_cache(version)
 class EncoderSpec(Spec):
     """A network: one entry of the registry, without its name.
 
-    Two specs have the same identity if they differ only in `description`, or in the path of the same weights file.
+    Two specs have the same identity if they differ only in `description` or `pixel_nm`, or in the path of the same weights file.
     """
 
     is_network: ClassVar[Literal[True]] = True
@@ -66,7 +66,17 @@ class EncoderSpec(Spec):
     compile: bool = False
     """Whether `torch.compile` generates kernels for this network. It needs a C++ compiler and takes minutes at every start.
     The kernels round differently, so this setting is part of the fingerprint."""
+    pixel_nm: tuple[PositiveFloat, PositiveFloat] | None = Field(None, exclude=True)
+    """Smallest and largest size of the pixels that the network was made for. `dataset check` warns of others. It changes no
+    vector, so it is not part of identity, fingerprint or metadata (`exclude`)."""
     description: str = ""
+
+    @field_validator("pixel_nm")
+    @classmethod
+    def _is_a_range(cls, pixel_nm: tuple[float, float] | None) -> tuple[float, float] | None:
+        if pixel_nm is not None and pixel_nm[0] > pixel_nm[1]:
+            raise ValueError("give the smallest size first, such as [4, 5]")
+        return pixel_nm
 
     @field_validator("weights")
     @classmethod

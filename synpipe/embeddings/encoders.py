@@ -116,6 +116,16 @@ def weights_file(spec: TileEncoderSpec, weights_base: Path) -> Path | None:
     return _hub_file(spec, _pretrained_config(spec.model)) if spec.weights == "hub" else weights_base / spec.weights
 
 
+def has_weights_here(spec: TileEncoderSpec, weights_base: Path) -> bool:
+    """Whether the encoder can be opened without a download. Raises `SynpipeError` if timm does not know the model."""
+    if not spec.is_network or spec.weights == "random":
+        return True
+    if spec.weights != "hub":
+        return (weights_base / spec.weights).is_file()
+    config = _pretrained_config(spec.model)
+    return _cached_hub_file(_hub_place(spec, config)) is not None
+
+
 def open_network(spec: EncoderSpec, weights_base: Path) -> tuple["torch.nn.Module", str, dict[str, Any]]:
     """Build the network on the CPU and load its weights, to embed with it or to train it further.
 
@@ -286,6 +296,35 @@ def _create_with_weights(
     return model
 
 
+@dataclass(frozen=True)
+class _HubPlace:
+    """The repository on the hub that holds weights, and the names that their file may have there."""
+
+    repository: str
+    revision: str | None
+    names: tuple[str, ...]
+
+
+def _hub_place(spec: EncoderSpec, config: Any) -> _HubPlace:
+    repository, _, revision = (config.hf_hub_id or "").partition("@")
+    if not repository:
+        raise SynpipeError(
+            f"timm names no weights on the hub for {spec.model}: set `weights` to `random` or to a file."
+        )
+    names = (config.hf_hub_filename,) if config.hf_hub_filename else ("model.safetensors", "pytorch_model.bin")
+    return _HubPlace(repository, revision or None, names)
+
+
+def _cached_hub_file(place: _HubPlace) -> Path | None:
+    import huggingface_hub as hub
+
+    for name in place.names:
+        cached = hub.try_to_load_from_cache(place.repository, name, revision=place.revision)
+        if isinstance(cached, str):
+            return Path(cached)
+    return None
+
+
 def _hub_file(spec: EncoderSpec, config: Any) -> Path:
     """Path of the weights in the Hugging Face cache, downloaded if they are missing there.
 
@@ -293,23 +332,17 @@ def _hub_file(spec: EncoderSpec, config: Any) -> Path:
     """
     import huggingface_hub as hub
 
-    repository, _, revision = (config.hf_hub_id or "").partition("@")
-    if not repository:
-        raise SynpipeError(
-            f"timm names no weights on the hub for {spec.model}: set `weights` to `random` or to a file."
-        )
-    names = [config.hf_hub_filename] if config.hf_hub_filename else ["model.safetensors", "pytorch_model.bin"]
+    place = _hub_place(spec, config)
+    repository, revision, names = place.repository, place.revision, place.names
     try:
-        for name in names:
-            cached = hub.try_to_load_from_cache(repository, name, revision=revision or None)
-            if isinstance(cached, str):
-                return Path(cached)
+        if cached := _cached_hub_file(place):
+            return cached
         for name in names:
             try:
                 # Without a network, hf_hub_download would retry for minutes. This request fails after one timeout.
-                url = hub.hf_hub_url(repository, name, revision=revision or None)
+                url = hub.hf_hub_url(repository, name, revision=revision)
                 hub.get_hf_file_metadata(url, timeout=_HUB_TIMEOUT_S)
-                return Path(hub.hf_hub_download(repository, name, revision=revision or None))
+                return Path(hub.hf_hub_download(repository, name, revision=revision))
             except hub.errors.EntryNotFoundError:
                 continue
         raise FileNotFoundError(f"the repository has neither {' nor '.join(names)}")

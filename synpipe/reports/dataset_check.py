@@ -7,23 +7,25 @@ annotations is said in one go; besides reading the annotations it costs some hun
 import shutil
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from PIL import Image
 
+from synpipe.analysis import splits
 from synpipe.analysis.pictures import draw_sheet
 from synpipe.annotations.bounds import VolumeBounds
 from synpipe.annotations.convert import AnnotationInputs, convert_annotations
 from synpipe.annotations.formats import AnnotationSpec
-from synpipe.annotations.schema import OUTSIDE_VOLUME, SYNAPSE_SCHEMA, UNLABELLED
+from synpipe.annotations.schema import OUTSIDE_VOLUME, SYNAPSE_SCHEMA, UNKNOWN_NEUROTRANSMITTER, UNLABELLED
 from synpipe.datasets import Dataset
+from synpipe.embeddings.encoders import has_weights_here
 from synpipe.errors import SynpipeError
 from synpipe.tiles.tile import SECTIONS, TILE_PX, CutOut, start_cut_out
 from synpipe.volumes.chunk_plan import spatial_order
@@ -31,6 +33,10 @@ from synpipe.volumes.volume import Volume
 
 SHOWN_TILES = 48  # from everywhere, shared by the classes
 TIMED_TILES = 64  # neighbours of each other, read as the pipeline reads them
+ISOTROPIC = 2.0  # sections less than this many pixels apart show nearly the same
+SECTION_NM = 40.0  # the distance of sections in ssTEM
+MOST = 0.5
+FEW_GROUPS = 5
 TILE_BYTES = SECTIONS * TILE_PX**2
 
 T = TypeVar("T")
@@ -39,10 +45,10 @@ T = TypeVar("T")
 class _Annotations:
     """What is kept of annotations while they are read: few numbers for each synapse, and of the rejects an example each."""
 
-    COLUMNS = ("synapse_id", "z_nm", "y_nm", "x_nm", "neurotransmitter")
-
-    def __init__(self) -> None:
-        self.parts = [SYNAPSE_SCHEMA.empty_table().select(self.COLUMNS)]
+    def __init__(self, groups: str) -> None:
+        """groups: the column by which synapses are divided into sides."""
+        self.columns = list(dict.fromkeys(("synapse_id", "z_nm", "y_nm", "x_nm", "neurotransmitter", groups)))
+        self.parts = [SYNAPSE_SCHEMA.empty_table().select(self.columns)]
         self.rejects, self.examples = Counter[str](), dict[str, str]()
         self.notes: list[str] = []
 
@@ -51,7 +57,7 @@ class _Annotations:
         return pa.concat_tables(self.parts)
 
     def add_synapses(self, synapses: pa.Table) -> None:
-        self.parts.append(synapses.select(self.COLUMNS))
+        self.parts.append(synapses.select(self.columns))
 
     def add_rejects(self, rejects: pa.Table) -> None:
         for found in rejects["reason"].value_counts().to_pylist():
@@ -63,10 +69,11 @@ class _Annotations:
 @dataclass(frozen=True)
 class Report:
     """found: lines for people by heading. problems: a paragraph each; with any of them the data set cannot be used as it is.
-    picture: tiles by class; None where there are none."""
+    warnings: a paragraph each on what may fail or mislead later. picture: tiles by class; None where there are none."""
 
     found: dict[str, list[str]] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
     picture: Image.Image | None = None
 
 
@@ -79,6 +86,8 @@ def check(dataset: Dataset) -> Report:
     volume = _attempt(lambda: Volume(dataset.spec.volume, dataset.base), report.problems)
     if volume is not None:
         report.found["volume"] = _describe_volume(dataset, volume)
+        report.warnings.extend(_warn_of_scale(dataset, volume.voxel_size_nm_zyx))
+    report.warnings.extend(_look_for_weights(dataset, report.problems))
     annotations = _read_annotations(dataset, volume, report.problems)
     if annotations is not None:
         report.found["annotations"] = _describe_annotations(dataset, annotations, report.problems)
@@ -86,11 +95,12 @@ def check(dataset: Dataset) -> Report:
         return report
     with volume:
         sampled = _attempt(lambda: _sample(dataset, volume, annotations.synapses), report.problems)
-    if sampled is None:
-        return report
-    lines, cost, picture = sampled
-    report.found.update(tiles=lines, cost=[cost])
-    return Report(report.found, report.problems + _lack_of_space(dataset, len(annotations.synapses)), picture)
+        if sampled is None:
+            return report
+        report.warnings.extend(_warn_of_split(dataset, volume, annotations.synapses))
+    report.found.update(tiles=sampled.lines, cost=[sampled.cost])
+    report.problems.extend([*sampled.problems, *_lack_of_space(dataset, len(annotations.synapses))])
+    return replace(report, picture=sampled.picture)
 
 
 def _attempt(action: Callable[[], T], problems: list[str]) -> T | None:
@@ -118,11 +128,108 @@ def _times(numbers: np.ndarray | tuple[int, ...]) -> str:
     return " × ".join(f"{number:,.10g}" for number in np.asarray(numbers).tolist())
 
 
+def _warn_of_scale(dataset: Dataset, voxel_size_nm_zyx: np.ndarray) -> list[str]:
+    """Warnings of pixels that an encoder was not made for, and of sections that are too thin to differ."""
+    depth_nm, *sizes_nm = voxel_size_nm_zyx.tolist()
+    warnings = []
+    for name, spec in dataset.encoders.items():
+        if (
+            spec.is_network
+            and spec.pixel_nm is not None
+            and not all(spec.pixel_nm[0] <= size <= spec.pixel_nm[1] for size in sizes_nm)
+        ):
+            low, high = spec.pixel_nm
+            warnings.append(
+                f"The encoder {name} was made for pixels of {low:g} to {high:g} nm (`pixel_nm` in encoders.yaml), and the pixels "
+                f"of this volume have {_times(tuple(sizes_nm))} nm: tiles are never resized, so structures have sizes that it does "
+                "not know. Choose another scale of the volume (`volume.voxel_size_nm_zyx`) or another encoder."
+            )
+    tiles = dataset.spec.tiles
+    if tiles.stacking == "colour" and tiles.section_step_nm is None and depth_nm < ISOTROPIC * min(sizes_nm):
+        step_nm = max(1, round(SECTION_NM / depth_nm)) * depth_nm
+        warnings.append(
+            f"Sections are {depth_nm:g} nm apart, hardly more than a pixel, so the three channels of a tile would show nearly "
+            f"the same: set `tiles.section_step_nm`, for example to {step_nm:g}."
+        )
+    return warnings
+
+
+def _look_for_weights(dataset: Dataset, problems: list[str]) -> list[str]:
+    """Warnings of weights that must be downloaded. Weights that are nowhere are added to `problems`."""
+    warnings = []
+    for name, spec in dataset.encoders.items():
+        if spec.base is not None:
+            continue
+        here = _attempt(partial(has_weights_here, spec, dataset.weights_base), problems)
+        if here is not False or not spec.is_network:
+            continue
+        if spec.weights == "hub":
+            warnings.append(
+                f"The weights of the encoder {name} are not on this machine yet. They are downloaded from the Hugging Face hub "
+                f"when embeddings_{name} is made, which fails without a network: copy the cache of a machine that has them, or "
+                "choose an encoder that needs no download."
+            )
+        else:
+            problems.append(
+                f"The weights file {dataset.weights_base / spec.weights} of the encoder {name} does not exist: correct `weights` "
+                "in encoders.yaml."
+            )
+    return warnings
+
+
+def _warn_of_split(dataset: Dataset, volume: Volume, synapses: pa.Table) -> list[str]:
+    """Warnings of a split that leaves too little to train with or to test on."""
+    spec, by = dataset.spec.split, dataset.spec.split.by
+    if dataset.spec.classifier is None and dataset.spec.evaluation is None:
+        return []
+    window = dataset.spec.tiles.window_zyx(volume.voxel_size_nm_zyx)
+    starts = volume.window_starts(_positions(synapses), window)
+    labels, groups = (_as_objects(synapses[name]) for name in ("neurotransmitter", splits.GROUP_COLUMNS[by]))
+    sides = splits.split(spec, by, labels, groups, starts, window)
+    labelled, placed = int(splits.known(labels).sum()), int(splits.known(sides).sum())
+    if not labelled:
+        return []
+    if not placed:
+        return [
+            f"None of the {labelled:,} synapses with a class has a known {by}, so there is no split by {by} and no classifier: set "
+            "`split.by` to another scheme, or add that column to the annotations."
+        ]
+    warnings = []
+    if (share := (sides == splits.GUARD).sum() / placed) > MOST:
+        warnings.append(
+            f"The split by {by} sets aside {share:.0%} of its synapses as `guard`, because their tiles are too near to tiles of "
+            "another side: lower `split.guard`, or set `split.by` to another scheme."
+        )
+    tested = {
+        name: len(set(groups[(labels == name) & (sides == splits.TEST)].tolist())) for name in dataset.spec.classes
+    }
+    few = [f"{name} ({count})" for name, count in tested.items() if count < FEW_GROUPS and (labels == name).any()]
+    if few:
+        units = "synapses" if by == "random" else f"{by}s"
+        warnings.append(
+            f"The test side has fewer than {FEW_GROUPS} {units} of {', '.join(few)}, so figures of these classes say little: label "
+            "more, or raise `split.test_share`."
+        )
+    return warnings
+
+
+def _positions(synapses: pa.Table) -> np.ndarray:
+    """float64 (n, 3), z y x in nm."""
+    return np.stack([synapses[column].to_numpy() for column in ("z_nm", "y_nm", "x_nm")], axis=1)
+
+
+def _as_objects(column: pa.ChunkedArray) -> np.ndarray:
+    """object (n,), None for null. Equal values are the same object, so a row takes eight bytes."""
+    encoded = column.combine_chunks().dictionary_encode()
+    values = np.array([*encoded.dictionary.to_pylist(), None], dtype=object)
+    return values[pc.fill_null(encoded.indices, len(values) - 1).to_numpy()]
+
+
 def _read_annotations(dataset: Dataset, volume: Volume | None, problems: list[str]) -> _Annotations | None:
     bounds = None if volume is None else VolumeBounds(*volume.bounds_nm_zyx, volume.voxel_size_nm_zyx)
 
     def read(specs: Sequence[AnnotationSpec]) -> _Annotations:
-        found = _Annotations()
+        found = _Annotations(splits.GROUP_COLUMNS[dataset.spec.split.by])
         summary = convert_annotations(
             AnnotationInputs(specs, dataset.base, dataset.spec.classes, bounds),
             found.add_synapses,
@@ -155,15 +262,30 @@ def _describe_annotations(dataset: Dataset, found: _Annotations, problems: list[
             f"{dataset.name}: {share:.2%} of the synapses are rejected, where {allowed:.2%} are allowed; {reasons[0]} Mend that, "
             "or raise `max_reject_share` in the YAML file if they are rightly rejected."
         )
+    if found.rejects[UNKNOWN_NEUROTRANSMITTER]:
+        reasons.append(
+            "to keep synapses of an unknown class, leave their neurotransmitter empty in the file, and they are unlabelled; or add "
+            "the class to `classes`"
+        )
     summary = f"{usable:,} usable, {rejected:,} rejected ({share:.2%}); {inside:.2%} are not outside the volume"
     return [summary, *reasons, *found.notes]
 
 
-def _sample(dataset: Dataset, volume: Volume, synapses: pa.Table) -> tuple[list[str], str, Image.Image | None]:
-    """Lines about tiles from everywhere, a line about the cost of all, and a sheet of those tiles."""
+@dataclass(frozen=True)
+class _Sample:
+    """lines, problems: about tiles from everywhere. cost: a line on that of all tiles. picture: a sheet of the tiles."""
+
+    lines: list[str]
+    problems: list[str]
+    cost: str
+    picture: Image.Image | None
+
+
+def _sample(dataset: Dataset, volume: Volume, synapses: pa.Table) -> _Sample:
+    """Cut out some tiles."""
     spec = dataset.spec.tiles
     window = spec.window_zyx(volume.voxel_size_nm_zyx)
-    positions = np.stack([synapses[column].to_numpy() for column in ("z_nm", "y_nm", "x_nm")], axis=1)
+    positions = _positions(synapses)
 
     def read(rows: np.ndarray) -> tuple[list[CutOut], float]:
         """Cut-outs of these synapses, all asked for at once, and the seconds that took."""
@@ -179,8 +301,14 @@ def _sample(dataset: Dataset, volume: Volume, synapses: pa.Table) -> tuple[list[
         f"{len(good)} of {len(rows)} from everywhere could be cut out, in {seconds:.2g} s: "
         f"{sum(row['pad_fraction'] > 0 for row in good)} padded, {sum(row['missing_sections'] > 0 for row in good)} with "
         "missing sections",
-        *dict.fromkeys(f"rejected as {row['reason']}: {row['detail']}" for row in rows if "reason" in row),
+        *(rejects := _count_by_reason(rows)),
     ]
+    problems = []
+    if not good:
+        problems.append(
+            f"{dataset.name}: none of {len(rows)} tiles could be cut out; {rejects[0]} Mend the volume, or correct `volume` or "
+            "`tiles` in the YAML file."
+        )
 
     neighbours = _neighbours(positions, len(positions) // 2)
     starts = volume.window_starts(positions[neighbours], window)
@@ -197,7 +325,14 @@ def _sample(dataset: Dataset, volume: Volume, synapses: pa.Table) -> tuple[list[
         cells = [(tile, caption) for caption, (tile, _) in zip(captions, finished, strict=False) if tile is not None]
         if cells:
             sheet_rows[name] = cells
-    return lines, cost, draw_sheet(sheet_rows, tile_px=96) if sheet_rows else None
+    return _Sample(lines, problems, cost, draw_sheet(sheet_rows, tile_px=96) if sheet_rows else None)
+
+
+def _count_by_reason(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A line on each reason for which tiles were rejected, the most frequent first, with an example."""
+    counts = Counter(row["reason"] for row in rows if "reason" in row)
+    examples = {row["reason"]: row["detail"] for row in reversed(rows) if "reason" in row}
+    return [f"rejected as {reason}: {count:,}, such as {examples[reason]}" for reason, count in counts.most_common()]
 
 
 def _neighbours(positions: np.ndarray, row: int) -> np.ndarray:

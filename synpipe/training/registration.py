@@ -6,6 +6,7 @@ Comments and other entries stay as they are. The file is written only if it then
 
 import textwrap
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -26,7 +27,7 @@ def check_new_name(path: Path, name: str) -> None:
 
 def as_yaml(name: str, spec: EncoderSpec) -> str:
     """The entry as text for a registry, indented by two spaces."""
-    entry = {name: spec.model_dump(mode="json", exclude_defaults=True)}
+    entry = {name: _as_entry(spec)}
     return textwrap.indent(yaml.safe_dump(entry, sort_keys=False, allow_unicode=True, width=1000), "  ")
 
 
@@ -36,7 +37,7 @@ def register(path: Path, name: str, spec: EncoderSpec) -> None:
     before = path.read_text(encoding="utf-8")
     after = f"{before.rstrip()}\n\n{as_yaml(name, spec)}"
     intended = yaml.safe_load(before)
-    intended["encoders"][name] = spec.model_dump(mode="json", exclude_defaults=True)
+    intended["encoders"][name] = _as_entry(spec)
     try:
         as_intended = yaml.safe_load(after) == intended
     except yaml.YAMLError:
@@ -46,3 +47,8 @@ def register(path: Path, name: str, spec: EncoderSpec) -> None:
             f"{path} does not end with its encoders, indented by two spaces: run without `--register`, and add the entry by hand."
         )
     write_text(path, after)
+
+
+def _as_entry(spec: EncoderSpec) -> dict[str, Any]:
+    entry = spec.model_dump(mode="json", exclude_defaults=True)
+    return entry if spec.pixel_nm is None else entry | {"pixel_nm": list(spec.pixel_nm)}

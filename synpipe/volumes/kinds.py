@@ -14,7 +14,7 @@ from synpipe.volumes.n5 import N5
 from synpipe.volumes.precomputed import PRECOMPUTED
 from synpipe.volumes.reader import VoxelReader
 from synpipe.volumes.scales import ChunkedFormat
-from synpipe.volumes.sections import SectionsReader
+from synpipe.volumes.sections import SUFFIXES, SectionsReader, refuse_image
 from synpipe.volumes.zarr import ZARR
 
 
@@ -66,6 +66,10 @@ def _open_sections(place: VolumePlace) -> VoxelReader:
     return SectionsReader(folder)
 
 
+def _open_image(place: VolumePlace) -> VoxelReader:
+    refuse_image(Path(place.path))
+
+
 def _open_hdf5(place: VolumePlace) -> VoxelReader:
     return Hdf5Reader(Path(place.path), place.dataset)
 
@@ -76,6 +80,7 @@ KINDS = (
     _chunked(N5, "attributes.json"),
     _chunked(ZARR, "zarr.json", ".zarray"),
     VolumeKind(None, _open_sections, matches=Path.is_dir),
+    VolumeKind(None, _open_image, matches=lambda path: path.suffix.lower() in SUFFIXES),
     VolumeKind(None, _open_hdf5, matches=lambda path: True),
 )
 PREFIXES = tuple(kind.prefix for kind in KINDS if kind.prefix is not None)

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 from PIL import Image
@@ -109,9 +109,36 @@ def _sections_in_order(folder: Path) -> list[Path]:
 
 def _dtype(image: Image.Image, path: Path) -> np.dtype:
     dtypes = {"L": "u1", "I;16": "<u2", "I;16L": "<u2", "I;16B": ">u2", "F": "f4"}
-    if image.mode not in dtypes or getattr(image, "n_frames", 1) != 1:
+    if (pages := getattr(image, "n_frames", 1)) != 1:
+        raise SynpipeError(_explain_pages(path, pages))
+    if image.mode not in dtypes:
         raise SynpipeError(
-            f"{path} is not a single grey image of 8-bit, 16-bit or floating-point values (mode {image.mode}, "
-            f"{getattr(image, 'n_frames', 1)} pages): convert it, one section per file."
+            f"{path} is not a grey image of 8-bit, 16-bit or floating-point values (its mode is {image.mode}): convert it."
         )
     return np.dtype(dtypes[image.mode])
+
+
+def refuse_image(path: Path) -> NoReturn:
+    """Raise `SynpipeError` for an image that is named where a folder of images is expected."""
+    try:
+        with Image.open(path) as image:
+            pages = getattr(image, "n_frames", 1)
+    except SectionsReader.errors as error:
+        raise SynpipeError(f"{path} cannot be read ({describe_error(error)}): copy it again.") from None
+    if pages > 1:
+        raise SynpipeError(_explain_pages(path, pages))
+    raise SynpipeError(
+        f"Volume {path} is one image. Put one image per section into a folder, and let `volume.path` name the folder."
+    )
+
+
+def _explain_pages(path: Path, pages: int) -> str:
+    folder = path.with_name(f"{path.stem}_sections")
+    command = (
+        "from PIL import Image, ImageSequence; "
+        f"[page.save(f'{folder}/{{n:05d}}.tif') for n, page in enumerate(ImageSequence.Iterator(Image.open('{path}')))]"
+    )
+    return (
+        f"{path} is a stack of {pages:,} pages. synpipe reads a folder with one image per section: run `mkdir {folder} && python "
+        f'-c "{command}"`, and set `volume.path` to {folder}.'
+    )

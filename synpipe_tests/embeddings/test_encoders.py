@@ -132,6 +132,8 @@ def test_every_model_of_the_shipped_registry_is_known_to_timm_with_weights() -> 
         ("{model: resnet18, weights: imagenet}", ["`hub`, `random` or a file"]),
         ("{model: resnet18, weights: hub, crop_px: 300}", ["crop_px", "256"]),
         ("{model: 'hf-hub:someone/model', weights: hub}", ["model"]),
+        ("{model: resnet18, weights: hub, pixel_nm: [5, 4]}", ["pixel_nm", "smallest size first"]),
+        ("{model: resnet18, weights: hub, pixel_nm: [0, 4]}", ["pixel_nm.0", "greater than 0"]),
         ("resnet18", ["the whole entry"]),
         *(
             (
@@ -193,6 +195,10 @@ def test_identity_changes_with_what_changes_vectors_and_not_with_the_description
     specs.append(file_spec("w.safetensors"))
     assert len({spec.identity(tmp_path, {}) for spec in specs}) == len(specs)
     assert spec_of(description="another").identity(tmp_path, {}) == spec_of().identity(tmp_path, {})
+    declared = spec_of(pixel_nm=[4, 5])
+    assert declared.identity(tmp_path, {}) == spec_of().identity(tmp_path, {})
+    assert declared.fingerprint("w", {}) == spec_of().fingerprint("w", {})
+    assert declared.digest() == spec_of().digest()  # and so files of the store record the same
 
 
 def test_fingerprints_differ_with_crop_and_seed_and_agree_across_defaults(tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 import re
 import shutil
+import subprocess
+import sys
 from collections import namedtuple
 from pathlib import Path
 from typing import Any
@@ -14,8 +16,10 @@ from PIL import Image
 
 from synpipe.assets.manifest import read_manifest
 from synpipe.datasets import Dataset, Project
+from synpipe.errors import SynpipeError
 from synpipe.store.files import read_table
 from synpipe.volumes import chunked as volume_chunked
+from synpipe.volumes.volume import Volume, VolumeSpec
 from synpipe_tests.conftest import REPOSITORY, project_of, write_project
 from synpipe_tests.support.command import files, invoke
 from synpipe_tests.support.fault_server import always, serving
@@ -214,6 +218,129 @@ def test_a_chunk_that_cannot_be_read(source: Path, tmp_path: Path, monkeypatch: 
 def test_a_recipe_that_does_not_fit_the_volume(source: Path, tmp_path: Path) -> None:
     (problem,) = problems(check(a_project(tmp_path, source, tiles={"section_step_nm": 35})))
     assert "section_step_nm" in problem
+
+
+def test_a_volume_of_which_no_tile_can_be_cut(source: Path, tmp_path: Path) -> None:
+    """One line says so, however many tiles were tried, and the exit code is 1."""
+    with serving(source, always(404, lambda path: "/zarr/c/" in path)) as server:
+        result = check(a_project(tmp_path, source, f"zarr://{server.url}/zarr"))
+    (problem,) = problems(result)
+    assert "none of 40 tiles could be cut out" in problem and "missing_chunk: 40, such as" in problem
+    assert result.stdout.count("rejected as missing_chunk") == 1
+
+
+def registered(project: Project, **encoders: dict[str, Any]) -> Project:
+    (project.data / "encoders.yaml").write_text(yaml.safe_dump({"encoders": encoders}))
+    return project
+
+
+def warnings_of(result: Result) -> str:
+    """All warnings in one text."""
+    return result.stdout.partition("  warning ")[2]
+
+
+def test_weights_that_are_not_on_this_machine(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights of the hub may still be downloaded; a file that does not exist is an error."""
+    import huggingface_hub
+
+    network = {"model": "resnet18.a1_in1k", "weights": "hub"}
+    lost = {"model": "resnet18", "weights": "weights/gone.pth"}
+    project = registered(a_project(tmp_path, source, encoders=["net", "net+pca32"]), net=network, lost=lost)
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *_args, **_options: None)
+    result = check(project)
+    picture_of(result)
+    assert "weights of the encoder net are not on this machine" in warnings_of(result)
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *_args, **_options: str(source))
+    assert "not on this machine" not in check(project).stdout
+    project = registered(a_project(tmp_path / "lost", source, encoders=["lost"]), lost=lost)
+    (problem,) = problems(check(project))
+    assert f"{project.data}/weights/gone.pth of the encoder lost does not exist" in problem
+
+
+@pytest.mark.parametrize(("pixel_nm", "fits"), [([4, 5], True), ([4.6, 4.6], True), ([7, 10], False), (None, True)])
+def test_pixels_that_an_encoder_was_not_made_for(source: Path, tmp_path: Path, pixel_nm: Any, fits: bool) -> None:
+    spec = {"model": "resnet10t", "weights": "random", "seed": 0} | ({"pixel_nm": pixel_nm} if pixel_nm else {})
+    result = check(registered(a_project(tmp_path, source, encoders=["net"]), net=spec))
+    picture_of(result)
+    assert ("net was made for pixels of 7 to 10 nm" in warnings_of(result)) is not fits
+
+
+def test_sections_that_are_too_thin_to_differ(tmp_path: Path) -> None:
+    (tmp_path / "sections").mkdir()
+    rng = np.random.default_rng(0)
+    for number in range(20):
+        Image.fromarray(rng.integers(1, 256, (300, 300), dtype=np.uint8)).save(tmp_path / f"sections/{number:03d}.png")
+    write_synapses(tmp_path / "synapses.csv", rng.uniform(0, (160, 2400, 2400), (20, 3)))
+    volume = {"path": str(tmp_path / "sections"), "voxel_size_nm_zyx": [8, 8, 8], "offset_nm_zyx": [0, 0, 0]}
+    sources = [{"format": "table", "path": str(tmp_path / "synapses.csv")}]
+    thin = {"synthetic": None, "volume": volume, "annotations": sources}
+    result = check(write_project(tmp_path / "a", **thin))
+    assert "Sections are 8 nm apart" in warnings_of(result) and "for example to 40" in warnings_of(result)
+    for name, tiles in (("b", {"section_step_nm": 40}), ("c", {"stacking": "grey"})):
+        assert "Sections are" not in check(write_project(tmp_path / name, **thin, tiles=tiles)).stdout
+
+
+def write_neurons(path: Path, positions: np.ndarray, neurons: list[int], classes: list[str]) -> list[dict[str, str]]:
+    """A table of labelled synapses with neurons, as the entry of a data set."""
+    rows = zip(neurons, classes, positions.tolist(), strict=True)
+    lines = [f"{number},{x},{y},{z},{neuron},{name}" for number, (neuron, name, (z, y, x)) in enumerate(rows)]
+    path.write_text("\n".join(["synapse_id,x,y,z,neuron_id,neurotransmitter", *lines]))
+    return [{"format": "table", "path": str(path)}]
+
+
+def test_a_split_that_is_of_no_use(source: Path, tmp_path: Path) -> None:
+    """Too few neurons of a class, most synapses in the guard, or no neuron at all."""
+    rng = np.random.default_rng(0)
+    positions = OFFSET_NM + rng.uniform((0, 0, 0), SHAPE, (200, 3)) * SIZE_NM
+    neurons, classes = list(range(200)), ["gaba"] * 190 + ["serotonin"] * 10
+    annotations = write_neurons(tmp_path / "crowded.csv", positions, neurons, classes)
+    text = warnings_of(check(a_project(tmp_path / "a", source, annotations=annotations)))
+    assert "fewer than 5 neurons of serotonin (2)" in text and "gaba (" not in text
+    assert re.search(r"The split by neuron sets aside [5-9]\d% of its synapses as `guard`", text)
+    split = {"guard": 0.001}
+    text = warnings_of(check(a_project(tmp_path / "b", source, annotations=annotations, split=split)))
+    assert "sets aside" not in text and "serotonin (2)" in text
+    text = warnings_of(check(a_project(tmp_path / "c", source)))
+    assert "None of the 27 synapses with a class has a known neuron" in text
+    nothing_is_learned = {"classifier": None, "evaluation": None}
+    assert "neuron" not in warnings_of(check(a_project(tmp_path / "d", source, **nothing_is_learned)))
+
+
+def test_labels_that_are_no_class(source: Path, tmp_path: Path) -> None:
+    """The report says how to leave labels out."""
+    positions = OFFSET_NM + np.random.default_rng(0).uniform((0, 0, 0), SHAPE, (20, 3)) * SIZE_NM
+    annotations = write_neurons(tmp_path / "others.csv", positions, [*range(20)], ["gaba"] * 19 + ["others"])
+    result = check(a_project(tmp_path / "a", source, annotations=annotations))
+    assert "unknown_neurotransmitter: 1" in result.stdout and "leave their neurotransmitter empty" in result.stdout
+    labelled = [{"format": "table", "path": f"{source}/synapses.csv", "label": "others"}]
+    (problem,) = problems(check(a_project(tmp_path / "b", source, annotations=labelled)))
+    assert "label 'others'" in problem and "remove `label`" in problem
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_a_tiff_of_many_pages(tmp_path: Path, inside: bool) -> None:
+    """The error says what the file is. The command that it gives makes a volume of it."""
+    (tmp_path / "em").mkdir()
+    rng = np.random.default_rng(0)
+    sections = rng.integers(0, 256, (5, 300, 300), dtype=np.uint8)
+    pages = [Image.fromarray(section) for section in sections]
+    pages[0].save(tmp_path / "em" / "stack1.tif", save_all=True, append_images=pages[1:])
+    path = tmp_path / "em" / ("" if inside else "stack1.tif")
+    spec = {"voxel_size_nm_zyx": (40, 4, 4), "offset_nm_zyx": (0, 0, 0)}
+    with pytest.raises(SynpipeError, match=r"stack1\.tif is a stack of 5 pages") as caught:
+        Volume(VolumeSpec(path=str(path), **spec), tmp_path)
+    commands = re.search(r"run `(.+)`, and set `volume\.path` to (\S+)\.$", str(caught.value))
+    assert commands
+    command = commands[1].replace("python", sys.executable)
+    subprocess.run(command, shell=True, check=True)
+    with Volume(VolumeSpec(path=commands[2], **spec), tmp_path) as volume:
+        np.testing.assert_array_equal(volume.reader.start_read((slice(0, 5), slice(0, 300), slice(0, 300)))(), sections)
+
+
+def test_a_single_image_is_no_volume(tmp_path: Path) -> None:
+    Image.fromarray(np.zeros((9, 9), np.uint8)).save(tmp_path / "one.png")
+    with pytest.raises(SynpipeError, match=r"one\.png is one image\. Put one image per section into a folder"):
+        Volume(VolumeSpec(path=str(tmp_path / "one.png")), tmp_path)
 
 
 def test_too_little_space(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -202,3 +202,5 @@ def test_a_registry_that_is_laid_out_in_another_way_stays_as_it_is(tmp_path: Pat
     register(path, "new", entry)
     assert path.read_text().startswith(before)
     assert yaml.safe_load(path.read_text())["encoders"]["new"] == {"model": "resnet18", "weights": entry.weights}
+    register(path, "declared", entry.model_copy(update={"pixel_nm": (4.0, 5.0)}))
+    assert load_registry(path)["declared"].pixel_nm == (4.0, 5.0)
