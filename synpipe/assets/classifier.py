@@ -214,6 +214,7 @@ class _Learning:
         task = FinetuneTask(
             spec=spec,
             encoder=entry,
+            identity=identity,
             weights_base=self._dataset.weights_base,
             read_tiles=open_tiles(self._dataset).read,
             training=self._training,

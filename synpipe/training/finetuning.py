@@ -59,13 +59,14 @@ class Examples:
 class FinetuneTask:
     """A network, what it learns from, and where the run is kept.
 
-    encoder: the network to start from. weights_base: the folder where its relative weights path starts. read_tiles: rows to
-    tiles, uint8 (n, 3, 256, 256). n_classes: class codes are 0 … n_classes − 1. folder: of this run only; its name must depend
-    on everything that affects the outcome.
+    encoder: the network to start from. identity: that of the encoder when `folder` was named. weights_base: the folder where its
+    relative weights path starts. read_tiles: rows to tiles, uint8 (n, 3, 256, 256). n_classes: class codes are
+    0 … n_classes − 1. folder: of this run only; its name must depend on everything that affects the outcome.
     """
 
     spec: FinetuneSpec
     encoder: EncoderSpec
+    identity: str
     weights_base: Path
     read_tiles: ReadTiles
     training: Examples
@@ -105,7 +106,8 @@ class _Run:
         self.spec, self.folder, self.log, self._read = spec, task.folder, log, task.read_tiles
         self.training, self.validation = task.training, task.validation
         self.device = find_device(device)
-        backbone, _, preprocessing = open_network(task.encoder, task.weights_base)
+        backbone, weights_loaded, preprocessing = open_network(task.encoder, task.weights_base)
+        task.encoder.check_loaded(weights_loaded, task.identity)  # the folder is named after the identity
         self.crop_px = preprocessing["crop_px"]
         backbone.eval()
         with torch.random.fork_rng(devices=[]):

@@ -4,6 +4,7 @@ The error is one paragraph that names the file and says what to do. Nothing is l
 repaired, the same command works.
 """
 
+import hashlib
 import shutil
 import subprocess
 import sys
@@ -11,14 +12,17 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
 import pytest
 import yaml
 
-from synpipe.assets.graph import nodes
+from synpipe.assets import embeddings
+from synpipe.assets.graph import find_node, nodes
 from synpipe.datasets import Project
+from synpipe.embeddings.encoders import Encoder
 from synpipe.errors import SynpipeError
 from synpipe_tests.conftest import SMALL_ENCODERS, environment
 from synpipe_tests.support.command import answer, files, invoke, refusal, versions
@@ -288,6 +292,33 @@ def test_weights_from_a_hub_that_cannot_be_reached(user: UserFolder, tmp_path: P
     assert_no_temporary_files(user.project.store)
     user.register()
     answer(user.project, *MATERIALIZE)
+
+
+def test_weights_that_are_replaced_before_they_are_opened(user: UserFolder, monkeypatch: pytest.MonkeyPatch):
+    """The run stops, so that no version claims other weights than those that made it. The same command then carries on."""
+    import safetensors.torch
+    import timm
+
+    model = SMALL_ENCODERS["encoders"]["tiny"]["model"]
+    weights = user.encoders.parent / "used.safetensors"
+    state = timm.create_model(model, num_classes=0).state_dict()
+    safetensors.torch.save_file(state, weights)
+    user.register(weights=weights.name, seed=None)
+    open_now = embeddings.open_on_all_devices
+
+    def replace_then_open(*args: Any) -> list[Encoder]:
+        name = next(name for name, value in state.items() if value.is_floating_point())
+        safetensors.torch.save_file({**state, name: state[name] * 2}, weights)
+        return open_now(*args)
+
+    monkeypatch.setattr(embeddings, "open_on_all_devices", replace_then_open)
+    node = find_node(user.project.dataset("mine"), "embeddings_tiny")
+    with pytest.raises(SynpipeError, match=r"used\.safetensors of encoder .* was replaced while it was being opened"):
+        node.run(lambda line: None)
+    monkeypatch.undo()
+    node.run(lambda line: None)
+    facts = embeddings.ASSET.read(user.project.dataset("mine"), "tiny")
+    assert facts.encoder["weights"] == f"sha256:{hashlib.sha256(weights.read_bytes()).hexdigest()}"
 
 
 def test_a_store_below_a_file(user: UserFolder):

@@ -47,7 +47,7 @@ def run(folder: Path, said: list[str] | None = None, **changes: Any) -> dict[str
     training, validation = (Examples(rows, CODES[rows]) for rows in parts)
     spec = SPEC.model_copy(update=changes)
     log = (lambda line: None) if said is None else said.append
-    task = FinetuneTask(spec, ENCODER, folder, read, training, validation, 3, folder)
+    task = FinetuneTask(spec, ENCODER, ENCODER.identity(folder, {}), folder, read, training, validation, 3, folder)
     return finetune(task, log, device="cpu")
 
 

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
 import yaml
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from synpipe.assets.manifest import read_manifest
@@ -25,6 +26,7 @@ from synpipe.training import augmentation, finetuning
 from synpipe.training.augmentation import augment
 from synpipe.training.registration import register
 from synpipe_tests.conftest import REPOSITORY
+from synpipe_tests.support import finetune_once
 from synpipe_tests.support.command import answer, invoke, refusal
 from synpipe_tests.support.finetune_once import run
 from synpipe_tests.support.textures import CLASSES, change_spec, make_outdated, write_textures
@@ -187,6 +189,16 @@ def test_a_trained_network_is_an_encoder_of_its_own(made: Project):
     assert reasons == {"of a training that no classifier uses"}
     assert "already" in refusal(invoke(again, "finetune", "--encoder", "tiny", "--name", "taught"))
     assert "cannot be the name" in refusal(invoke(again, "finetune", "--encoder", "tiny", "--name", "../taught"))
+
+
+def test_a_training_whose_weights_were_replaced_does_not_begin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Its folder is named after the former weights, so other weights would be taken for those later."""
+    spec = EncoderSpec.parse({"model": "test_resnet.r160_in1k", "weights": "used.safetensors"}, "test")
+    save_file(timm.create_model("test_resnet", num_classes=0).state_dict(), tmp_path / "used.safetensors")
+    monkeypatch.setattr(finetune_once, "ENCODER", spec)
+    monkeypatch.setattr(EncoderSpec, "identity", lambda *_args: "of the former weights")
+    with pytest.raises(SynpipeError, match=r"used\.safetensors of encoder .* was replaced"):
+        run(tmp_path)
 
 
 def test_a_registry_that_is_laid_out_in_another_way_stays_as_it_is(tmp_path: Path):
