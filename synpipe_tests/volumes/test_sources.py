@@ -650,7 +650,7 @@ def test_shipped_data_sets_wait_for_their_annotations(name: str, monkeypatch, ca
     dataset = project.dataset(name)
     assert dataset.spec.volume.address.startswith("gs://")
     assert name not in [found.name for found in available_datasets(project)]
-    (warning,) = [record.getMessage() for record in caplog.records if "left out" in record.getMessage()]
+    (warning,) = [record.getMessage() for record in caplog.records if "Skipping data sets" in record.getMessage()]
     assert "\n" not in warning and f" {name} ({dataset.missing_sources()[0]})" in warning
     window = dataset.spec.tiles.window_zyx(np.array(dataset.spec.volume.voxel_size_nm_zyx))
     assert window == ((3 if name == "fafb_v14" else 11), 256, 256)  # sections 40 nm apart in all of them
