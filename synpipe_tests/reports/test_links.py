@@ -408,4 +408,4 @@ def test_neuroglancer_shows_the_layer_that_the_command_writes(made, tmp_path):
         neuroglancer.parse_url(link).layers["synapses"].layer.shader
         == annotation_layer("", made.spec.classes)["shader"]
     )
-    assert "begin with" in refusal(invoke(project_of(made), "export-annotations", folder, "--url", "file:///tmp"))
+    assert "must start with" in refusal(invoke(project_of(made), "export-annotations", folder, "--url", "file:///tmp"))
