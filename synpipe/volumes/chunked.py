@@ -70,6 +70,7 @@ class ChunkedReader(VoxelReader):
         try:
             self._root = ts.KvStore.open(ts.KvStore.Spec(root), context=self._context).result()
             self.scale = self._choose_scale(format.list_scales(self._read_document), wanted_voxel_size_nm_zyx)
+            self._require_scale_within_folder()
             self._open()
         except self.errors as error:
             raise SynpipeError(
@@ -120,6 +121,16 @@ class ChunkedReader(VoxelReader):
                 f"`volume.voxel_size_nm_zyx` to one of {', '.join(map(str, sizes))}."
             )
         return fitting[0]
+
+    def _require_scale_within_folder(self) -> None:
+        # Whether a local volume changed is found by looking at its folder alone.
+        if self._folder is not None and not Path(os.path.normpath(self._folder / self.scale.folder)).is_relative_to(
+            self._folder
+        ):
+            raise SynpipeError(
+                f"Volume {self.location}: its scale {self.scale.folder} lies outside its folder, so synpipe would not notice "
+                "its changes: move it into the folder, or replace it there by a symbolic link."
+            )
 
     def _open(self) -> None:
         spec = {
