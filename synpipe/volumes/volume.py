@@ -17,7 +17,7 @@ from pydantic import FiniteFloat, field_validator, model_validator
 from synpipe.errors import SynpipeError
 from synpipe.specs import Spec, digest
 from synpipe.volumes.kinds import PREFIXES, VolumePlace, open_reader
-from synpipe.volumes.reader import SlicesZyx, VoxelReader, describe_error, same_nm
+from synpipe.volumes.reader import NothingStored, SlicesZyx, VoxelReader, describe_error, same_nm
 
 # Voxel sizes such as 4.6 nm have no exact binary form, and positions often come as decimal text. A position that misses
 # the edge of a voxel only by rounding belongs to that voxel. A millionth of a voxel is far below the precision of any
@@ -199,7 +199,7 @@ class Volume:
         z, y, x = box
         place = f"voxels z {z.start}–{z.stop}, y {y.start}–{y.stop}, x {x.start}–{x.stop}"
         # tensorstore's messages begin with a status. Nothing else tells a missing chunk from a server out of reach.
-        if str(error).startswith("NOT_FOUND"):
+        if isinstance(error, NothingStored) or str(error).startswith("NOT_FOUND"):
             return MissingChunk(f"Volume {self.path} holds nothing at {place} ({describe_error(error)}).")
         if str(error).startswith("PERMISSION_DENIED"):
             return AccessDenied(
