@@ -26,6 +26,10 @@ class NothingStored(Exception):
     """The volume is intact, but it holds no voxels at this place. A reader that raises it names it in `errors`."""
 
 
+class EndlessAnswer(Exception):
+    """A server sent more data than a volume's chunks can have. A reader that raises it names it in `errors`."""
+
+
 class VoxelReader(ABC):
     """Reads the voxels of one volume. Axis order is z, y, x.
 
