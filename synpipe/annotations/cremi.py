@@ -11,6 +11,7 @@ import pyarrow as pa
 from synpipe.annotations.files import explain_damage, number_rows
 from synpipe.annotations.source import AnnotationSource, Rows
 from synpipe.errors import SynpipeError
+from synpipe.store.hdf5 import refuse_other_files
 
 
 class Cremi(AnnotationSource):
@@ -50,6 +51,8 @@ class Cremi(AnnotationSource):
 def _read_annotations(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return ids (n,), types (n,) and locations (n, 3; nm, zyx, offset added) of all annotations of the file."""
     with explain_damage(path), h5py.File(path) as file:
+        for name in ("ids", "types", "locations"):
+            refuse_other_files(file, f"annotations/{name}")
         missing = [name for name in ("ids", "types", "locations") if f"annotations/{name}" not in file]
         if missing:
             raise SynpipeError(

@@ -11,13 +11,13 @@ from synpipe.assets.manifest import Manifest
 from synpipe.datasets import Dataset
 from synpipe.errors import SynpipeError
 from synpipe.store.files import remove_leftovers
-from synpipe.store.fingerprints import size_and_mtime
+from synpipe.store.fingerprints import size_and_status
 from synpipe.synthetic.demo import make_demo
 from synpipe.volumes.neuroglancer import Viewer, image_layer
 from synpipe.volumes.volume import Volume
 
 FileStatus = list[list[Any]]
-"""Path, and what `fingerprints.size_and_mtime` says of it, for each file."""
+"""Path, and what `fingerprints.size_and_status` says of it, for each file."""
 
 
 @dataclass(frozen=True)
@@ -34,8 +34,11 @@ class VolumeFacts:
 
 
 def status_of_files(files: Iterable[Path]) -> FileStatus:
-    """The status of each file or folder that exists. While it stays the same, the content is not read again."""
-    return [[str(file), *size_and_mtime(file)] for file in files if file.exists()]
+    """The status of each file or folder that exists. While it stays the same, the content is not read again.
+
+    Stores of former versions hold another status, so their files are read again until their asset is materialised.
+    """
+    return [[str(file), *size_and_status(file)] for file in files if file.exists()]
 
 
 def make(task: Task) -> Made[VolumeFacts]:
@@ -45,13 +48,15 @@ def make(task: Task) -> Made[VolumeFacts]:
         remove_leftovers(folder)
     if dataset.spec.synthetic is not None:
         make_demo(dataset.base, dataset.spec.synthetic, task.log)
+    # The status comes first, so that a change during the hashing counts as one.
+    file_status = status_of_files(dataset.volume_files())
     with Volume(dataset.spec.volume, dataset.base) as volume:
         facts = VolumeFacts(
             path=volume.path,
             shape_zyx=tuple(volume.shape_zyx.tolist()),
             voxel_size_nm_zyx=tuple(volume.voxel_size_nm_zyx.tolist()),
             offset_nm_zyx=tuple(volume.offset_nm_zyx.tolist()),
-            files=status_of_files(dataset.volume_files()),
+            files=file_status,
             neuroglancer=image_layer(dataset.spec.volume, volume),
         )
         figures = {name: getattr(facts, name) for name in ("path", "shape_zyx", "voxel_size_nm_zyx", "offset_nm_zyx")}

@@ -26,7 +26,7 @@ from synpipe.store.objects import BulkPath
 from synpipe.tiles import extraction
 from synpipe.tiles.extraction import Failures
 from synpipe.tiles.tile import TileReader, TileSpec, rows_by_shard, shard_of
-from synpipe.volumes.volume import AccessDenied, Volume, VolumeSpec
+from synpipe.volumes.volume import Volume, VolumeSpec, VolumeUnusable
 
 # The columns of the tile index that a worker needs.
 NEEDED_COLUMNS = ("synapse_id", "file", "row", "crc32", "content_hash")
@@ -61,7 +61,7 @@ def cut_out(plan: CutOutPlan, starts: np.ndarray, progress: Callable[[int], None
     inputs = ((shard_name(shard), (shard, starts[rows])) for shard, rows in by_shard.items())
     failures = Failures()
     for name, result in connect().run(prepare_cut_outs, plan, inputs, len(by_shard), log):
-        if isinstance(result, AccessDenied):
+        if isinstance(result, VolumeUnusable):
             raise result
         if isinstance(result, SynpipeError):
             # The volume is not the cause: the worker died, or could not write.

@@ -1,12 +1,11 @@
-"""The synapse table as a Neuroglancer layer: points that are coloured by transmitter and found by neuron.
+"""Export the synapses as a Neuroglancer layer: points that are coloured by transmitter and listed by neuron.
 
-In: the synapses of a data set. Out: a folder in neuroglancer's precomputed annotation format, to be put behind any web
-server. Guarantees: every synapse is in it once per index, with its id exact; the folder is whole or absent; the same
-synapses give the same bytes.
+The export is a folder in Neuroglancer's precomputed annotation format. Any web server can serve it. Every synapse is in each
+index once, with its exact id. The folder is complete or absent. The same synapses give the same bytes.
 
-The format: https://github.com/google/neuroglancer/blob/master/src/datasource/precomputed/annotations.md. Records are laid out
-here with NumPy; tensorstore writes the sharded files, and neuroglancer's own reader and client are what the tests read them
-with. The writers there are were no choice: that of `neuroglancer` makes a file per synapse and one cell for all of space,
+The format: https://github.com/google/neuroglancer/blob/master/src/datasource/precomputed/annotations.md. NumPy lays out the
+records, and tensorstore writes the sharded files. Tests read them with Neuroglancer's own reader and client. Two existing
+writers did not fit: the one of `neuroglancer` makes a file per synapse and a single cell for all of space, and
 `ngsidekick` 0.0.20 fails with DuckDB 2 and for synapses without a neuron.
 """
 
@@ -28,43 +27,43 @@ from synpipe.assets import volume
 from synpipe.assets.manifest import read_manifest
 from synpipe.assets.volume import find_viewer
 from synpipe.datasets import Dataset
-from synpipe.errors import SynpipeError
+from synpipe.errors import SynpipeError, one_line
 from synpipe.store.files import atomic_folder, read_table
 from synpipe.volumes.neuroglancer import Viewer
 from synpipe.volumes.volume import REMOTE_SCHEMES
 
 TYPE = "neuroglancer_annotations_v1"
-# What Neuroglancer fetches at a time: 150 kB. A level of the spatial index holds at most this many synapses per cell.
+# A level of the spatial index has at most this many synapses per cell. Neuroglancer fetches a cell, 150 kB, at a time.
 CELL_SYNAPSES = 5_000
-# The last level takes what is left: 2²⁰ cells along an axis are a micrometre in a metre.
+# The last level takes all remaining synapses. 2²⁰ cells along an axis resolve a micrometre in a metre.
 LEVELS = 20
 KEYS_PER_MINISHARD = 512  # an index of 12 kB, fetched on a click
 MINISHARDS_PER_SHARD_BITS = 12
-SEED = 0  # the format wants the order within a cell to be random; ours is the same each time
+SEED = 0  # the format requires a random order within a cell; a fixed seed makes it reproducible
 
 UNKNOWN = "unknown"
-# Okabe and Ito's colours for all kinds of sight (https://jfly.uni-koeln.de/color/), without black; grey is for unlabelled.
-COLOURS = (*PALETTE[:-1], "#f0e442")  # as on the map; black, the last there, is not seen on EM
-GREY = "#999999"
+# Okabe and Ito's colours, which people with colour blindness can tell apart (https://jfly.uni-koeln.de/color/).
+COLOURS = (*PALETTE[:-1], "#f0e442")  # as on the map, but without black, which is invisible on EM
+GREY = "#999999"  # unlabelled
 
 
 def export(dataset: Dataset, folder: Path, address: str | None = None) -> tuple[int, str | None]:
-    """Write the synapses of a data set as a layer. Returns their number, and a link where the address of the folder is given.
+    """Write the synapses of a data set as a layer. Returns their number, and a link if the address of the folder is given.
 
-    Raises `SynpipeError` also where the synapses have not been made, or the address is none that a browser reads.
+    Raises `SynpipeError` as `write_layer` does, if the synapses have not been made, and for an address that no browser reads.
     """
     if address is not None and not address.startswith(tuple(f"{scheme}://" for scheme in REMOTE_SCHEMES)):
         raise SynpipeError(
-            f"{address} is no address of a layer: it should begin with {'://, '.join(REMOTE_SCHEMES)}://."
+            f"{address} is not the address of a layer: it must start with {'://, '.join(REMOTE_SCHEMES)}://."
         )
-    made = read_manifest(dataset, "synapses")
+    manifest = read_manifest(dataset, "synapses")
     synapses = read_table(dataset.synapses_path)
-    provenance = {"dataset": dataset.name, "data_version": made.data_version, "synpipe_version": __version__}
+    provenance = {"dataset": dataset.name, "data_version": manifest.data_version, "synpipe_version": __version__}
     write_layer(folder, synapses, dataset.spec.classes, provenance, dataset.spec.title)
     if address is None:
         return len(synapses), None
     viewer = find_viewer(dataset)
-    if viewer is None:  # without the volume, which is in local files
+    if viewer is None:  # the volume is in local files, so the link shows the synapses only
         viewer = Viewer(dataset.spec.neuroglancer, None, volume.ASSET.read(dataset).voxel_size_nm_zyx)
     first = synapses.slice(0, 1).to_pylist()[0]
     layer = annotation_layer(address.rstrip("/"), dataset.spec.classes)
@@ -74,23 +73,25 @@ def export(dataset: Dataset, folder: Path, address: str | None = None) -> tuple[
 def write_layer(
     folder: Path, synapses: pa.Table, classes: Sequence[str], provenance: Mapping[str, Any], title: str
 ) -> None:
-    """Write synapses (`SYNAPSE_SCHEMA`) as a layer, in place of an earlier one.
+    """Write synapses (`SYNAPSE_SCHEMA`) as a layer; an earlier export in the folder is replaced.
 
     Positions are in nm, in float32: exact to 0.06 nm within a millimetre. `neurotransmitter` is an enum of the classes and
-    `unlabelled`; `region`, `hemilineage`, `source` are enums, `confidence` a float, each where a synapse has one;
+    `unlabelled`. `region`, `hemilineage` and `source` are enums and `confidence` is a float, if any synapse has one.
     `neuron_id` is a relationship.
-    Raises `SynpipeError` where there is no synapse, or the folder holds something else.
+    Raises `SynpipeError` if there is no synapse, or if the folder holds something other than an export.
     """
     if not len(synapses):
-        raise SynpipeError("There is no synapse to export: look at the rejects.")
+        raise SynpipeError("There is no synapse to export. Look at the rejects.")
     if folder.exists() and (not folder.is_dir() or (any(folder.iterdir()) and not _is_layer(folder))):
-        raise SynpipeError(f"{folder} holds something that is no earlier export: name another folder.")
-    # At random, once: each cell and each level is then a random sample in a random order.
+        raise SynpipeError(f"{folder} holds something other than an earlier export: name another folder.")
+    # One random order makes each cell and each level a random sample in a random order.
     synapses = synapses.take(np.random.default_rng(SEED).permutation(len(synapses)))
     properties = _properties(synapses, classes)
     records = _Records.of(synapses, properties)
     low = np.floor(records.positions.min(axis=0))
-    high = np.floor(records.positions.max(axis=0)) + 1  # outside, and never flat
+    high = (
+        np.floor(records.positions.max(axis=0)) + 1
+    )  # the bound lies outside of all positions, so no side has length zero
     with atomic_folder(folder) as temporary:
         info = {
             "@type": TYPE,
@@ -109,7 +110,7 @@ def write_layer(
 
 
 def annotation_layer(address: str, classes: Sequence[str]) -> dict[str, Any]:
-    """The layer in the state of Neuroglancer, JSON-able, for the address at which the folder is served."""
+    """The layer as Neuroglancer's state has it, JSON-able. address: where the folder is served."""
     rgb = [
         ", ".join(f"{int(colour[i : i + 2], 16) / 255:.3f}" for i in (1, 3, 5))
         for colour in (*(COLOURS[number % len(COLOURS)] for number in range(len(classes))), GREY)
@@ -126,7 +127,7 @@ void main() {{
 
 
 def _is_layer(folder: Path) -> bool:
-    """Whether a folder is an export of synpipe's."""
+    """Whether synpipe exported this folder."""
     try:
         info = json.loads((folder / "info").read_text())
     except (OSError, ValueError):
@@ -136,14 +137,14 @@ def _is_layer(folder: Path) -> bool:
 
 @dataclass(frozen=True)
 class _Property:
-    """A property in the words of the format, and its values."""
+    """A property as the format describes it, and its values."""
 
     described: dict[str, Any]
     values: np.ndarray
 
 
 def _properties(synapses: pa.Table, classes: Sequence[str]) -> list[_Property]:
-    """Those that a synapse has, the widest first, as the format wants them."""
+    """The properties that a synapse has, the widest first, as the format requires."""
     found = [_enum("neurotransmitter", synapses, [*classes, UNLABELLED])]
     for name in ("region", "hemilineage", "source"):
         labels = sorted(label for label in pc.unique(synapses[name]).to_pylist() if label is not None)
@@ -151,13 +152,13 @@ def _properties(synapses: pa.Table, classes: Sequence[str]) -> list[_Property]:
             found.append(_enum(name, synapses, [*labels, UNKNOWN]))
     confidence = synapses["confidence"]
     if confidence.null_count < len(confidence):
-        values = confidence.to_numpy(zero_copy_only=False).astype("<f4")  # NaN where there is none
+        values = confidence.to_numpy(zero_copy_only=False).astype("<f4")  # NaN: the source gives none
         found.append(_Property({"id": "confidence", "type": "float32"}, values))
     return sorted(found, key=lambda each: -each.values.dtype.itemsize)
 
 
 def _enum(name: str, synapses: pa.Table, labels: list[str]) -> _Property:
-    """labels: all values, and at the end what a null is shown as."""
+    """An enum. labels: all values, and last the label for null."""
     dtype = np.min_scalar_type(len(labels) - 1)
     known = pc.index_in(synapses[name], pa.array(labels[:-1], pa.string()))
     values = pc.fill_null(known, len(labels) - 1).to_numpy().astype(dtype.newbyteorder("<"))
@@ -167,8 +168,11 @@ def _enum(name: str, synapses: pa.Table, labels: list[str]) -> _Property:
 
 @dataclass(frozen=True)
 class _Records:
-    """ids: uint64 (n,). positions: float64 (n, 3), x y z, as a reader of the records sees them. records: structured (n,).
-    neurons: uint64 (n,), of those that have one; has_neuron: bool (n,)."""
+    """The synapses as records of the format.
+
+    ids: uint64 (n,). positions: float64 (n, 3), x y z, as a reader of the records sees them. records: structured (n,).
+    neurons: uint64 (n,), valid where has_neuron, bool (n,), is true.
+    """
 
     ids: np.ndarray
     positions: np.ndarray
@@ -194,13 +198,13 @@ class _Records:
         )
 
     def singles(self) -> Iterator[tuple[int, bytes]]:
-        """Each synapse by its id, with its neurons."""
+        """Each synapse with its neurons, by its id."""
         for number, synapse_id in enumerate(self.ids.tolist()):
             related = self.neurons[number : number + self.has_neuron[number]]
             yield synapse_id, self.records[number].tobytes() + np.uint32(len(related)).tobytes() + related.tobytes()
 
     def lists(self, rows: np.ndarray, keys: np.ndarray) -> Iterator[tuple[int, bytes]]:
-        """The synapses in these rows, in lists by key (uint64, one per row), in the order of the rows."""
+        """Lists of the synapses in these rows by key (uint64, one per row), in the order of the rows."""
         order = np.argsort(keys, kind="stable")
         rows, keys = rows[order], keys[order]
         starts = np.flatnonzero(np.diff(keys, prepend=~keys[:1]))
@@ -217,7 +221,7 @@ def _write_neurons(folder: Path, records: _Records) -> dict[str, Any]:
 
 
 def _write_levels(folder: Path, records: _Records, low: np.ndarray, high: np.ndarray) -> Iterator[dict[str, Any]]:
-    """Levels of the spatial index, from one cell for all to ever finer ones, until no synapse is left.
+    """Write levels of the spatial index, from one cell for all of space to ever finer ones, until no synapse is left.
 
     Each takes from all of its cells the same share of what is left, as large as the fullest allows.
     """
@@ -240,13 +244,13 @@ def _write_levels(folder: Path, records: _Records, low: np.ndarray, high: np.nda
         left = left[~taken]
         if not len(left):
             return
-        # Halve what brings a cell nearer to a cube.
+        # Halve the axes that bring a cell nearer to a cube.
         halved = size > size.max() / math.sqrt(2)
         size, grid = np.where(halved, size / 2, size), np.where(halved, grid * 2, grid)
 
 
 def _morton_codes(cells: np.ndarray, grid: np.ndarray) -> np.ndarray:
-    """Compressed Morton codes of cells, uint64 (n, 3) → (n,): bits of x, y, z in turn, of each axis as many as it needs.
+    """Compressed Morton codes of cells, uint64 (n, 3) to (n,): bits of x, y, z in turn, as many of each axis as it needs.
 
     https://github.com/google/neuroglancer/blob/master/src/datasource/precomputed/volume.md#compressed-morton-code
     """
@@ -260,14 +264,14 @@ def _morton_codes(cells: np.ndarray, grid: np.ndarray) -> np.ndarray:
 
 
 def _write(folder: Path, name: str, keys: int, values: Iterator[tuple[int, bytes]], encoding: str) -> dict[str, Any]:
-    """Write values by key into a sharded index, and describe it. keys: how many there are. encoding: raw or gzip."""
+    """Write values by key into a sharded index; returns its description. keys: their number. encoding: raw or gzip."""
     import tensorstore as ts
 
     bits = max(0, math.ceil(math.log2(max(1, keys) / KEYS_PER_MINISHARD)))
     sharding = {
         "@type": "neuroglancer_uint64_sharded_v1",
         "preshift_bits": 0,
-        "hash": "murmurhash3_x86_128",  # ids come in runs
+        "hash": "murmurhash3_x86_128",  # ids come in runs, which an identity hash would put into few shards
         "minishard_bits": min(bits, MINISHARDS_PER_SHARD_BITS),
         "shard_bits": max(0, bits - MINISHARDS_PER_SHARD_BITS),
         "minishard_index_encoding": "gzip",
@@ -276,10 +280,10 @@ def _write(folder: Path, name: str, keys: int, values: Iterator[tuple[int, bytes
     base = {"driver": "file", "path": f"{folder / name}/"}
     store = ts.KvStore.open({"driver": "neuroglancer_uint64_sharded", "metadata": sharding, "base": base}).result()
     try:
-        with ts.Transaction() as transaction:  # a shard is written once, when all of its keys are known
+        with ts.Transaction() as transaction:  # so that each shard is written once, when all of its keys are known
             view = store.with_transaction(transaction)
             for key, value in values:
                 view[key.to_bytes(8, "big")] = value
-    except ValueError as error:  # tensorstore's, of whatever goes wrong
-        raise SynpipeError(f"Cannot write {folder / name} ({' '.join(str(error).split())}): check the space.") from None
+    except ValueError as error:  # tensorstore raises it for every failure
+        raise SynpipeError(f"Cannot write {folder / name} ({one_line(error)}). Check the free space.") from None
     return {"key": name, "sharding": sharding}

@@ -30,7 +30,7 @@ from synpipe.tiles import tile as tiles
 from synpipe.tiles.parts import mark_damaged, mark_of
 from synpipe.tiles.tile import PART_SCHEMA, SECTIONS, TILE_PX, CutOut, TileSpec, rows_by_shard, shard_of
 from synpipe.volumes.chunk_plan import Chunk, plan_batches
-from synpipe.volumes.volume import AccessDenied, Volume
+from synpipe.volumes.volume import Volume, VolumeUnusable
 
 # Tiles per batch, 100 MB at 256 px: they are held in memory until they are written, and a kill loses at most these.
 PART_TILES = 512
@@ -66,7 +66,7 @@ def extract_shards(
     `WINDOW_SCHEMA` with a row for each of them; and the number of cut-outs that were made.
 
     Raises `SynpipeError` if the volume could not be read everywhere, after all other shards have been cut out, and
-    `AccessDenied` at once if the volume may not be read.
+    `VolumeUnusable` at once if the volume may not be read.
     """
     windows = rows_by_shard(shard_of(starts_zyx, spec))
     parts = _list_parts(folder)
@@ -160,7 +160,7 @@ def cut_out_windows(
 ) -> Failures:
     """Cut out windows and write them as parts. starts: first voxels, int64 (n, 3), each window once.
 
-    Errors of the volume end up in the returned `Failures`. Raises `AccessDenied`, which affects all shards, and
+    Errors of the volume end up in the returned `Failures`. Raises `VolumeUnusable`, which affects all shards, and
     `SynpipeError` if a part cannot be written.
     """
     shards = shard_of(starts, spec)
@@ -189,7 +189,7 @@ def cut_out_windows(
                 continue
             try:
                 tile, row = finish()
-            except AccessDenied:
+            except VolumeUnusable:
                 raise
             except SynpipeError as error:
                 failures.add_error(shard, error)

@@ -3,12 +3,14 @@
 Input: the format, the place, and the voxel size that is wanted. Output: a `ChunkedReader`. Guarantees:
 - A scale is chosen by its voxel size, never by its number.
 - A missing chunk is an error. It never reads as black.
-- Reading stops with an error after a few attempts if the volume cannot be reached.
+- Reading stops with an error after a few attempts if the volume cannot be reached, and if an answer takes too long or never
+  ends; see `server_limits`.
 - A truncated chunk is an error.
 
 Damage that no checksum covers can stay undetected. Raw and JPEG chunks have no checksum, so a flipped bit, or zeros in
 place of the end of a high-quality JPEG, may decode to a wrong image. Detecting some of these cases would take another
-request per chunk, so synpipe does not try. The gzip of N5 and the crc32c of Zarr 3 reveal every flipped bit.
+request per chunk, so synpipe does not try. A web page that a server sends in place of a raw chunk is recognised. The gzip
+of N5 and the crc32c of Zarr 3 reveal every flipped bit.
 """
 
 import json
@@ -23,13 +25,16 @@ import numpy as np
 from synpipe.errors import SynpipeError
 from synpipe.store.fingerprints import folder_sha256
 from synpipe.volumes.chunk_plan import Chunking
-from synpipe.volumes.reader import SlicesZyx, VoxelReader, describe_error, same_nm
+from synpipe.volumes.reader import EndlessAnswer, SlicesZyx, VoxelReader, describe_error, same_nm
 from synpipe.volumes.scales import ChunkedFormat, Scale
 
 # Without these settings a read would wait for a stalled server forever. curl reads them once, when tensorstore is imported.
+# Each of 64 requests at a time still gets 500 bytes per second of a line of 256 kbit/s.
 os.environ.setdefault("TENSORSTORE_CURL_LOW_SPEED_TIME_SECONDS", "20")
-os.environ.setdefault("TENSORSTORE_CURL_LOW_SPEED_LIMIT_BYTES", "1")
+os.environ.setdefault("TENSORSTORE_CURL_LOW_SPEED_LIMIT_BYTES", "500")
 import tensorstore as ts
+
+from synpipe.volumes.server_limits import count_bytes_read, is_web_page, wait_for_answer
 
 CACHE_BYTES = 256 * 2**20  # decoded chunks; neighbouring tiles share them
 REQUESTS_IN_FLIGHT = 64  # more requests at a time gain nothing at a latency of 20 ms
@@ -46,18 +51,18 @@ class ChunkedReader(VoxelReader):
     Attributes: `scale` (the array that is read), and those of `VoxelReader`.
     """
 
-    errors = (ValueError, OSError)  # tensorstore raises no others
+    errors = (ValueError, OSError, EndlessAnswer)  # tensorstore raises the first two
     remedy = "try again when its server and the network are well; if it is damaged, copy it again"
 
     def __init__(
         self, format: ChunkedFormat, place: str | Path, wanted_voxel_size_nm_zyx: tuple[float, float, float] | None
     ):
         """place: a local folder or an address. wanted_voxel_size_nm_zyx: voxel size of the scale to read."""
-        self._format, self._folder = format, place if isinstance(place, Path) else None
+        self._format, self._address, self._folder = format, str(place), place if isinstance(place, Path) else None
         self.location = f"{format.name}://{place}"
         root = {"driver": "file", "path": f"{place}/"} if self._folder else f"{str(place).rstrip('/')}/"
         self._documents: dict[str, Any] = {}  # by name: content, and the version that the server gave
-        self._bytes_read_before = _count_bytes_read()
+        self._bytes_read_before = count_bytes_read()
         self._context = ts.Context(
             {
                 "cache_pool": {"total_bytes_limit": CACHE_BYTES},
@@ -70,6 +75,7 @@ class ChunkedReader(VoxelReader):
         try:
             self._root = ts.KvStore.open(ts.KvStore.Spec(root), context=self._context).result()
             self.scale = self._choose_scale(format.list_scales(self._read_document), wanted_voxel_size_nm_zyx)
+            self._require_scale_within_folder()
             self._open()
         except self.errors as error:
             raise SynpipeError(
@@ -85,7 +91,7 @@ class ChunkedReader(VoxelReader):
 
     def _read_document(self, name: str) -> dict[str, Any] | None:
         """Read a JSON document of the volume. Returns None if there is none of that name."""
-        answer = self._root.read(name).result()
+        answer = self._wait(self._root.read(name))
         if answer.state != "value":
             return None
         content = json.loads(answer.value)
@@ -121,6 +127,16 @@ class ChunkedReader(VoxelReader):
             )
         return fitting[0]
 
+    def _require_scale_within_folder(self) -> None:
+        # Whether a local volume changed is found by looking at its folder alone.
+        if self._folder is not None and not Path(os.path.normpath(self._folder / self.scale.folder)).is_relative_to(
+            self._folder
+        ):
+            raise SynpipeError(
+                f"Volume {self.location}: its scale {self.scale.folder} lies outside its folder, so synpipe would not notice "
+                "its changes: move it into the folder, or replace it there by a symbolic link."
+            )
+
     def _open(self) -> None:
         spec = {
             "kvstore": self._root.spec().to_json(),
@@ -129,7 +145,7 @@ class ChunkedReader(VoxelReader):
         }
         # By default a missing chunk reads as zeros, like a black one.
         spec |= {"fill_missing_data_reads": False, **self.scale.options}
-        array = ts.open(spec, read=True, open=True, context=self._context).result()
+        array = self._wait(ts.open(spec, read=True, open=True, context=self._context))
         axes = list(self.scale.axes)
         wrong_axes = SynpipeError(
             f"Volume {self.location} has axes {', '.join(axes)} and shape {array.shape}, but one grey value for each z, y, x "
@@ -145,6 +161,7 @@ class ChunkedReader(VoxelReader):
             axes.remove(axis)
         if sorted(axes) != ["x", "y", "z"]:
             raise wrong_axes
+        self._is_raw = _is_raw(array.codec.to_json())
         zyx = array[ts.d[[axes.index(axis) for axis in "zyx"]].transpose[:]]
         self._data = zyx[ts.d[:].translate_to[0]]
         depth, height, width = self._data.shape
@@ -157,12 +174,38 @@ class ChunkedReader(VoxelReader):
     @property
     def bytes_read(self) -> int:
         """Includes what all other volumes of this process read since this one was opened: tensorstore keeps one count."""
-        return _count_bytes_read() - self._bytes_read_before
+        return count_bytes_read() - self._bytes_read_before
 
     def start_read(self, box: SlicesZyx) -> Callable[[], np.ndarray]:
         future = self._data[box].read(order="C")
         future.force()  # without it the read would only begin when the caller waits for the result
-        return future.result
+        first_voxels = self._start_first_voxels(box) if self._folder is None and self._is_raw else []
+
+        def finish() -> np.ndarray:
+            values = self._wait(future)
+            if any(is_web_page(self._wait(voxels)) for voxels in first_voxels):
+                raise ValueError("the server sent a web page instead of a chunk")
+            return values
+
+        return finish
+
+    def _start_first_voxels(self, box: SlicesZyx) -> list[ts.Future]:
+        """Begin to read the first voxels of each chunk that a box needs. They share the request of the box's own voxels."""
+        fastest = self._data.chunk_layout.inner_order[-1]
+        low, high = np.array([(side.start, side.stop) for side in box]).T
+        futures = []
+        for chunk in self.chunking.chunks(low, high):
+            first = [number * size for number, size in zip(chunk, self.chunking.shape_zyx, strict=True)]
+            row: list[Any] = [*first]
+            row[fastest] = slice(
+                first[fastest], min(first[fastest] + self.chunking.shape_zyx[fastest], self.shape_zyx[fastest])
+            )
+            futures.append(self._data[tuple(row)].read())
+            futures[-1].force()
+        return futures
+
+    def _wait(self, future: ts.Future) -> Any:
+        return future.result() if self._folder is not None else wait_for_answer(future, self._address)
 
     def close(self) -> None:
         del self._data, self._root, self._context  # which frees the cache
@@ -179,7 +222,8 @@ class ChunkedReader(VoxelReader):
         return {name: content for name, (content, _) in self._documents.items()}
 
 
-def _count_bytes_read() -> int:
-    """Bytes that tensorstore has read since this process began."""
-    metrics = ts.experimental_collect_matching_metrics("/tensorstore/kvstore/")
-    return sum(int(metric["values"][0]["value"]) for metric in metrics if metric["name"].endswith("/bytes_read"))
+def _is_raw(codec: dict[str, Any]) -> bool:
+    """Whether chunks are stored as they are, so that other content of the right length would be taken for voxels."""
+    if codec["driver"] == "zarr3":
+        return [step["name"] for step in codec["codecs"]] == ["bytes"]
+    return codec.get("encoding") == "raw" or (codec["driver"] == "zarr" and codec.get("compressor") is None)

@@ -1,6 +1,9 @@
 """Reads volumes that are stored as one data set of an HDF5 file, such as those of CREMI.
 
-Input: the path of the file and the path of the data set in it. Output: an `Hdf5Reader`.
+Input: the path of the file and the path of the data set in it. Output: an `Hdf5Reader`. Guarantees:
+- All voxels come from this file. A data set whose voxels lie in other files is refused, because a change of those would go
+  unnoticed.
+- Voxels that were never written are an error. They never read as black.
 """
 
 import math
@@ -19,8 +22,9 @@ import numpy as np
 
 from synpipe.errors import SynpipeError
 from synpipe.store.fingerprints import file_sha256
+from synpipe.store.hdf5 import refuse_other_files
 from synpipe.volumes.chunk_plan import Chunk, Chunking
-from synpipe.volumes.reader import SlicesZyx, VoxelReader, describe_error
+from synpipe.volumes.reader import NothingStored, SlicesZyx, VoxelReader, describe_error
 
 # With the default of 1 MiB every cut-out decodes its chunks again. 128 MiB hold a row of chunks of a common volume.
 CHUNK_CACHE_BYTES = 128 * 2**20
@@ -43,7 +47,7 @@ class Hdf5Reader(VoxelReader):
     asks for the voxels.
     """
 
-    errors = (*HDF5_ERRORS, zlib.error)
+    errors = (*HDF5_ERRORS, zlib.error, NothingStored)
 
     def __init__(self, path: Path, dataset: str):
         self._path, self.location = path, str(path)
@@ -66,6 +70,7 @@ class Hdf5Reader(VoxelReader):
             raise
 
     def _open(self, where: str, dataset: str) -> None:
+        refuse_other_files(self._file, dataset)
         data = self._file.get(dataset)
         if not isinstance(data, h5py.Dataset):
             raise SynpipeError(
@@ -79,6 +84,7 @@ class Hdf5Reader(VoxelReader):
         chunk = data.chunks or CONTIGUOUS_CHUNK_ZYX
         self.chunking = Chunking(chunk, CHUNK_CACHE_BYTES // (math.prod(chunk) * self.dtype.itemsize))
         self._gzipped = GzippedChunks(data, self.chunking) if _is_only_gzipped(data) else None
+        self._written_chunks: set[Chunk] = set()
 
     @property
     def bytes_read(self) -> int:
@@ -88,12 +94,27 @@ class Hdf5Reader(VoxelReader):
         return partial(self._read, box) if self._gzipped is None else self._gzipped.start_read(box)
 
     def _read(self, box: SlicesZyx) -> np.ndarray:
+        self._require_written(box)
         values = self._data[box]
         self._voxel_bytes += values.nbytes
         return values
 
+    def _require_written(self, box: SlicesZyx) -> None:
+        """Raise `NothingStored` if a chunk of this box was never written. HDF5 would return its fill value."""
+        if self._data.chunks is None:
+            if not _is_allocated(self._data):
+                raise NothingStored("the data set was created but never written")
+            return
+        low, high = np.array([(side.start, side.stop) for side in box]).T
+        for chunk in self.chunking.chunks(low, high):
+            if chunk not in self._written_chunks:
+                _find_chunk(self._data, chunk)
+                self._written_chunks.add(chunk)
+
     def identity(self) -> dict[str, Any]:
-        return {"content": file_sha256(self._path), "dataset": self._data.name}
+        identity = {"content": file_sha256(self._path), "dataset": self._data.name}
+        # Former versions read such voxels as black. The mark makes the tiles that were cut out of them out of date.
+        return identity if _is_wholly_written(self._data) else identity | {"never_written": "missing"}
 
     def close(self) -> None:
         if self._gzipped is not None:
@@ -105,6 +126,26 @@ def _is_only_gzipped(data: h5py.Dataset) -> bool:
     settings = data.id.get_create_plist()
     filters = [settings.get_filter(number)[0] for number in range(settings.get_nfilters())]
     return data.chunks is not None and filters == [h5py.h5z.FILTER_DEFLATE]
+
+
+def _find_chunk(data: h5py.Dataset, chunk: Chunk) -> tuple[int, ...]:
+    """The first voxel of a chunk. Raises `NothingStored` if the chunk was never written."""
+    first_voxel = tuple(number * size for number, size in zip(chunk, data.chunks, strict=True))
+    if data.id.get_chunk_info_by_coord(first_voxel).byte_offset is None:
+        raise NothingStored(f"the chunk at voxel {first_voxel} was never written")
+    return first_voxel
+
+
+def _is_wholly_written(data: h5py.Dataset) -> bool:
+    if data.chunks is None:
+        return _is_allocated(data)
+    chunk_count = math.prod(-(-extent // size) for extent, size in zip(data.shape, data.chunks, strict=True))
+    return data.id.get_num_chunks() == chunk_count
+
+
+def _is_allocated(data: h5py.Dataset) -> bool:
+    """Whether a data set without chunks has a place in the file. HDF5 gives it one when voxels are first written."""
+    return data.id.get_storage_size() > 0
 
 
 class GzippedChunks:
@@ -131,9 +172,7 @@ class GzippedChunks:
 
     def _decompress(self, chunk: Chunk) -> np.ndarray:
         shape, dtype = self._chunking.shape_zyx, self._data.dtype
-        first_voxel = tuple(number * size for number, size in zip(chunk, shape, strict=True))
-        if self._data.id.get_chunk_info_by_coord(first_voxel).byte_offset is None:  # never written
-            return np.full(shape, self._data.fillvalue)
+        first_voxel = _find_chunk(self._data, chunk)
         skipped_filters, content = self._data.id.read_direct_chunk(first_voxel)
         with self._count_lock:
             self.bytes_read += len(content)

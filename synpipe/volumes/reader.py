@@ -22,6 +22,14 @@ SlicesZyx = tuple[slice, slice, slice]
 """The voxels of a sub-volume as slices along z, y and x. Start and stop are given and lie inside the volume."""
 
 
+class NothingStored(Exception):
+    """The volume is intact, but it holds no voxels at this place. A reader that raises it names it in `errors`."""
+
+
+class EndlessAnswer(Exception):
+    """A server sent more data than a volume's chunks can have. A reader that raises it names it in `errors`."""
+
+
 class VoxelReader(ABC):
     """Reads the voxels of one volume. Axis order is z, y, x.
 

@@ -17,7 +17,7 @@ from pydantic import FiniteFloat, field_validator, model_validator
 from synpipe.errors import SynpipeError
 from synpipe.specs import Spec, digest
 from synpipe.volumes.kinds import PREFIXES, VolumePlace, open_reader
-from synpipe.volumes.reader import SlicesZyx, VoxelReader, describe_error, same_nm
+from synpipe.volumes.reader import EndlessAnswer, NothingStored, SlicesZyx, VoxelReader, describe_error, same_nm
 
 # Voxel sizes such as 4.6 nm have no exact binary form, and positions often come as decimal text. A position that misses
 # the edge of a voxel only by rounding belongs to that voxel. A millionth of a voxel is far below the precision of any
@@ -88,8 +88,12 @@ class MissingChunk(SynpipeError):
     """The volume is intact but has no voxels at this place: the chunk was never stored, which differs from a black one."""
 
 
-class AccessDenied(SynpipeError):
-    """Access is denied for the whole volume, so reading another chunk or trying again is pointless."""
+class VolumeUnusable(SynpipeError):
+    """Something is wrong with the whole volume, so reading another chunk or trying again is pointless."""
+
+
+class AccessDenied(VolumeUnusable):
+    """Access is denied for the whole volume."""
 
 
 def to_uint8(values: np.ndarray, window: tuple[float, float]) -> np.ndarray:
@@ -173,8 +177,8 @@ class Volume:
     def read(self, start_zyx: np.ndarray, stop_zyx: np.ndarray) -> np.ndarray:
         """The voxels from `start_zyx` (included) to `stop_zyx` (excluded), both within the volume: uint8 (z, y, x).
 
-        Raises `MissingChunk` if the volume holds nothing there, `AccessDenied` if it may not be read, and `SynpipeError`
-        if it is damaged or cannot be reached.
+        Raises `MissingChunk` if the volume holds nothing there, `AccessDenied` if it may not be read, `VolumeUnusable` if its
+        server sends without end, and `SynpipeError` if it is damaged or cannot be reached.
         """
         return self.start_read(start_zyx, stop_zyx)()
 
@@ -199,8 +203,12 @@ class Volume:
         z, y, x = box
         place = f"voxels z {z.start}–{z.stop}, y {y.start}–{y.stop}, x {x.start}–{x.stop}"
         # tensorstore's messages begin with a status. Nothing else tells a missing chunk from a server out of reach.
-        if str(error).startswith("NOT_FOUND"):
+        if isinstance(error, NothingStored) or str(error).startswith("NOT_FOUND"):
             return MissingChunk(f"Volume {self.path} holds nothing at {place} ({describe_error(error)}).")
+        if isinstance(error, EndlessAnswer):
+            return VolumeUnusable(
+                f"Volume {self.path} cannot be read at {place} ({error}): ask whoever keeps its server."
+            )
         if str(error).startswith("PERMISSION_DENIED"):
             return AccessDenied(
                 f"Volume {self.path}: permission denied at {place} ({describe_error(error)}): ask whoever keeps it for "

@@ -106,7 +106,7 @@ def test_one_encoder_alone_can_be_judged_and_the_evaluation_waits_for_the_other(
     dataset = own_copy(made, tmp_path)
     dataset.manifest_path("scores_other").unlink()
     last = nodes(dataset)[-1]
-    assert last.asset == "evaluation"
+    assert last.name == "evaluation"
     last.run(lambda line: None)
     assert [row["encoder"] for row in read_encoder_rows(dataset)] == ["tiny"]
     (state,) = (each for each in states(dataset) if each.asset == "evaluation")

@@ -367,6 +367,15 @@ def test_cremi_adds_the_offset_of_the_annotations_and_reads_the_chosen_types(tmp
         read(tmp_path, spec.model_copy(update={"annotation_types": ("pre",)}))
 
 
+def test_cremi_annotations_of_another_file_are_refused(tmp_path):
+    """A change of the other file would go unnoticed."""
+    write_cremi(tmp_path / "other.h5", [1], ["presynaptic_site"], [(1.0, 2.0, 3.0)])
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        file["annotations"] = h5py.ExternalLink("other.h5", "annotations")
+    with pytest.raises(SynpipeError, match=r"a\.h5.* leads to `annotations` in the file other\.h5"):
+        read(tmp_path, Cremi(format="cremi", path="a.h5"))
+
+
 def test_real_cremi_annotations(real_em):
     bounds = bounds_from_origin(np.array([20, 1024, 1024]) * [50, 4.6, 4.6])
     result = read(real_em, Cremi(format="cremi", path="vnc_stack1.h5"), bounds=bounds)

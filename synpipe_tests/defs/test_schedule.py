@@ -180,7 +180,7 @@ def launched(ui: Ui, kind: str) -> set[str]:
     (run,) = runs()
     assert run["status"] == "SUCCESS", ui.messages
     assert len(run["assetChecks"]) == 14
-    return {asset["key"]["path"][-1] for asset in run["assets"]}
+    return {name_of(dg.AssetKey(asset["key"]["path"])) for asset in run["assets"]}
 
 
 def wait_until(done: Callable[[], bool], seconds: float = 180) -> None:
@@ -284,7 +284,7 @@ def test_a_damaged_manifest_is_named_and_its_asset_made_again(fresh: CodeLocatio
 
 def test_what_is_no_cron_expression_is_refused_in_a_sentence(project: Project, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("SYNPIPE_SCHEDULE", "every night")
-    with pytest.raises(SynpipeError, match="SYNPIPE_SCHEDULE is 'every night', which is no cron expression"):
+    with pytest.raises(SynpipeError, match="SYNPIPE_SCHEDULE is 'every night', which is not a cron expression"):
         build_definitions(project)
 
 
@@ -373,7 +373,7 @@ def test_a_run_at_work_is_waited_for_and_a_killed_one_is_not(fresh: CodeLocation
             assert process.poll() is None and time.monotonic() < deadline, messages.read_text()
             time.sleep(0.1)
         (run,) = fresh.instance.get_runs()
-        assert fresh.tick() == f"run {run.run_id} is at work on these assets"
+        assert fresh.tick() == f"run {run.run_id} is working on these assets"
         process.send_signal(signal.SIGKILL)
         process.wait()
     assert isinstance(fresh.tick(), dg.RunRequest)
@@ -392,7 +392,7 @@ def test_a_run_that_was_killed_before_it_began_is_given_up_after_a_while(
     run = fresh.instance.create_run_for_job(
         job, asset_selection=frozenset(request.asset_selection or ()), status=dg.DagsterRunStatus.STARTING
     )
-    assert fresh.tick() == f"run {run.run_id} is at work on these assets"
+    assert fresh.tick() == f"run {run.run_id} is working on these assets"
     monkeypatch.setattr(schedules, "START_TIMEOUT_S", 0)
     assert isinstance(fresh.tick(), dg.RunRequest)
     (run,) = fresh.instance.get_runs()

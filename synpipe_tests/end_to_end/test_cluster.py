@@ -142,8 +142,8 @@ def test_a_killed_worker_affects_only_its_shard_and_nothing_is_embedded_twice(bo
     assert sum("a worker died at shard" in line for line in log) == 1
     tiles = read_table(there.tiles_path, ["shard", "content_hash"])
     contents = set(tiles["content_hash"].to_pylist())
-    counts = read_manifest(there, "embeddings_tiny").figures
-    assert counts["rows"] == len(tiles) and counts["tiles_embedded"] == len(contents)
+    manifest = read_manifest(there, "embeddings_tiny")
+    assert manifest.rows == len(tiles) and manifest.figures["tiles_embedded"] == len(contents)
     held = Counter(name for _, table in parts(there) for name in table["content_hash"].to_pylist())
     assert set(held) == contents and set(held.values()) == {1}
     by_shard = {shard_name(shard) for shard in tiles["shard"].to_pylist()}

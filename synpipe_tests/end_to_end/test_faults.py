@@ -1,5 +1,6 @@
 """Servers that fail, stall and truncate: no tile is lost or invented, and cut-outs made before a failure are kept."""
 
+import os
 import re
 import subprocess
 import sys
@@ -16,14 +17,18 @@ from synpipe.assets.manifest import read_manifest
 from synpipe.datasets import Dataset, Project
 from synpipe.store.files import read_table
 from synpipe.volumes import chunked as volume_chunked
+from synpipe.volumes import server_limits
 from synpipe.volumes.volume import AccessDenied
 from synpipe_tests.conftest import SMALL_DEMO, environment, write_project
 from synpipe_tests.support import command
 from synpipe_tests.support.fault_server import (
+    ENDLESS,
     HALVED,
+    PAGE,
     RESET,
     SHORT,
     STALL,
+    TRICKLE,
     FaultServer,
     always,
     at_first,
@@ -245,12 +250,89 @@ def test_a_stalled_read_times_out(source: Path, clean: Callable, tmp_path: Path)
 
 STALLED_PROGRAM = """
 from synpipe.volumes import chunked as volume_chunked
+from synpipe.volumes import server_limits
 from synpipe.datasets import Project
 from synpipe_tests.end_to_end.test_faults import make
 
 volume_chunked.RETRIES |= {"max_retries": 3, "initial_delay": "5ms"}
 make(Project.locate().dataset("demo"))
 """
+
+
+def read_in_new_process(url: str, **environment_changes: str) -> list[str]:
+    """Read a volume in a process with its own time-outs and its own memory. Returns the lines that it prints."""
+    program = [sys.executable, "-c", READING_PROGRAM, url]
+    ended = subprocess.run(
+        program, env=os.environ | environment_changes, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert ended.returncode == 0, ended.stderr
+    return ended.stdout.splitlines()
+
+
+# Prints the error; whether reading anything else is pointless; and by how many MB the memory grew before and after the error.
+READING_PROGRAM = """
+import resource, sys, time
+from synpipe.errors import SynpipeError
+from synpipe.volumes import chunked, server_limits
+from synpipe.volumes.volume import VolumeUnusable
+from synpipe_tests.volumes.test_sources import everything, opened
+
+chunked.RETRIES |= {"max_retries": 2, "initial_delay": "5ms"}
+server_limits.MAX_ANSWERS_BYTES = 100 * 2**20
+with opened("precomputed", sys.argv[1]) as volume:
+    memory = [resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024]
+    try:
+        everything(volume)
+    except SynpipeError as error:
+        print(error)
+        print(isinstance(error, VolumeUnusable))
+    for seconds in (1, 3):
+        time.sleep(seconds)
+        memory.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
+    print(memory[1] - memory[0])
+    print(memory[2] - memory[1])
+"""
+
+
+def test_a_server_that_sends_a_byte_per_second_is_given_up(source: Path) -> None:
+    with serving(source, always(TRICKLE, in_column((0, 0)))) as server:
+        message, *_ = read_in_new_process(f"{server.url}/raw", TENSORSTORE_CURL_LOW_SPEED_TIME_SECONDS="2")
+    assert "cannot be read" in message and "Timeout" in message and server.url in message
+
+
+def test_a_slow_answer_is_given_up_although_it_is_fast_enough_to_go_on(
+    source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server_limits, "MAX_WAIT_S", 2)
+    with (
+        serving(source, always(TRICKLE, in_column((0, 0)))) as server,
+        opened("precomputed", f"{server.url}/raw") as volume,
+    ):
+        refusal(partial(everything, volume), "did not finish", "2 s", server.url)
+
+
+def test_a_chunk_without_end_does_not_fill_the_memory(source: Path) -> None:
+    """The connection is closed too, so the memory does not grow while other assets are made."""
+    with serving(source, always(ENDLESS, in_column((0, 0)))) as server:
+        message, is_volume_unusable, grown_before_mb, grown_after_mb = read_in_new_process(f"{server.url}/raw")
+    assert "did not end" in message and server.url in message
+    assert is_volume_unusable == "True"
+    assert int(grown_before_mb) < 2500
+    assert int(grown_after_mb) < 50
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+def test_a_web_page_of_the_right_length_is_not_taken_for_voxels(
+    tmp_path: Path, textured: np.ndarray, dtype: type
+) -> None:
+    write_precomputed(tmp_path / "v", textured.astype(dtype))
+    spec = {} if dtype == np.uint8 else {"intensity_window": (0, 255)}
+    with serving(tmp_path, always(PAGE, in_column((0, 0)))) as server:
+        with opened("precomputed", f"{server.url}/v", **spec) as volume:
+            refusal(partial(everything, volume), "web page instead of a chunk", server.url)
+        server.rule = never
+        with opened("precomputed", f"{server.url}/v", **spec) as volume:
+            np.testing.assert_array_equal(everything(volume), textured)
 
 
 @pytest.mark.parametrize("kind", ["raw", "jpeg"])

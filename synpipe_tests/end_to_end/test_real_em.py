@@ -67,7 +67,10 @@ def voxels(synapses: pa.Table) -> np.ndarray:
 
 
 def test_every_point_has_a_tile_and_none_is_rejected(project: Project, dataset: Dataset):
-    said = {asset: each["made"]["figures"] for asset, each in assets(project, "vnc_stack1").items()}
+    said = {
+        asset: each["made"]["figures"] | {"rows": each["made"]["rows"]}
+        for asset, each in assets(project, "vnc_stack1").items()
+    }
     assert said["synapses"]["rows"] == said["rgb_tiles"]["rows"] == N_SYNAPSES + N_POINTS
     assert said["rejects"]["rows"] == 0
     assert said["index_tiny"]["rows"] == N_SYNAPSES + N_POINTS

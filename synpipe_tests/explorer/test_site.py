@@ -19,8 +19,9 @@ import pytest
 from playwright.sync_api import Browser, ConsoleMessage, Page, expect
 
 from synpipe.annotations.schema import UNLABELLED
+from synpipe.assets.asset import facts_as_json
 from synpipe.assets.manifest import Manifest, write_manifest
-from synpipe.assets.volume import find_viewer
+from synpipe.assets.volume import VolumeFacts, find_viewer
 from synpipe.datasets import Dataset, DatasetSpec
 from synpipe.errors import SynpipeError
 from synpipe.explorer import column_files, tile_packs
@@ -115,7 +116,9 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Exported:
     image = {"type": "image", "name": "em", "source": "precomputed://https://example.org/em"}
     write_manifest(
         dataset,
-        Manifest("volume", "v", "c", {}, {"neuroglancer": image, "voxel_size_nm_zyx": list(VOXEL_NM_ZYX)}),
+        Manifest(
+            "volume", "v", "c", {}, facts_as_json(VolumeFacts("em", (9, 9, 9), VOXEL_NM_ZYX, (0, 0, 0), [], image))
+        ),
     )
     log: list[str] = []
     with pytest.MonkeyPatch.context() as patch:

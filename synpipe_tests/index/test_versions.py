@@ -481,7 +481,7 @@ def test_a_vector_of_another_encoder_is_refused(index: SynapseIndex, template: O
         with pytest.raises(SynpipeError, match=r"has shape .* needs \(512,\)"):
             index.search_vector(np.ones(shape, np.float32), own)
     for value in (0.0, np.nan, np.inf):
-        with pytest.raises(SynpipeError, match="zero, or holds values that are not finite"):
+        with pytest.raises(SynpipeError, match="is zero or has values that are not finite"):
             index.search_vector(np.full(512, value), own)
     for options, words in (
         ({"metric": "euclid"}, "Unknown metric"),

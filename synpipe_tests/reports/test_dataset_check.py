@@ -88,13 +88,14 @@ def test_the_demo(made: Dataset, tmp_path: Path) -> None:
     result = check(project_of(made), "demo", "--picture", str(tmp_path / "sheet.png"))
     assert picture_of(result) > (700, 500)  # eight tiles of each of six classes
     assert files(made.folder) == before
-    counts = read_manifest(made, "synapses").figures
-    assert f"annotations  {counts['rows']} usable, {counts['rejects']} rejected" in result.stdout
+    manifest = read_manifest(made, "synapses")
+    counts = manifest.figures
+    assert f"annotations  {manifest.rows} usable, {counts['rejects']} rejected" in result.stdout
     for name, count in counts["classes"].items():
         assert f"{name}: {count} synapses" in result.stdout
     for reason in set(read_table(made.synapse_rejects_path)["reason"].to_pylist()):
         assert f"rejected as {reason}: " in result.stdout
-    assert f"{counts['rows']} tiles of 196,608 bytes" in result.stdout
+    assert f"{manifest.rows} tiles of 196,608 bytes" in result.stdout
     assert "12 × 1,024 × 1,024 voxels" in result.stdout and "40 × 4 × 4 nm" in result.stdout
 
 

@@ -15,10 +15,11 @@ from neuroglancer.read_precomputed_annotations import AnnotationReader
 
 from synpipe.annotations.schema import SYNAPSE_SCHEMA, UNLABELLED
 from synpipe.assets.graph import nodes, states
-from synpipe.assets.manifest import read_manifest
+from synpipe.assets.manifest import read_manifest, write_manifest
+from synpipe.assets.rejects import SHOWN_LINKS, show
 from synpipe.assets.volume import find_viewer
 from synpipe.datasets import NEUROTRANSMITTERS, Dataset, DatasetSpec
-from synpipe.defs import show
+from synpipe.defs.show import as_metadata
 from synpipe.errors import SynpipeError
 from synpipe.reports.annotation_layer import CELL_SYNAPSES, UNKNOWN, annotation_layer, write_layer
 from synpipe.store.files import read_table
@@ -215,9 +216,10 @@ def test_rejects_and_synapses_have_links(remote):
     assert link.startswith(SITE + "/#!")
     viewer = find_viewer(dataset)
     assert viewer and viewer.links(synapse).to_pylist() == [link]
-    shown = show.rejects(dataset, read_manifest(dataset, "rejects"))
-    linked = [row["neuroglancer"] for row in rejects[: show.SAMPLE_ROWS] if row["neuroglancer"]]
-    assert linked and all(f"]({one})" in shown["neuroglancer"].value for one in linked)
+    view = show(dataset, "", read_manifest(dataset, "rejects"))
+    linked = [row["neuroglancer"] for row in rejects[:SHOWN_LINKS] if row["neuroglancer"]]
+    shown = as_metadata(view, len(rejects), {})["neuroglancer"].value
+    assert linked and all(f"]({one})" in shown for one in linked)
     assert "no synapse 12345678" in refusal(invoke(remote, "link", "12345678"))
 
 
@@ -251,16 +253,15 @@ def test_neighbours_of_remote_volumes_have_links(made, tmp_path):
     """Of a store whose volume was reached over a network: its manifest is what search looks at."""
     shutil.copytree(made.folder, tmp_path / "demo")
     dataset = dataclasses.replace(made, folder=tmp_path / "demo")
-    manifest = dataset.manifest_path("volume")
-    content = json.loads(manifest.read_text())
-    content["counts"]["neuroglancer"] = {"type": "image", "name": "em", "source": "precomputed://gs://bucket/em"}
-    manifest.write_text(json.dumps(content))
+    manifest = read_manifest(dataset, "volume")
+    layer = {"type": "image", "name": "em", "source": "precomputed://gs://bucket/em"}
+    write_manifest(dataset, dataclasses.replace(manifest, facts=manifest.facts | {"neuroglancer": layer}))
     from synpipe.index.search import SynapseIndex
 
     index = SynapseIndex(dataset, "tiny", viewer=find_viewer(dataset))
     found = index.search(read_table(made.tiles_path)["synapse_id"][0].as_py())
     for one in (one for group in found.values() for one in group):
-        place = np.array(one.position_nm) / content["counts"]["voxel_size_nm_zyx"][::-1]
+        place = np.array(one.position_nm) / manifest.facts["voxel_size_nm_zyx"][::-1]
         np.testing.assert_allclose(neuroglancer.parse_url(one.neuroglancer).position, place, atol=1e-6)
 
 
@@ -407,4 +408,4 @@ def test_neuroglancer_shows_the_layer_that_the_command_writes(made, tmp_path):
         neuroglancer.parse_url(link).layers["synapses"].layer.shader
         == annotation_layer("", made.spec.classes)["shader"]
     )
-    assert "begin with" in refusal(invoke(project_of(made), "export-annotations", folder, "--url", "file:///tmp"))
+    assert "must start with" in refusal(invoke(project_of(made), "export-annotations", folder, "--url", "file:///tmp"))

@@ -314,7 +314,7 @@ def test_the_store_records_its_bulk_folder(tmp_path: Path, server: str) -> None:
     elsewhere = write_project(tmp_path / "elsewhere")
     (elsewhere.store / "demo" / "tiles").mkdir(parents=True)
     assert elsewhere.dataset("demo").bulk is None
-    with pytest.raises(SynpipeError, match="Unset it to go on"):
+    with pytest.raises(SynpipeError, match="Unset SYNPIPE_BULK to use the existing ones"):
         replace(elsewhere, bulk=ROOT).dataset("demo")
     nowhere = replace(write_project(tmp_path / "new"), bulk=ObjectPath("s3://nowhere/x")).dataset("demo")
     with pytest.raises(SynpipeError, match="s3://nowhere/x"):

@@ -21,10 +21,14 @@ RESET = "reset"  # the connection is reset before an answer
 STALL = "stall"  # the headers arrive, and nothing after them
 SHORT = "short"  # half of the body arrives, and the connection is closed
 HALVED = "halved"  # half of the body arrives as if it were the whole
+TRICKLE = "trickle"  # a byte per second arrives
+ENDLESS = "endless"  # the body never ends
+PAGE = "page"  # a web page arrives that has the length of the body
 
 Fault = int | str | None
 Rule = Callable[[str, int], Fault]  # path, and number of the request for it from 1 → fault
 
+ENDLESS_BYTES = 2**40
 STALL_S = 60  # longer than any time-out of a test; closing the server ends the stall
 
 
@@ -93,14 +97,22 @@ class _Handler(SimpleHTTPRequestHandler):
     def _answer_badly(self, fault: str) -> None:
         content = Path(self.translate_path(self.path)).read_bytes()
         half = content[: len(content) // 2]
+        page = b"<!DOCTYPE html><html><body>Please log in</body></html>"
+        body = {HALVED: half, PAGE: page.ljust(len(content))[: len(content)]}.get(fault, content)
         self.send_response(200)
-        self.send_header("Content-Length", str(len(half if fault == HALVED else content)))
+        self.send_header("Content-Length", str(ENDLESS_BYTES if fault == ENDLESS else len(body)))
         self.end_headers()
         if fault == STALL:
             self.server.closed.wait(STALL_S)
+        elif fault == TRICKLE:
+            while not self.server.closed.wait(1):
+                self.wfile.write(b"\0")
+        elif fault == ENDLESS:
+            while not self.server.closed.is_set():
+                self.wfile.write(bytes(2**20))
         else:
-            self.wfile.write(half)
-        self.close_connection = fault != HALVED
+            self.wfile.write(half if fault == SHORT else body)
+        self.close_connection = fault not in (HALVED, PAGE)
 
     def log_message(self, *_: Any) -> None:
         """Log nothing."""

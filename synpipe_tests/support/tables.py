@@ -70,7 +70,10 @@ def embedding_table(
 
     provenance = {**PROVENANCE, "data_version": version}
     columns_of_others = [
-        Derived(asset.table_columns, next(([each] for each in derived if names_of(asset) & {*each.column_names}), None))
+        Derived(
+            asset.table_columns,
+            next(([with_nulls(each, asset)] for each in derived if names_of(asset) & {*each.column_names}), None),
+        )
         for asset in CONTRIBUTORS
     ]
     write_embedding_table(path, [table], [tiles_of(table, shards)], read_vectors, provenance, columns_of_others)
@@ -80,6 +83,14 @@ def embedding_table(
 def names_of(asset: Asset[Any]) -> set[str]:
     """Names of the columns that an asset gives to the embedding table."""
     return {field.name for field in asset.table_columns}
+
+
+def with_nulls(table: pa.Table, asset: Asset[Any]) -> pa.Table:
+    """The table with null for those columns of an asset that it does not have."""
+    for field in asset.table_columns:
+        if field.name not in table.column_names:
+            table = table.append_column(field, pa.nulls(len(table), field.type))
+    return table
 
 
 NOTHING_DERIVED = [Derived(asset.table_columns, None) for asset in CONTRIBUTORS]

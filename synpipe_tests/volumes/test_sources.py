@@ -1,6 +1,7 @@
 """Every kind of volume gives the same tiles. Volumes that lack data, or contradict their spec, are refused with a reason."""
 
 import json
+import os
 import shutil
 import threading
 from collections.abc import Callable, Iterator
@@ -18,7 +19,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from synpipe.assets.graph import states
+from synpipe.assets.graph import nodes, states
+from synpipe.assets.volume import status_of_files
 from synpipe.defs.definitions import available_datasets
 from synpipe.errors import SynpipeError
 from synpipe.store.files import read_table
@@ -622,8 +624,6 @@ def test_remote_fingerprints_cover_the_documents(tmp_path: Path, grey: np.ndarra
 
 
 def test_an_address_is_never_missing_and_a_touched_chunk_is_seen(tmp_path: Path, grey: np.ndarray) -> None:
-    from synpipe.assets.volume import status_of_files
-
     remote = write_project(tmp_path / "remote", synthetic=None, volume={"path": "precomputed://gs://bucket/volume"})
     dataset = remote.dataset("demo")
     assert [path.name for path in dataset.missing_sources()] == ["synapses.csv"]
@@ -641,6 +641,81 @@ def test_an_address_is_never_missing_and_a_touched_chunk_is_seen(tmp_path: Path,
     assert len({json.dumps(found) for found in (before, after, status_of_files(local.volume_files()))}) == 3
 
 
+@pytest.mark.parametrize("kind", CHUNKED)
+def test_a_change_behind_a_symbolic_link_to_a_folder_is_noticed(tmp_path: Path, grey: np.ndarray, kind: str) -> None:
+    """A linked folder has the fingerprint that it would have in its place, and its changes are changes of the volume."""
+    WRITERS[kind](tmp_path / "plain", grey)
+    WRITERS[kind](tmp_path / "linked", grey)
+    chunk = first_chunk(tmp_path / "linked")
+    if kind == "zarr2":  # its chunks lie beside its documents
+        chunk.replace(tmp_path / "chunk")
+        chunk.symlink_to(tmp_path / "chunk")
+        chunk = tmp_path / "chunk"
+    else:
+        place = next(path for path in chunk.parents if path.parent == tmp_path / "linked")
+        place.rename(tmp_path / "elsewhere")
+        place.symlink_to(tmp_path / "elsewhere")
+        chunk = tmp_path / "elsewhere" / chunk.relative_to(place)
+
+    def found() -> tuple[str, str, np.ndarray]:
+        with opened(kind, tmp_path / "linked") as volume:
+            return json.dumps(status_of_files([tmp_path / "linked"])), volume.fingerprint(), everything(volume)
+
+    before = found()
+    with opened(kind, tmp_path / "plain") as volume:
+        assert before[1] == volume.fingerprint()
+    other = grey.copy()
+    other[:4, :64, :64] ^= 1
+    WRITERS[kind](tmp_path / "other", other)
+    shutil.copyfile(first_chunk(tmp_path / "other"), chunk)
+    after = found()
+    assert before[0] != after[0] and before[1] != after[1] and (before[2] != after[2]).any()
+
+
+def test_links_that_cannot_be_followed_are_named(tmp_path: Path, grey: np.ndarray) -> None:
+    for name, target in (("loop", "."), ("nowhere", "none")):
+        write_zarr2(tmp_path / name, grey)
+        (tmp_path / name / "link").symlink_to(target)
+        for action in (
+            lambda name=name: status_of_files([tmp_path / name]),
+            opened("zarr2", tmp_path / name).fingerprint,
+        ):
+            refusal(action, str(tmp_path / name / "link"), "remove")
+
+
+def test_a_scale_outside_its_volume_is_refused(tmp_path: Path, grey: np.ndarray) -> None:
+    write_precomputed(tmp_path / "v", grey, key="../elsewhere")
+    refusal(lambda: opened("precomputed", tmp_path / "v"), "../elsewhere", "outside its folder")
+
+
+def test_status_notices_a_section_that_was_replaced_by_an_older_file(tmp_path: Path, grey: np.ndarray) -> None:
+    """`cp -p` keeps the old time, and here also the size. Giving a file its former time back does not hide a change either."""
+    changes = {"synthetic": None, "volume": {"path": str(tmp_path / "v"), "voxel_size_nm_zyx": list(SIZE_NM)}}
+    dataset = write_project(tmp_path, **changes).dataset("demo")
+    write_sections(tmp_path / "v", grey, ".tif")
+    section, older = tmp_path / "v" / "larva_4.6nm_9.tif", tmp_path / "older.tif"
+    Image.fromarray(grey[2, ::-1].copy()).save(older)
+    os.utime(older, ns=(10**18, 10**18))
+    times = section.stat()
+    assert older.stat().st_size == times.st_size
+    for restored in (False, True):
+        nodes(dataset)[0].run(lambda message: None)
+        assert states(dataset)[0].state == "fresh"
+        shutil.copy2(older, section)
+        if restored:
+            Image.fromarray(grey[2]).save(section)
+            os.utime(section, ns=(times.st_atime_ns, times.st_mtime_ns))
+        (reason,) = states(dataset)[0].reasons
+        assert "its source changed" in reason
+
+
+def test_a_section_that_changes_its_number_is_noticed(tmp_path: Path, grey: np.ndarray) -> None:
+    write_sections(tmp_path / "v", grey[:1], ".png")
+    before = status_of_files([tmp_path / "v"])
+    (tmp_path / "v" / "larva_4.6nm_7.png").rename(tmp_path / "v" / "larva_4.6nm_8.png")
+    assert status_of_files([tmp_path / "v"]) != before
+
+
 @pytest.mark.parametrize("name", ["fafb_v14", "hemibrain", "manc"])
 def test_shipped_data_sets_wait_for_their_annotations(name: str, monkeypatch, caplog: pytest.LogCaptureFixture) -> None:
     from synpipe.datasets import Project
@@ -650,7 +725,7 @@ def test_shipped_data_sets_wait_for_their_annotations(name: str, monkeypatch, ca
     dataset = project.dataset(name)
     assert dataset.spec.volume.address.startswith("gs://")
     assert name not in [found.name for found in available_datasets(project)]
-    (warning,) = [record.getMessage() for record in caplog.records if "left out" in record.getMessage()]
+    (warning,) = [record.getMessage() for record in caplog.records if "Skipping data sets" in record.getMessage()]
     assert "\n" not in warning and f" {name} ({dataset.missing_sources()[0]})" in warning
     window = dataset.spec.tiles.window_zyx(np.array(dataset.spec.volume.voxel_size_nm_zyx))
     assert window == ((3 if name == "fafb_v14" else 11), 256, 256)  # sections 40 nm apart in all of them

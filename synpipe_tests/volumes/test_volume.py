@@ -11,7 +11,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from synpipe.errors import SynpipeError
-from synpipe.volumes.volume import Volume, VolumeSpec
+from synpipe.volumes.volume import MissingChunk, Volume, VolumeSpec
 
 RESOLUTION = (50.0, 4.6, 4.6)
 OFFSET = (100.0, -46.0, 9.2)
@@ -193,6 +193,82 @@ def test_empty_volumes(tmp_path: Path) -> None:
         with h5py.File(path, "w") as file:
             file.create_dataset("volumes/raw", data=empty)
         assert "has shape" in refusal(path)
+
+
+def link_to_a_file(file: h5py.File, other: str) -> None:
+    file["volumes/raw"] = h5py.ExternalLink(other, "volumes/raw")
+
+
+def link_to_a_group_of_a_file(file: h5py.File, other: str) -> None:
+    file["em"] = h5py.ExternalLink(other, "volumes")
+    file["volumes"] = h5py.SoftLink("/em")
+
+
+def virtual_data_set(file: h5py.File, other: str) -> None:
+    layout = h5py.VirtualLayout(SHAPE, np.uint8)
+    layout[:] = h5py.VirtualSource(other, "volumes/raw", SHAPE)
+    file.create_virtual_dataset("volumes/raw", layout)
+    file["volumes/raw"].attrs["resolution"] = RESOLUTION
+
+
+def values_in_a_raw_file(file: h5py.File, other: str) -> None:
+    file.create_dataset("volumes/raw", SHAPE, np.uint8, external=[(other, 0, h5py.h5f.UNLIMITED)])
+    file["volumes/raw"].attrs["resolution"] = RESOLUTION
+
+
+@pytest.mark.parametrize("is_there", [True, False])
+@pytest.mark.parametrize("write", [link_to_a_file, link_to_a_group_of_a_file, virtual_data_set, values_in_a_raw_file])
+def test_voxels_of_another_file_are_refused(tmp_path: Path, write, is_there: bool) -> None:
+    """A change of the other file would go unnoticed. If it is gone, HDF5 reads a virtual data set as black."""
+    other, path = tmp_path / "other.h5", tmp_path / "volume.h5"
+    if is_there:
+        write_volume(other)
+    with h5py.File(path, "w") as file:
+        write(file, str(other))
+    message = refusal(path)
+    assert str(other) in message and "would not notice" in message
+
+
+def test_soft_links_within_the_file_are_followed(tmp_path: Path) -> None:
+    path = write_volume(tmp_path / "volume.h5", dataset="em/grey")
+    with h5py.File(path, "r+") as file:
+        file["volumes/raw"] = h5py.SoftLink("/em/./grey")
+        file["loop"] = h5py.SoftLink("/loop")
+    with open_volume(path) as volume:
+        assert volume.shape_zyx.tolist() == list(SHAPE)
+    assert "too many links" in refusal(path, dataset="loop")
+
+
+CHUNK = (1, 16, 16)
+STORAGE: dict[str, dict[str, Any]] = {
+    "gzipped": {"chunks": CHUNK, "compression": "gzip"},
+    "shuffled": {"chunks": CHUNK, "compression": "gzip", "shuffle": True},
+    "uncompressed": {"chunks": CHUNK},
+    "contiguous": {},
+}
+
+
+@pytest.mark.parametrize("storage", STORAGE)
+def test_voxels_that_were_never_written_are_a_missing_chunk_and_not_black(tmp_path: Path, storage: str) -> None:
+    """Written voxels beside them are read, also if they are black."""
+    path, chunked = tmp_path / "volume.h5", storage != "contiguous"
+    with h5py.File(path, "w") as file:
+        data = file.create_dataset("volumes/raw", SHAPE, np.uint8, **STORAGE[storage])
+        data.attrs["resolution"] = RESOLUTION
+        if chunked:
+            data[:, :, :16] = 0
+    with open_volume(path) as volume:
+        with pytest.raises(MissingChunk, match=r"holds nothing at voxels z 2–5.* never written"):
+            volume.read(np.array([2, 0, 10]), np.array([5, 20, 20]))
+        if chunked:
+            assert not volume.read(np.zeros(3), np.array([7, 40, 16])).any()
+        unwritten = volume.fingerprint()
+    with h5py.File(path, "r+") as file:
+        file["volumes/raw"][:] = 0
+    with open_volume(path) as volume:
+        assert not volume.read(np.zeros(3), np.array(SHAPE)).any()
+        assert "never_written" not in volume.reader.identity()
+        assert volume.fingerprint() != unwritten
 
 
 def test_voxel_size_comes_from_the_spec_where_the_file_has_none(tmp_path: Path) -> None:
