@@ -31,7 +31,7 @@ from synpipe.datasets import Dataset, Project
 from synpipe.embeddings.encoders import Encoder
 from synpipe.errors import NotFound, SynpipeError
 from synpipe.explorer.map_file import MAP_CATEGORIES, MAP_NUMBERS, pack_map
-from synpipe.index.publish import open_current
+from synpipe.index.publish import identify, open_current
 from synpipe.index.search import Neighbour, Synapse, SynapseIndex
 from synpipe.store.files import read_table
 from synpipe.tiles.tile import TileReader
@@ -139,6 +139,7 @@ class Explorer:
             "metrics": list(index.metrics),
             "has_map": opened.map is not None,
             "version": index.version,
+            "data_version": index.provenance["data_version"],
             "fingerprint": index.fingerprint,
             "classes": _classes(self._dataset(dataset)),
             "regions": opened.filter_values["region"],
@@ -245,7 +246,7 @@ class Explorer:
             )
         return self._latest(
             (dataset, encoder),
-            lambda: (open_current(opened.lancedb_folder, encoder).version, find_viewer(opened), opened.spec.classes),
+            lambda: (identify(open_current(opened.lancedb_folder, encoder)), find_viewer(opened), opened.spec.classes),
             lambda: _open_index(opened, encoder),
         )
 

@@ -184,7 +184,7 @@ export function mapPage({ source, navigate }) {
         throw new SourceError(`There is no map of ${encoder} in ${dataset.name}. Materialise projection_${encoder}, then the table and the index.`, 404);
       }
       if (!view) startView();
-      const key = JSON.stringify([dataset.name, encoder, about.version]);
+      const key = JSON.stringify([dataset.name, encoder, about.version, about.data_version]);
       if (loaded?.key !== key) {
         loading.hidden = false;
         delete stage.dataset.ready;
