@@ -11,12 +11,14 @@ from typing import TYPE_CHECKING, Any
 import pyarrow.compute as pc
 from PIL import Image
 
+from synpipe.annotations.schema import UNLABELLED
 from synpipe.assets import embedding_table, embeddings
 from synpipe.assets.asset import Asset, Finding, Leftover, Made, Task, View, file_leftover, no_files, view_of_figures
 from synpipe.assets.manifest import Manifest, data_version_of, read_manifest
-from synpipe.assets.rgb_tiles import MAX_SHOWN_CLASSES, class_by_synapse, draw_tiles
+from synpipe.assets.rgb_tiles import MAX_SHOWN_CLASSES, draw_tiles, explain_gone_tile, open_embedded_tiles
 from synpipe.assets.volume import find_viewer
 from synpipe.datasets import Dataset
+from synpipe.errors import SynpipeError
 from synpipe.store.objects import list_paths
 from synpipe.store.streams import read_batches
 
@@ -98,15 +100,18 @@ def choose_example_queries(dataset: Dataset, encoder: str) -> list[int]:
 
 
 def draw_neighbours(
-    dataset: Dataset, answers: Mapping[int, "Mapping[str, Sequence[Neighbour]]"], tile_px: int = 64
+    dataset: Dataset,
+    index: "SynapseIndex",
+    answers: Mapping[int, "Mapping[str, Sequence[Neighbour]]"],
+    tile_px: int = 64,
 ) -> Image.Image:
     """A row per query: its tile, then the two most similar synapses of each class, with their distances.
 
-    answers: at least one answer of `SynapseIndex.search`, by the query's synapse id.
+    The tiles and classes are those of the index, even if synapses have others by now. answers: at least one answer of
+    `index.search`, by the query's synapse id. Raises `SynpipeError` if the store no longer holds one of the tiles.
     """
-    labels = class_by_synapse(dataset, [*answers])
     rows = {
-        f"{labels[query]}\n{query}": [
+        f"{index.synapse(query).neurotransmitter or UNLABELLED}\n{query}": [
             (query, "query"),
             *(
                 (neighbour.synapse_id, f"{name[:4]}  {neighbour.distance:.2g}")
@@ -116,14 +121,19 @@ def draw_neighbours(
         ]
         for query, answer in answers.items()
     }
-    return draw_tiles(dataset, rows, tile_px)
+    shown = list(dict.fromkeys(synapse_id for row in rows.values() for synapse_id, _ in row))
+    reader = open_embedded_tiles(dataset, index.provenance, index.contents(shown))
+    for synapse_id in shown:
+        if not reader.has(synapse_id):
+            raise SynpipeError(explain_gone_tile(dataset, synapse_id))
+    return draw_tiles(reader, rows, tile_px)
 
 
 def draw_example_neighbours(dataset: Dataset, encoder: str, tile_px: int = 64) -> Image.Image | None:
     """`draw_neighbours` for an example of each class; None if no tile of a known class is whole."""
     index = open_index(dataset, encoder, in_memory=False)
     answers = {query: index.search(query) for query in choose_example_queries(dataset, encoder)}
-    return draw_neighbours(dataset, answers, tile_px) if answers else None
+    return draw_neighbours(dataset, index, answers, tile_px) if answers else None
 
 
 def find_leftovers(dataset: Dataset, _fresh: bool) -> Iterator[Leftover]:
