@@ -4,7 +4,9 @@ LanceDB takes two seconds to import. `synpipe status` and the loading of the Dag
 import the modules that use it.
 """
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +16,7 @@ from PIL import Image
 from synpipe.annotations.schema import UNLABELLED
 from synpipe.assets import embedding_table, embeddings
 from synpipe.assets.asset import Asset, Finding, Leftover, Made, Task, View, file_leftover, no_files, view_of_figures
-from synpipe.assets.manifest import Manifest, data_version_of, read_manifest
+from synpipe.assets.manifest import Manifest, data_version_of, find_manifest, read_manifest
 from synpipe.assets.rgb_tiles import MAX_SHOWN_CLASSES, draw_tiles, explain_gone_tile, open_embedded_tiles
 from synpipe.assets.volume import find_viewer
 from synpipe.datasets import Dataset
@@ -84,6 +86,31 @@ def open_index(dataset: Dataset, encoder: str, in_memory: bool = True) -> "Synap
     from synpipe.index.search import SynapseIndex
 
     return SynapseIndex(dataset, encoder, in_memory=in_memory, viewer=find_viewer(dataset))
+
+
+def find_rolled_back(dataset: Dataset, encoder: str) -> str | None:
+    """The tag of the version that readers see, if it is not the version that the manifest of the index describes.
+
+    None also if the index has not been made or cannot be read, and after an interrupted run, which may have published a version
+    that the manifest does not describe yet.
+    """
+    manifest = find_manifest(dataset, ASSET.name_for(encoder))
+    if manifest is None or manifest.interrupted:
+        return None
+    # LanceDB takes two seconds to import. Normally its file of the tag `current` names the version of the manifest.
+    with suppress(OSError, ValueError, KeyError, TypeError, SynpipeError):
+        tag = dataset.lancedb_folder / f"{encoder}.lance" / "_refs" / "tags" / "current.json"
+        if json.loads(tag.read_bytes())["version"] == manifest.figures["version"]:
+            return None
+    from synpipe.index.publish import open_current, read_provenance, tag_for
+
+    try:
+        seen = read_provenance(open_current(dataset.lancedb_folder, encoder).schema)
+    except (SynpipeError, OSError):
+        return None
+    if seen["data_version"] == manifest.data_version:
+        return None
+    return tag_for(seen["data_version"], seen["encoder_fingerprint"])
 
 
 def choose_example_queries(dataset: Dataset, encoder: str) -> list[int]:

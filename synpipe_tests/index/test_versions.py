@@ -4,6 +4,7 @@ import io
 import json
 import os
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
@@ -44,6 +45,7 @@ from synpipe.index.versions import (
 from synpipe.reports.housekeeping import find_leftovers
 from synpipe.reports.provenance import trace_row
 from synpipe.store.files import read_table
+from synpipe.store.locks import one_step_at_a_time
 from synpipe.tiles.tile import TileReader
 from synpipe_tests.index.test_search import make as index_of
 from synpipe_tests.support.changes import NAME, TRUNK, Killed, Own, branch, killed_at_the_end, make_outdated, same_store
@@ -198,6 +200,28 @@ def test_readers_see_what_was_gone_back_to_until_the_index_is_made_again(own: Ow
     with pytest.raises(SynpipeError, match="has no version 'data-1'"):
         rollback(own.dataset, "tiny", "data-1")
     assert seen() == 39
+
+
+def test_a_rollback_waits_for_a_run_and_status_says_that_readers_see_a_former_version(own: Own):
+    (first,) = list_versions(own.dataset, "tiny")
+    set_entry(own, seed=7)
+    second = make(own)
+    said: list[str] = []
+    with ThreadPoolExecutor(1) as pool:
+        with one_step_at_a_time(own.project.store, said.append):
+            going_back = pool.submit(invoke, own.project, "rollback", first.tag, "--dataset", NAME)
+            time.sleep(1)
+            assert not going_back.done()
+            assert open_current(own.dataset.lancedb_folder, "tiny").version == second.number
+        done = going_back.result()
+    assert done.exit_code == 0 and "waiting for another run" in done.stderr and not said
+    assert open_current(own.dataset.lancedb_folder, "tiny").version == first.number
+
+    status = answer(own.project, "status", "--dataset", NAME)
+    assert f"Readers of tiny see the version {first.tag}" in status and "Readers of other" not in status
+    assert json.loads(answer(own.project, "status", "--dataset", NAME, "--json"))["rolled_back"] == {"tiny": first.tag}
+    own.materialise("index_tiny")
+    assert json.loads(answer(own.project, "status", "--dataset", NAME, "--json"))["rolled_back"] == {}
 
 
 # Where a row comes from.
