@@ -4,19 +4,23 @@ LanceDB takes two seconds to import. `synpipe status` and the loading of the Dag
 import the modules that use it.
 """
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import pyarrow.compute as pc
 from PIL import Image
 
+from synpipe.annotations.schema import UNLABELLED
 from synpipe.assets import embedding_table, embeddings
 from synpipe.assets.asset import Asset, Finding, Leftover, Made, Task, View, file_leftover, no_files, view_of_figures
-from synpipe.assets.manifest import Manifest, data_version_of, read_manifest
-from synpipe.assets.rgb_tiles import MAX_SHOWN_CLASSES, class_by_synapse, draw_tiles
+from synpipe.assets.manifest import Manifest, data_version_of, find_manifest, read_manifest
+from synpipe.assets.rgb_tiles import MAX_SHOWN_CLASSES, draw_tiles, explain_gone_tile, open_embedded_tiles
 from synpipe.assets.volume import find_viewer
 from synpipe.datasets import Dataset
+from synpipe.errors import SynpipeError
 from synpipe.store.objects import list_paths
 from synpipe.store.streams import read_batches
 
@@ -84,6 +88,31 @@ def open_index(dataset: Dataset, encoder: str, in_memory: bool = True) -> "Synap
     return SynapseIndex(dataset, encoder, in_memory=in_memory, viewer=find_viewer(dataset))
 
 
+def find_rolled_back(dataset: Dataset, encoder: str) -> str | None:
+    """The tag of the version that readers see, if it is not the version that the manifest of the index describes.
+
+    None also if the index has not been made or cannot be read, and after an interrupted run, which may have published a version
+    that the manifest does not describe yet.
+    """
+    manifest = find_manifest(dataset, ASSET.name_for(encoder))
+    if manifest is None or manifest.interrupted:
+        return None
+    # LanceDB takes two seconds to import. Normally its file of the tag `current` names the version of the manifest.
+    with suppress(OSError, ValueError, KeyError, TypeError, SynpipeError):
+        tag = dataset.lancedb_folder / f"{encoder}.lance" / "_refs" / "tags" / "current.json"
+        if json.loads(tag.read_bytes())["version"] == manifest.figures["version"]:
+            return None
+    from synpipe.index.publish import open_current, read_provenance, tag_for
+
+    try:
+        seen = read_provenance(open_current(dataset.lancedb_folder, encoder).schema)
+    except (SynpipeError, OSError):
+        return None
+    if seen["data_version"] == manifest.data_version:
+        return None
+    return tag_for(seen["data_version"], seen["encoder_fingerprint"])
+
+
 def choose_example_queries(dataset: Dataset, encoder: str) -> list[int]:
     """A synapse of each class to search with: the first one whose tile is whole."""
     columns = ["synapse_id", "neurotransmitter", "pad_fraction", "missing_sections"]
@@ -98,15 +127,18 @@ def choose_example_queries(dataset: Dataset, encoder: str) -> list[int]:
 
 
 def draw_neighbours(
-    dataset: Dataset, answers: Mapping[int, "Mapping[str, Sequence[Neighbour]]"], tile_px: int = 64
+    dataset: Dataset,
+    index: "SynapseIndex",
+    answers: Mapping[int, "Mapping[str, Sequence[Neighbour]]"],
+    tile_px: int = 64,
 ) -> Image.Image:
     """A row per query: its tile, then the two most similar synapses of each class, with their distances.
 
-    answers: at least one answer of `SynapseIndex.search`, by the query's synapse id.
+    The tiles and classes are those of the index, even if synapses have others by now. answers: at least one answer of
+    `index.search`, by the query's synapse id. Raises `SynpipeError` if the store no longer holds one of the tiles.
     """
-    labels = class_by_synapse(dataset, [*answers])
     rows = {
-        f"{labels[query]}\n{query}": [
+        f"{index.synapse(query).neurotransmitter or UNLABELLED}\n{query}": [
             (query, "query"),
             *(
                 (neighbour.synapse_id, f"{name[:4]}  {neighbour.distance:.2g}")
@@ -116,14 +148,19 @@ def draw_neighbours(
         ]
         for query, answer in answers.items()
     }
-    return draw_tiles(dataset, rows, tile_px)
+    shown = list(dict.fromkeys(synapse_id for row in rows.values() for synapse_id, _ in row))
+    reader = open_embedded_tiles(dataset, index.provenance, index.contents(shown))
+    for synapse_id in shown:
+        if not reader.has(synapse_id):
+            raise SynpipeError(explain_gone_tile(dataset, synapse_id))
+    return draw_tiles(reader, rows, tile_px)
 
 
 def draw_example_neighbours(dataset: Dataset, encoder: str, tile_px: int = 64) -> Image.Image | None:
     """`draw_neighbours` for an example of each class; None if no tile of a known class is whole."""
     index = open_index(dataset, encoder, in_memory=False)
     answers = {query: index.search(query) for query in choose_example_queries(dataset, encoder)}
-    return draw_neighbours(dataset, answers, tile_px) if answers else None
+    return draw_neighbours(dataset, index, answers, tile_px) if answers else None
 
 
 def find_leftovers(dataset: Dataset, _fresh: bool) -> Iterator[Leftover]:

@@ -1,7 +1,8 @@
 """The asset `rgb_tiles`: the index of the model-ready tiles, a view of the stacks in colour or in grey."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -23,16 +24,18 @@ from synpipe.assets.asset import (
     list_complete,
     view_of_figures,
 )
-from synpipe.assets.manifest import Manifest, data_version_of, file_metadata
+from synpipe.assets.manifest import Manifest, data_version_of, file_metadata, find_manifest, find_version
 from synpipe.assets.synapse_stacks import STACKS_SCHEMA, read_ids
 from synpipe.datasets import Dataset
 from synpipe.store.files import read_table, table_writer
-from synpipe.store.streams import by_shard, column_of, read_batches
+from synpipe.store.streams import BATCH_ROWS, by_shard, column_of, read_batches
+from synpipe.tiles.contents import file_of, find_by_content, list_whole_parts, read_part
 from synpipe.tiles.parts import damaged_parts, mark_of
 from synpipe.tiles.tile import SECTIONS, TILE_PX, TileReader, content_hashes
 
 CODE_VERSION = "1"
 MAX_SHOWN_CLASSES = 12
+PLACE_COLUMNS = ["content_hash", "file", "row", "crc32"]  # what `TileReader` needs, apart from the id
 
 
 @dataclass(frozen=True)
@@ -89,6 +92,60 @@ def open_tiles(dataset: Dataset, synapse_ids: Sequence[int] | None = None) -> Ti
     return TileReader(pa.concat_tables(parts), dataset.bulk_folder, stacking)
 
 
+def open_embedded_tiles(dataset: Dataset, origin: Mapping[str, Any], rows: pa.Table) -> TileReader:
+    """The tiles that were embedded into rows of an index or an embedding table, whatever tiles their synapses have by now.
+
+    origin: provenance of the index or table. rows: its columns `synapse_id` and `content_hash`, or some of their rows. A synapse
+    whose tile the store no longer holds has no tile in the reader; see `explain_gone_tile`.
+    """
+    stacking = stacking_of(dataset, origin)
+    places = _find_places(dataset, rows["content_hash"], stacking)
+    found = pc.index_in(rows["content_hash"], value_set=places["content_hash"]).combine_chunks()
+    there = pc.is_valid(found)
+    tiles = places.take(found.filter(there))
+    return TileReader(
+        tiles.append_column("synapse_id", rows["synapse_id"].filter(there)), dataset.bulk_folder, stacking
+    )
+
+
+def explain_gone_tile(dataset: Dataset, synapse_id: int) -> str:
+    """For a synapse of an index whose tile the store no longer holds."""
+    return (
+        f"The tile of synapse {synapse_id} from which this version of the index of {dataset.name} was made is no longer in the "
+        "store: it was damaged, or `synpipe gc` of an earlier synpipe removed it. Let readers see another version with "
+        "`synpipe rollback`."
+    )
+
+
+def stacking_of(dataset: Dataset, origin: Mapping[str, Any]) -> str:
+    """The stacking of the tiles from which an index or an embedding table with this provenance was made."""
+    made = find_version(dataset, ASSET.name, origin["inputs"][ASSET.name])
+    # The lineage may have been lost. The spec is that of the run that wrote the table.
+    return str(origin["dataset_spec"]["tiles"]["stacking"]) if made is None else ASSET.parse(made).stacking
+
+
+def _find_places(dataset: Dataset, hashes: pa.ChunkedArray, stacking: str) -> pa.Table:
+    """Where tiles with these content hashes lie: a table of `PLACE_COLUMNS`, in which a hash may have several rows.
+
+    The index of the tiles is asked first. Only for hashes that it does not have are the parts searched.
+    """
+    found = [pa.schema([STACKS_SCHEMA.field(name) for name in PLACE_COLUMNS]).empty_table()]
+    made = find_manifest(dataset, ASSET.name)
+    # An equal hash in another stacking would be that of another tile.
+    if made is not None and ASSET.parse(made).stacking == stacking and dataset.tiles_path.exists():
+        # Each batch is compared with all hashes, so many hashes need the whole index at once.
+        few = len(hashes) <= BATCH_ROWS
+        path = dataset.tiles_path
+        for part in read_batches(path, PLACE_COLUMNS) if few else [read_table(path, PLACE_COLUMNS)]:
+            found.append(part.filter(pc.is_in(part["content_hash"], value_set=hashes)).select(PLACE_COLUMNS))
+    known = pa.concat_tables(found)
+    missing = hashes.filter(pc.invert(pc.is_in(hashes, value_set=known["content_hash"])))
+    if len(missing):
+        kept = find_by_content(dataset.cut_outs_folder, missing, stacking)
+        known = pa.concat_tables([known, kept.select(PLACE_COLUMNS)])
+    return known.combine_chunks()
+
+
 @dataclass(frozen=True)
 class TilePlaces:
     """Where tiles lie. synapse_ids: ascending, int64 (n,). starts_zyx: first voxels, int64 (n, 3). window_zyx: extent of a
@@ -128,12 +185,12 @@ def draw_tiles_by_class(dataset: Dataset, per_class: int = 8, tile_px: int = 96)
         if len(members) and len(rows) < MAX_SHOWN_CLASSES:
             places = np.linspace(0, len(members) - 1, min(per_class, len(members))).astype(int)
             rows[name or UNLABELLED] = [(synapse_id, str(synapse_id)) for synapse_id in ids[members[places]].tolist()]
-    return draw_tiles(dataset, rows, tile_px) if rows else None
+    shown = [synapse_id for row in rows.values() for synapse_id, _ in row]
+    return draw_tiles(open_tiles(dataset, shown), rows, tile_px) if rows else None
 
 
-def draw_tiles(dataset: Dataset, rows: Mapping[str, Sequence[tuple[int, str]]], tile_px: int) -> Image.Image:
+def draw_tiles(reader: TileReader, rows: Mapping[str, Sequence[tuple[int, str]]], tile_px: int) -> Image.Image:
     """Rows of tiles, given as synapse ids with captions. The key of a row is written to its left; at least one row."""
-    reader = open_tiles(dataset, [synapse_id for row in rows.values() for synapse_id, _ in row])
     cells = {
         heading: [(reader.by_id(synapse_id), caption) for synapse_id, caption in row] for heading, row in rows.items()
     }
@@ -141,12 +198,16 @@ def draw_tiles(dataset: Dataset, rows: Mapping[str, Sequence[tuple[int, str]]], 
 
 
 def find_leftovers(dataset: Dataset, fresh: bool) -> Iterable[Leftover]:
-    """Parts of which no tile is in use. A part never changes, so one that is used in part stays whole."""
+    """Parts of which no tile is in use, neither by the index of the tiles nor by a published version of an index.
+
+    A part never changes, so one that is used in part stays whole.
+    """
     if not fresh:
         return
     used: set[str] = set()
     for index in (dataset.stacks_path, dataset.tiles_path):
         used.update(read_table(index, ["file"])["file"].unique().to_pylist())
+    used |= _find_published_parts(dataset, used)
     for part in damaged_parts(dataset.cut_outs_folder):
         if f"tiles/{part.parent.name}/{part.name}" not in used:
             yield file_leftover(mark_of(part), "mark of damaged tiles of no synapse")
@@ -154,6 +215,31 @@ def find_leftovers(dataset: Dataset, fresh: bool) -> Iterable[Leftover]:
     for path in list_complete(dataset.cut_outs_folder, "*/*.*"):
         if path.suffix == ".suspect" or f"tiles/{path.parent.name}/{path.stem}.h5" not in used:
             yield file_leftover(path, "tiles of no synapse")
+
+
+def _find_published_parts(dataset: Dataset, used: Collection[str]) -> set[str]:
+    """Of the parts that are not in `used`, those with a tile that only a published version of an index names."""
+    others = [part for part in list_whole_parts(dataset.cut_outs_folder) if file_of(part) not in used]
+    if not others or not any(dataset.lancedb_folder.glob("*.lance")):
+        return set()
+    from synpipe.index.versions import read_contents  # LanceDB takes two seconds to import
+
+    current = read_table(dataset.tiles_path, ["content_hash"])["content_hash"]
+    wanted: dict[str, set[str]] = {}
+    for origin, hashes in read_contents(dataset):
+        stacking = stacking_of(dataset, origin)
+        if stacking == ASSET.read(dataset).stacking:
+            hashes = hashes.filter(pc.invert(pc.is_in(hashes, value_set=current)))
+        if len(hashes):
+            wanted.setdefault(stacking, set()).update(hashes.to_pylist())
+    return {
+        file_of(part)
+        for part in others
+        if any(
+            not hashes.isdisjoint(read_part(part, stacking)["content_hash"].to_pylist())
+            for stacking, hashes in wanted.items()
+        )
+    }
 
 
 SAMPLE_COLUMNS = ("synapse_id", "shard", "row", "z_index", "pad_fraction", "missing_sections", "mean", "std")

@@ -121,7 +121,7 @@ def materialize(project: "Project", dataset: str, select: tuple[str, ...], stale
 @json_option
 @click.pass_obj
 def status(project: "Project", dataset: str, as_json: bool) -> None:
-    """Show which assets are fresh, stale (and why) or missing.
+    """Show which assets are fresh, stale (and why) or missing, and whether readers see a former version of an index.
 
     \b
     Examples:
@@ -129,16 +129,18 @@ def status(project: "Project", dataset: str, as_json: bool) -> None:
       synpipe status -d mydata --json
     """
     from synpipe.assets.graph import states
+    from synpipe.assets.index import find_rolled_back
     from synpipe.assets.manifest import find_manifest
 
     opened = project.dataset(dataset)
     assets = [(state, find_manifest(opened, state.asset)) for state in states(opened)]
+    rolled_back = {encoder: tag for encoder in opened.encoders if (tag := find_rolled_back(opened, encoder))}
     if as_json:
         described = {
             state.asset: {"state": state.state, "reasons": state.reasons, "made": manifest and asdict(manifest)}
             for state, manifest in assets
         }
-        print_json({"dataset": dataset, "folder": str(opened.folder), "assets": described})
+        print_json({"dataset": dataset, "folder": str(opened.folder), "assets": described, "rolled_back": rolled_back})
         return
     click.echo(f"{dataset}: {opened.spec.title}\n{opened.folder}\n")
     rows = []
@@ -150,6 +152,11 @@ def status(project: "Project", dataset: str, as_json: bool) -> None:
     reasons = [f"{state.asset} is {state.state} because {reason}" for state, _ in assets for reason in state.reasons]
     if reasons:
         click.echo("\n" + "\n".join(reasons))
+    for encoder, tag in rolled_back.items():
+        click.echo(
+            f"\nReaders of {encoder} see the version {tag}, not the one that was made last. To let them see that one, materialise "
+            f"index_{encoder}: `synpipe materialize -d {dataset} -s index_{encoder}`."
+        )
 
 
 @click.command()
@@ -166,8 +173,8 @@ def gc(project: "Project", dataset: str, delete: bool, as_json: bool) -> None:
     The list includes the embeddings of encoders that the data set no longer names. If you go back to such an encoder, its tiles
     are embedded again. Index versions that have a tag are kept until you run `synpipe forget TAG`.
     """
-    from synpipe.defs.locks import one_step_at_a_time
     from synpipe.reports.housekeeping import find_leftovers, remove_leftovers
+    from synpipe.store.locks import one_step_at_a_time
 
     opened = project.dataset(dataset)
     # Nothing refers yet to the files that a running step has just written, so a removal waits until no step is running.

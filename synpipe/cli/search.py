@@ -58,7 +58,7 @@ def search(project: "Project", synapse_id: int, dataset: str, encoder: str | Non
     index = open_index(opened, opened.encoder(encoder))
     neighbours = index.search(synapse_id, metric, options["per_class"], parse_where(options["where"]))
     if options["picture"]:
-        save_picture(options["picture"], draw_neighbours(opened, {synapse_id: neighbours}, tile_px=128))
+        save_picture(options["picture"], draw_neighbours(opened, index, {synapse_id: neighbours}, tile_px=128))
     if options["as_json"]:
         print_json(
             {

@@ -96,12 +96,15 @@ def rollback(project: "Project", version: str, dataset: str, encoder: str | None
     """Make searches use VERSION of an index (a tag or a number).
 
     Nothing is removed, so the same command also switches forward again. When the index is materialised, its newest version
-    becomes the current one.
+    becomes the current one. `synpipe status` says while searches use a former version. The command waits until no run works
+    in the store.
     """
     from synpipe.index.versions import rollback as set_current
+    from synpipe.store.locks import one_step_at_a_time
 
     opened = project.dataset(dataset)
-    current = set_current(opened, opened.encoder(encoder), version)
+    with one_step_at_a_time(project.store, log):
+        current = set_current(opened, opened.encoder(encoder), version)
     click.echo(
         f"Searches now use version {current.number}: {current.tag}, {current.rows:,} rows, made at {current.made_at}."
     )
@@ -118,9 +121,9 @@ def forget(project: "Project", tags: tuple[str, ...], dataset: str, encoder: str
     `synpipe gc --delete` can then remove the rows of these versions. The current version keeps its tag, unless the data
     set no longer names that encoder.
     """
-    from synpipe.defs.locks import one_step_at_a_time
     from synpipe.index.versions import forget as remove_tag
     from synpipe.index.versions import index_name
+    from synpipe.store.locks import one_step_at_a_time
 
     opened = project.dataset(dataset)
     index = index_name(opened, encoder)

@@ -5,9 +5,10 @@ import dagster as dg
 from synpipe.assets.asset import Finding
 from synpipe.assets.graph import Node, edges, nodes
 from synpipe.datasets import Dataset
-from synpipe.defs.locks import one_step_at_a_time, register_run
+from synpipe.defs.locks import register_run
 from synpipe.defs.show import as_metadata
 from synpipe.errors import SynpipeError
+from synpipe.store.locks import one_step_at_a_time
 
 
 def dataset_assets(dataset: Dataset) -> list[dg.AssetsDefinition]:

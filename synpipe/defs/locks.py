@@ -1,14 +1,13 @@
-"""Locks that the kernel releases when their process ends, killed or not.
+"""Locks of Dagster's runs and history, which the kernel releases when their process ends, killed or not.
 
-They give three guarantees for a store. One asset at a time is made in it, whoever asked for it. A run whose process has died is
-marked as failed when the next run begins, instead of being shown as running for ever. One process at a time opens Dagster's
-history. Dagster's own pools give neither of the first two: the slot of a killed run stays taken, and every later run
-waits for it.
+They give two guarantees. A run whose process has died is marked as failed when the next run begins, instead of being shown as
+running for ever. One process at a time opens Dagster's history. `synpipe.store.locks` sees to it that one asset at a time is made
+in a store. Dagster's own pools would not do: the slot of a killed run stays taken, and every later run waits for it.
 """
 
 import fcntl
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -16,6 +15,7 @@ import alembic.util
 import dagster as dg
 
 from synpipe.errors import SynpipeError
+from synpipe.store.locks import locks_folder, open_lock, try_lock
 
 DIED = (
     "The process of this run died unexpectedly: it was killed, memory ran out, or the machine went down. Materialise again: "
@@ -27,29 +27,13 @@ _held: dict[str, int] = {}
 
 
 @contextmanager
-def one_step_at_a_time(store: Path, log: Callable[[str], None]) -> Iterator[None]:
-    """Wait until no other run works in the store.
-
-    Two embeddings at once on one GPU gain nothing and may not fit, and two runs of one data set would make its files twice.
-    """
-    handle = _open(store, "step")
-    try:
-        if not _try(handle):
-            log("waiting for another run, which is working in this store")
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(handle)
-
-
-@contextmanager
 def open_history(store: Path) -> Iterator[dg.DagsterInstance]:
     """Open the Dagster instance of DAGSTER_HOME.
 
     The first process to open it creates its databases. If two do so at once, each writes the revision of the tables that it found,
     and Dagster (1.13) then refuses the database for having two revisions. Raises `SynpipeError` for such a database.
     """
-    handle = _open(store, "history")
+    handle = open_lock(store, "history")
     try:
         fcntl.flock(handle, fcntl.LOCK_EX)
         instance = dg.DagsterInstance.get()
@@ -69,20 +53,20 @@ def register_run(instance: dg.DagsterInstance, store: Path, run_id: str) -> None
     if run_id in _held:
         return
     # Locked before it gets its name, so that no other process finds it unlocked and takes the run for dead.
-    _held[run_id] = _open(store, f"new-{run_id}")
+    _held[run_id] = open_lock(store, f"new-{run_id}")
     fcntl.flock(_held[run_id], fcntl.LOCK_EX)
-    os.rename(_folder(store) / f"new-{run_id}", _folder(store) / f"run-{run_id}")
+    os.rename(locks_folder(store) / f"new-{run_id}", locks_folder(store) / f"run-{run_id}")
     fail_dead_runs(instance, store)
 
 
 def fail_dead_runs(instance: dg.DagsterInstance, store: Path) -> set[str]:
     """Mark as failed every registered run that has not finished and whose process is gone; return the ids of the others."""
     alive = set()
-    for path in _folder(store).glob("run-*"):
+    for path in locks_folder(store).glob("run-*"):
         run_id = path.name.removeprefix("run-")
-        handle = _open(store, path.name)
+        handle = open_lock(store, path.name)
         try:
-            if not _try(handle):
+            if not try_lock(handle):
                 alive.add(run_id)
                 continue
             run = instance.get_run_by_id(run_id)
@@ -92,26 +76,3 @@ def fail_dead_runs(instance: dg.DagsterInstance, store: Path) -> set[str]:
         finally:
             os.close(handle)
     return alive
-
-
-def _folder(store: Path) -> Path:
-    return store / ".locks"
-
-
-def _open(store: Path, name: str) -> int:
-    path = _folder(store) / name
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        return os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-    except OSError as error:
-        raise SynpipeError(
-            f"Cannot write {path}: {error.strerror}. Choose another store with --store or SYNPIPE_STORE."
-        ) from error
-
-
-def _try(handle: int) -> bool:
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True

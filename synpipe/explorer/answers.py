@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Generic, TypeVar
 
 import numpy as np
@@ -25,15 +26,14 @@ from synpipe.annotations.schema import UNLABELLED
 from synpipe.assets.compressed import open_branch
 from synpipe.assets.index import open_index
 from synpipe.assets.manifest import find_manifest
-from synpipe.assets.rgb_tiles import open_tiles
+from synpipe.assets.rgb_tiles import explain_gone_tile, open_embedded_tiles
 from synpipe.assets.volume import find_viewer
 from synpipe.datasets import Dataset, Project
 from synpipe.embeddings.encoders import Encoder
 from synpipe.errors import NotFound, SynpipeError
 from synpipe.explorer.map_file import MAP_CATEGORIES, MAP_NUMBERS, pack_map
-from synpipe.index.publish import open_current
+from synpipe.index.publish import identify, open_current
 from synpipe.index.search import Neighbour, Synapse, SynapseIndex
-from synpipe.store.files import read_table
 from synpipe.tiles.tile import TileReader
 
 VERSION_CHECK_S = 1.0  # minimum time between two checks for a newer version
@@ -80,20 +80,26 @@ class _Latest(Generic[T]):
 
 @dataclass(frozen=True)
 class _OpenIndex:
-    """An index, the values that its filters offer (by column), and its map (None if it has no map)."""
+    """An index, the values that its filters offer (by column), its map (None if it has no map), and the tiles it was made from."""
 
     index: SynapseIndex
     filter_values: Mapping[str, list[str]]
     map: bytes | None
+    tiles: "_Latest[_OpenTiles]"
 
 
 @dataclass(frozen=True)
 class _OpenTiles:
-    """The tiles of a data set. ids: int64 (n,), sorted. content_hashes: in the same order."""
+    """The tiles of an index. rows: `synapse_id` and `content_hash`, sorted by id. reader: lacks tiles that are gone."""
 
     reader: TileReader
-    ids: np.ndarray
-    content_hashes: pa.ChunkedArray
+    rows: pa.Table
+
+    def content_hash(self, synapse_id: int) -> str | None:
+        """The content hash of the tile of a synapse, or None if the index has no such synapse."""
+        ids = self.rows["synapse_id"].to_numpy()
+        row = int(np.searchsorted(ids, synapse_id))
+        return self.rows["content_hash"][row].as_py() if row < len(ids) and ids[row] == synapse_id else None
 
 
 class Explorer:
@@ -139,6 +145,7 @@ class Explorer:
             "metrics": list(index.metrics),
             "has_map": opened.map is not None,
             "version": index.version,
+            "data_version": index.provenance["data_version"],
             "fingerprint": index.fingerprint,
             "classes": _classes(self._dataset(dataset)),
             "regions": opened.filter_values["region"],
@@ -195,22 +202,26 @@ class Explorer:
             )
         return packed
 
-    def tile(self, dataset: str, synapse_id: str) -> tuple[str, Callable[[], bytes]]:
-        """The content hash of a tile, and a function that returns the tile as PNG.
+    def tile(self, dataset: str, synapse_id: str, encoder: str | None = None) -> tuple[str, Callable[[], bytes]]:
+        """The content hash of the tile from which a row of an index was made, and a function that returns the tile as PNG.
 
-        Sections z−1, z and z+1 are red, green and blue.
+        Sections z−1, z and z+1 are red, green and blue. encoder: None for the first encoder whose index has the synapse.
         """
-        opened = self._dataset(dataset)
-        tiles: _OpenTiles = self._latest(
-            (dataset,), lambda: find_manifest(opened, "rgb_tiles"), lambda: _open_tiles(opened)
-        )
-        wanted = _parse_id(synapse_id)
-        row = int(np.searchsorted(tiles.ids, wanted))
-        if row == len(tiles.ids) or tiles.ids[row] != wanted:
-            raise NotFound(
-                f"There is no tile of synapse {wanted} in {dataset}: the synapse is unknown or was rejected."
+        opened, wanted = self._dataset(dataset), _parse_id(synapse_id)
+        indexed = [name for name in opened.encoders if _has_index(opened, name)]
+        for name in indexed if encoder is None else [encoder]:
+            index = self._index(dataset, name)
+            # The place of a tile changes if it was damaged and cut out again, or if the tiles are made anew.
+            tiles = index.tiles.get(
+                lambda: find_manifest(opened, "rgb_tiles"), partial(_open_tiles, opened, index.index)
             )
-        return tiles.content_hashes[row].as_py(), lambda: tiles.reader.png(wanted)
+            content_hash = tiles.content_hash(wanted)
+            if content_hash is None:
+                continue
+            if not tiles.reader.has(wanted):
+                raise NotFound(explain_gone_tile(opened, wanted))
+            return content_hash, partial(tiles.reader.png, wanted)
+        raise NotFound(f"There is no tile of synapse {wanted} in {dataset}: the synapse is unknown or was rejected.")
 
     def _about_answer(self, dataset: str, encoder: str, index: SynapseIndex, metric: str) -> dict[str, Any]:
         """Where an answer comes from."""
@@ -245,7 +256,7 @@ class Explorer:
             )
         return self._latest(
             (dataset, encoder),
-            lambda: (open_current(opened.lancedb_folder, encoder).version, find_viewer(opened), opened.spec.classes),
+            lambda: (identify(open_current(opened.lancedb_folder, encoder)), find_viewer(opened), opened.spec.classes),
             lambda: _open_index(opened, encoder),
         )
 
@@ -272,12 +283,12 @@ def _open_index(dataset: Dataset, encoder: str) -> _OpenIndex:
     columns = index.columns(FILTER_COLUMNS)
     filter_values = {name: sorted(columns[name].unique().drop_null().to_pylist()) for name in columns.column_names}
     packed = pack_map(index.columns(["synapse_id", "map_x", "map_y", *MAP_CATEGORIES, *MAP_NUMBERS]))
-    return _OpenIndex(index, filter_values, packed)
+    return _OpenIndex(index, filter_values, packed, _Latest())
 
 
-def _open_tiles(dataset: Dataset) -> _OpenTiles:
-    table = read_table(dataset.tiles_path, ["synapse_id", "content_hash"]).sort_by("synapse_id")
-    return _OpenTiles(open_tiles(dataset), table["synapse_id"].to_numpy(), table["content_hash"])
+def _open_tiles(dataset: Dataset, index: SynapseIndex) -> _OpenTiles:
+    rows = index.contents().sort_by("synapse_id").combine_chunks()
+    return _OpenTiles(open_embedded_tiles(dataset, index.provenance, rows), rows)
 
 
 def _described(synapse: Synapse) -> dict[str, Any]:

@@ -84,7 +84,8 @@ class _Api:
         encoder = "/api/{dataset}/{encoder}"
         return [
             Route("/api/datasets", self.datasets),
-            Route("/api/{dataset}/tiles/{id}.png", self.tile),
+            Route("/api/{dataset}/tiles/{id}.png", self.tile),  # of the first encoder that has the synapse
+            Route(f"{encoder}/tiles/{{id}}.png", self.tile),
             Route(f"{encoder}/about", self.about),
             Route(f"{encoder}/search", self.search, methods=["GET"]),
             Route(f"{encoder}/search", self.search_image, methods=["POST"]),
@@ -130,7 +131,9 @@ class _Api:
 
     async def tile(self, request: Request) -> Response:
         path = request.path_params
-        content_hash, read_png = await run_in_threadpool(self._explorer.tile, path["dataset"], path["id"])
+        content_hash, read_png = await run_in_threadpool(
+            self._explorer.tile, path["dataset"], path["id"], path.get("encoder")
+        )
         # The tile of an id may change, so the browser must ask each time. Usually the answer is that nothing has changed.
         headers = {"ETag": f'"{content_hash}"', "Cache-Control": "private, no-cache"}
         if request.headers.get("if-none-match") == headers["ETag"]:

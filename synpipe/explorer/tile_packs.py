@@ -76,7 +76,7 @@ def _tile_rows(dataset: Dataset, synapses: pa.Table) -> np.ndarray:
     if not tiles.take(rows).equals(synapses.combine_chunks().cast(tiles.schema)):
         raise SynpipeError(
             f"The tiles of {dataset.name} have changed since its indexes were made. Run "
-            f"`synpipe materialize --dataset {dataset.name} --stale`."
+            f"`synpipe materialize --dataset {dataset.name} --stale`. After a rollback, go forward again with `synpipe rollback`."
         )
     return rows
 

@@ -25,6 +25,7 @@ from synpipe.errors import SynpipeError, one_line
 from synpipe.index import files as index_files
 from synpipe.index.build import build_indexes, partitions_for, write_rows
 from synpipe.index.recall import MIN_RECALL, RECALL_K, tune
+from synpipe.specs import digest
 from synpipe.store.files import set_aside
 from synpipe.store.objects import BulkPath, lance_options
 from synpipe.store.streams import BATCH_ROWS
@@ -221,6 +222,16 @@ def cost(folder: BulkPath, name: str, queries: int = 20) -> Cost:
         table.search(query).distance_type("cosine").nprobes(nprobes).limit(RECALL_K).select(["synapse_id"]).to_arrow()
         times.append(time.perf_counter() - started)
     return Cost(table.stats()["total_bytes"], round(1000 * float(np.median(times)), 2))
+
+
+def identify(table: Any) -> str:
+    """Return a digest that differs between any two builds, to tell whether `current` is still the version that was opened.
+
+    The number of a version is not enough: LanceDB counts from one again in a table that is rebuilt after it was damaged.
+    """
+    schema = table.schema  # its metadata name the data and, because their names are random, the files of the build
+    built = (schema.field("vector").metadata or {}).get(index_files.KEY, b"").decode()
+    return digest([table.version, read_provenance(schema), built])
 
 
 def read_provenance(schema: pa.Schema) -> dict[str, Any]:

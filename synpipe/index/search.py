@@ -147,6 +147,13 @@ class SynapseIndex:
         """Return these columns of all rows, in the order of the table."""
         return self._table.search().select(list(names)).to_arrow()
 
+    def contents(self, synapse_ids: Sequence[int] | None = None) -> pa.Table:
+        """Return `synapse_id` and `content_hash` of the rows with these ids, or of all rows, in the order of the table."""
+        rows = self._table.search().select(["synapse_id", "content_hash"])
+        if synapse_ids is not None:
+            rows = rows.where(col("synapse_id").isin(list(synapse_ids)))
+        return rows.to_arrow()
+
     def synapse(self, synapse_id: int) -> Synapse:
         """Return the synapse with this id. Raises `NotFound` if the index does not have it."""
         return Synapse(**_synapses(self._find(synapse_id)[0], self._viewer)[0])

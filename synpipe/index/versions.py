@@ -4,6 +4,7 @@ Every published version of an encoder's LanceDB table has a tag. Going back move
 readers see one complete version or another.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, timedelta
 from typing import Any
@@ -241,6 +242,32 @@ def list_published(dataset: Dataset) -> list[tuple[str, dict[str, Any]]]:
             table.checkout(number)
             published.append((path.stem, read_provenance(table.schema)))
     return published
+
+
+def read_contents(dataset: Dataset) -> Iterator[tuple[dict[str, Any], pa.ChunkedArray]]:
+    """Provenance and content hashes of the rows of every published version, also of encoders that the data set no longer has.
+
+    Of versions that were made from the same tiles, only one is read. Raises `SynpipeError` if a version cannot be read.
+    """
+    known: set[str] = set()
+    for path in list_paths(dataset.lancedb_folder, "*.lance"):
+        table = _open(dataset, path.stem)
+        if table is None:
+            continue
+        for tag, number in _tags(table).items():
+            try:
+                table.checkout(number)
+                origin = read_provenance(table.schema)
+                if origin["inputs"]["rgb_tiles"] in known:
+                    continue
+                hashes = table.search().select(["content_hash"]).to_arrow()["content_hash"]
+            except (RuntimeError, ValueError, OSError) as error:
+                raise SynpipeError(
+                    f"Version {tag} of {path.stem} cannot be read ({one_line(error)}), so it is not known which tiles it needs. "
+                    f"Give it up: `synpipe forget {tag} -d {dataset.name} -e {path.stem}`."
+                ) from error
+            known.add(origin["inputs"]["rgb_tiles"])
+            yield origin, hashes
 
 
 def _open(dataset: Dataset, name: str) -> Any | None:

@@ -13,7 +13,7 @@ from synpipe.analysis.evaluation import EvaluationSpec
 from synpipe.analysis.metrics import Estimate
 from synpipe.annotations.schema import UNLABELLED
 from synpipe.assets import evaluation
-from synpipe.assets.rgb_tiles import class_by_synapse, draw_tiles
+from synpipe.assets.rgb_tiles import class_by_synapse, draw_tiles, open_tiles
 from synpipe.datasets import Dataset
 from synpipe.errors import SynpipeError
 from synpipe.store.files import read_json, read_table
@@ -72,4 +72,5 @@ def comparison_picture(dataset: Dataset, comparison: EncoderComparison, tile_px:
         ]
         for query in comparison.differ_most
     }
-    return draw_tiles(dataset, rows, tile_px) if rows else None
+    shown = [synapse_id for row in rows.values() for synapse_id, _ in row]
+    return draw_tiles(open_tiles(dataset, shown), rows, tile_px) if rows else None

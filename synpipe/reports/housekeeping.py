@@ -1,7 +1,8 @@
 """What lies in the store and nothing refers to, and its removal.
 
 Examples are tiles of moved synapses, vectors of encoders no longer used, and versions of an index that no tag names. Nothing is
-listed that a manifest, the index of the tiles or an embedding table refers to, nor what an interrupted or coming run would
+listed that a manifest, the index of the tiles or an embedding table refers to, nor tiles that a published version of an index
+was made from, nor what an interrupted or coming run would
 reuse: while an asset is out of date, none of what it keeps counts as left over. Tagged versions of an index, and the lineage that
 their provenance needs, stay until `versions.forget` takes the tag off.
 """

@@ -7,15 +7,17 @@ from collections.abc import Mapping
 from typing import Any
 
 import lancedb.expr
+import pyarrow as pa
 import pyarrow.compute as pc
 
-from synpipe.assets import annotations, embedding_table, index, volume
+from synpipe.assets import annotations, embedding_table, index, rgb_tiles, volume
 from synpipe.assets.graph import nodes
 from synpipe.assets.manifest import Manifest, find_version
 from synpipe.datasets import Dataset
 from synpipe.errors import SynpipeError
 from synpipe.index.publish import open_current, read_provenance
 from synpipe.store.files import read_table
+from synpipe.tiles.contents import find_by_content
 
 VOLUME_FACTS = ("path", "shape_zyx", "voxel_size_nm_zyx", "offset_nm_zyx")
 
@@ -88,8 +90,12 @@ def _find_tile(dataset: Dataset, origin: Mapping[str, Any], row: Mapping[str, An
     tiles = read_table(dataset.tiles_path)
     matching = tiles.filter(pc.equal(tiles["content_hash"], row["content_hash"])).to_pylist()
     if not matching:
-        return recipe  # a tile of an older version that is no longer among the tiles
+        # Tiles of a former version are found in the parts, as long as a published version names them.
+        stacking = rgb_tiles.stacking_of(dataset, origin)
+        matching = find_by_content(dataset.cut_outs_folder, pa.array([row["content_hash"]]), stacking).to_pylist()
+    if not matching:
+        return recipe  # it was damaged, or `gc` of an earlier synpipe removed it
     names = ("file", "row", "start_z", "start_y", "start_x", "pad_fraction", "missing_sections", "crc32")
     # Several places may have tiles of the same content.
-    own = next((tile for tile in matching if tile["synapse_id"] == row["synapse_id"]), matching[0])
+    own = next((tile for tile in matching if tile.get("synapse_id") == row["synapse_id"]), matching[0])
     return recipe | {name: own[name] for name in names}

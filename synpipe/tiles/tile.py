@@ -271,11 +271,16 @@ class TileReader:
             tiles[:] = tiles[:, 1:2]
         return tiles
 
+    def has(self, synapse_id: int) -> bool:
+        """Whether the index has a tile of this synapse."""
+        place = int(np.searchsorted(self._sorted_ids, synapse_id))
+        return place < len(self._sorted_ids) and bool(self._sorted_ids[place] == synapse_id)
+
     def by_id(self, synapse_id: int) -> np.ndarray:
         """Tile of a synapse: uint8 (3, 256, 256). Raises `SynpipeError` if the synapse has none."""
-        place = int(np.searchsorted(self._sorted_ids, synapse_id))
-        if place == len(self._sorted_ids) or self._sorted_ids[place] != synapse_id:
+        if not self.has(synapse_id):
             raise SynpipeError(f"Synapse {synapse_id} has no tile: it is unknown, or among the rejects.")
+        place = int(np.searchsorted(self._sorted_ids, synapse_id))
         return self.read(self._order[place : place + 1])[0]
 
     def png(self, synapse_id: int) -> bytes:

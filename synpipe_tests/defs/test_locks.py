@@ -16,10 +16,11 @@ import pytest
 
 from synpipe.assets.graph import states
 from synpipe.datasets import Project
-from synpipe.defs.locks import DIED, one_step_at_a_time, open_history
+from synpipe.defs.locks import DIED, open_history
 from synpipe.defs.run import prepare_home
 from synpipe.index.versions import list_versions
 from synpipe.reports.housekeeping import find_leftovers
+from synpipe.store.locks import one_step_at_a_time
 from synpipe_tests.conftest import environment
 from synpipe_tests.support.command import answer, invoke
 from synpipe_tests.support.inputs import Inputs, Store

@@ -20,10 +20,11 @@ from synpipe.assets.graph import nodes, states
 from synpipe.datasets import Dataset, Project
 from synpipe.defs import schedules
 from synpipe.defs.definitions import build_definitions
-from synpipe.defs.locks import DIED, one_step_at_a_time
+from synpipe.defs.locks import DIED
 from synpipe.defs.run import prepare_home
 from synpipe.errors import SynpipeError
 from synpipe.index.publish import CURRENT
+from synpipe.store.locks import one_step_at_a_time
 from synpipe_tests.conftest import SMALL_ENCODERS, environment, write_project
 from synpipe_tests.support.browser import Ui, serve
 from synpipe_tests.support.changes import name_of

@@ -15,6 +15,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 from synpipe.assets.graph import states
 from synpipe.assets.manifest import read_manifest
 from synpipe.datasets import Project
+from synpipe.index.versions import list_versions, open_version
 from synpipe.reports.housekeeping import find_leftovers, remove_leftovers
 from synpipe.store.files import read_table
 from synpipe_tests.support.inputs import SHAPE, Inputs, Place, Store
@@ -159,8 +160,22 @@ class Changes(RuleBasedStateMachine):
         dataset = self.project.dataset("demo")
         stacks = read_table(dataset.stacks_path)
         parts = {dataset.folder / file for file in stacks["file"].to_pylist()}
-        expected = parts | {part.with_suffix(".parquet") for part in parts}
-        assert set(dataset.cut_outs_folder.glob("*/[!.]*")) == expected
+        # Beside the parts of the stacks, those stay that only a published version names.
+        hashes_by_part = {
+            part: set(read_table(part.with_suffix(".parquet"))["content_hash"].to_pylist())
+            for part in dataset.cut_outs_folder.glob("*/[!.]*.h5")
+        }
+        expected = set(hashes_by_part) | {part.with_suffix(".parquet") for part in hashes_by_part}
+        assert set(dataset.cut_outs_folder.glob("*/[!.]*")) == expected and parts <= expected
+        published = {
+            content_hash
+            for path in dataset.lancedb_folder.glob("*.lance")
+            for version in list_versions(dataset, path.stem)
+            for content_hash in open_version(dataset, path.stem, version.tag).to_arrow()["content_hash"].to_pylist()
+        }
+        assert published <= set().union(*hashes_by_part.values())
+        former = published - set(stacks["content_hash"].to_pylist())
+        assert all(hashes & former for part, hashes in hashes_by_part.items() if part not in parts)
         fingerprints = {
             read_manifest(dataset, f"embeddings_{encoder}").figures["encoder_fingerprint"]
             for encoder in dataset.encoders

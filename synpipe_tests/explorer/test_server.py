@@ -29,7 +29,7 @@ from synpipe.datasets import Dataset, Project
 from synpipe.explorer import answers
 from synpipe.explorer.server import make_app
 from synpipe.index.publish import publish
-from synpipe.store.files import read_table
+from synpipe.store.files import read_table, write_table
 from synpipe_tests.conftest import environment, project_of, run_synpipe
 
 
@@ -301,6 +301,25 @@ def test_while_an_index_is_rebuilt_each_answer_comes_from_the_old_or_the_new_ver
         reader.join()
     assert not wrong
     assert min(seen) == before < max(seen)
+
+
+def test_a_table_that_was_damaged_and_rebuilt_is_shown_although_its_number_is_the_same(
+    site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(answers, "VERSION_CHECK_S", 0.01)
+    folder, rows = site.dataset.lancedb_folder, read_table(site.dataset.table_path("other"))
+    abouts, reports = [], []
+    for number in range(2):
+        write_table(tmp_path / "table.parquet", rows.slice(number))
+        for manifest in (folder / "other.lance" / "_versions").iterdir():
+            manifest.write_bytes(b"damaged")
+        reports.append(publish(tmp_path / "table.parquet", folder, "other", f"{number:032x}", lambda line: None))
+        time.sleep(0.05)
+        abouts.append(site.ask("/api/demo/other/about"))
+    assert reports[0].version == reports[1].version == abouts[1]["version"]
+    assert [about["rows"] for about in abouts] == [len(rows), len(rows) - 1]
+    assert [about["data_version"] for about in abouts] == [f"{number:032x}" for number in range(2)]
+    assert site.ask("/api/demo/other/search", id=rows["synapse_id"][1].as_py())["groups"]
 
 
 def test_the_command_prints_its_address_and_ends_on_interrupt(project: Project):

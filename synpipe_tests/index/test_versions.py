@@ -1,8 +1,10 @@
 """Versions of an index, how two differ, going back to one, where a row comes from, and what may be thrown away."""
 
+import io
 import json
 import os
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
@@ -15,14 +17,17 @@ import lancedb
 import numpy as np
 import pyarrow.compute as pc
 import pytest
+from PIL import Image
 
 from synpipe.annotations.schema import SYNAPSE_SCHEMA
+from synpipe.assets import index as asset_index
 from synpipe.assets.asset import Leftover
 from synpipe.assets.graph import nodes
 from synpipe.assets.manifest import read_manifest
 from synpipe.embeddings.encoders import open_encoder
 from synpipe.embeddings.table import write_embedding_table
 from synpipe.errors import SynpipeError
+from synpipe.explorer.answers import Explorer
 from synpipe.index import recall as index_recall
 from synpipe.index import search
 from synpipe.index.distances import METRICS
@@ -40,6 +45,7 @@ from synpipe.index.versions import (
 from synpipe.reports.housekeeping import find_leftovers
 from synpipe.reports.provenance import trace_row
 from synpipe.store.files import read_table
+from synpipe.store.locks import one_step_at_a_time
 from synpipe.tiles.tile import TileReader
 from synpipe_tests.index.test_search import make as index_of
 from synpipe_tests.support.changes import NAME, TRUNK, Killed, Own, branch, killed_at_the_end, make_outdated, same_store
@@ -196,6 +202,28 @@ def test_readers_see_what_was_gone_back_to_until_the_index_is_made_again(own: Ow
     assert seen() == 39
 
 
+def test_a_rollback_waits_for_a_run_and_status_says_that_readers_see_a_former_version(own: Own):
+    (first,) = list_versions(own.dataset, "tiny")
+    set_entry(own, seed=7)
+    second = make(own)
+    said: list[str] = []
+    with ThreadPoolExecutor(1) as pool:
+        with one_step_at_a_time(own.project.store, said.append):
+            going_back = pool.submit(invoke, own.project, "rollback", first.tag, "--dataset", NAME)
+            time.sleep(1)
+            assert not going_back.done()
+            assert open_current(own.dataset.lancedb_folder, "tiny").version == second.number
+        done = going_back.result()
+    assert done.exit_code == 0 and "waiting for another run" in done.stderr and not said
+    assert open_current(own.dataset.lancedb_folder, "tiny").version == first.number
+
+    status = answer(own.project, "status", "--dataset", NAME)
+    assert f"Readers of tiny see the version {first.tag}" in status and "Readers of other" not in status
+    assert json.loads(answer(own.project, "status", "--dataset", NAME, "--json"))["rolled_back"] == {"tiny": first.tag}
+    own.materialise("index_tiny")
+    assert json.loads(answer(own.project, "status", "--dataset", NAME, "--json"))["rolled_back"] == {}
+
+
 # Where a row comes from.
 
 
@@ -262,7 +290,74 @@ def test_provenance_is_that_of_the_version_that_readers_see(own: Own):
     again = trace_row(own.dataset, "tiny", synapse_id)
     for name in ("volume", "encoder", "annotation", "assets", "row"):
         assert again[name] == before[name]
-    assert again["tile"]["content_hash"] == before["tile"]["content_hash"]
+    assert again["tile"] == before["tile"]
+
+
+@pytest.mark.parametrize("stacking", ["colour", "grey"])
+def test_after_a_rollback_every_row_has_the_tile_that_was_embedded(own: Own, tmp_path: Path, stacking: str):
+    """The rows are those of a synapse that was removed since, one that was moved, and one that stayed."""
+    if stacking == "grey":
+        own.edit_dataset(lambda spec: spec["tiles"].update(stacking="grey"))
+    former = make(own)
+    removed, moved, stayed = ids(own)[:3]
+    hashes = {each: trace_row(own.dataset, "tiny", each)["row"]["content_hash"] for each in (removed, moved, stayed)}
+    own.edit_synapses(lambda rows: rows.remove(next(row for row in rows if row["synapse_id"] == str(removed))))
+    change_row(own, moved, lambda row: row.update(x_nm=str(float(row["x_nm"]) + 80)))
+    if stacking == "colour":
+        # Every stack changes: the tiles of before are in parts that no current asset names.
+        invert_volume(own)
+
+    # While a run has made new tiles, and no new index yet, readers have the former index and its tiles.
+    explorer = Explorer(own.project)
+    for node in nodes(own.dataset):
+        if not node.encoder and node.name in own.outdated():
+            node.run(lambda line: None)
+    shows_the_tiles(own, explorer, hashes, tmp_path)
+    newest = make(own)
+    new_hash = trace_row(own.dataset, "tiny", moved)["row"]["content_hash"]
+    assert new_hash != hashes[moved]
+
+    rollback(own.dataset, "tiny", former.tag)
+    answer(own.project, "gc", "--dataset", NAME, "--delete")
+    shows_the_tiles(own, Explorer(own.project), hashes, tmp_path)
+    # The other encoder was not rolled back. Without an encoder in the address, the first one that has the synapse decides.
+    explorer = Explorer(own.project)
+    assert explorer.tile(NAME, str(moved), "other")[0] == new_hash
+    assert explorer.tile(NAME, str(removed))[0] == hashes[removed]
+
+    rollback(own.dataset, "tiny", newest.tag)
+    for encoder in ("tiny", "other"):
+        for version in list_versions(own.dataset, encoder):
+            if not version.current:
+                forget(own.dataset, encoder, version.tag)
+    reasons = set(listed(own).values())
+    assert ("tiles of no synapse" in reasons) == (stacking == "colour")
+    answer(own.project, "gc", "--dataset", NAME, "--delete")
+    shows_the_tiles(own, Explorer(own.project), {moved: new_hash}, tmp_path)
+    with pytest.raises(SynpipeError, match="unknown or was rejected"):
+        Explorer(own.project).tile(NAME, str(removed))
+
+
+def shows_the_tiles(own: Own, explorer: Explorer, hashes: dict[int, str], folder: Path) -> None:
+    """The explorer, `provenance` and the picture of `search` show tiles with these content hashes, by synapse id."""
+    readers: list[TileReader] = []
+    for synapse_id, content_hash in hashes.items():
+        assert explorer.search(NAME, "tiny", str(synapse_id))["query"]["id"] == str(synapse_id)
+        told, read = explorer.tile(NAME, str(synapse_id), "tiny")
+        tile = np.asarray(Image.open(io.BytesIO(read()))).transpose(2, 0, 1)
+        assert told == content_hash == sha256(tile.tobytes()).hexdigest()[:32]
+        traced = trace_row(own.dataset, "tiny", synapse_id)["tile"]
+        with h5py.File(own.dataset.folder / traced["file"]) as file:
+            stored = file["tiles"][traced["row"]]
+        grey = own.dataset.spec.tiles.stacking == "grey"
+        assert (np.stack([stored[1]] * 3) == tile).all() if grey else (stored == tile).all()
+        picture = folder / "picture.png"
+        answer(own.project, "search", str(synapse_id), "--dataset", NAME, "--picture", str(picture))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(asset_index, "draw_tiles", lambda reader, rows, tile_px: readers.append(reader))
+            index = SynapseIndex(own.dataset, "tiny")
+            asset_index.draw_neighbours(own.dataset, index, {synapse_id: index.search(synapse_id)})
+        assert (readers[-1].by_id(synapse_id) == tile).all()
 
 
 # What may be thrown away.
@@ -293,7 +388,7 @@ def test_what_no_longer_serves_is_listed_and_nothing_else_is_lost(own: Own, temp
     make(own)
     assert listed(own) == dict.fromkeys(old, "vectors of an encoder no longer used")
 
-    # A moved synapse adds parts and leaves the old ones in use; with inverted pixels no old part is.
+    # A moved synapse adds parts and leaves the old ones in use; with inverted pixels only published versions use old parts.
     change_row(own, ids(own)[0], lambda row: row.update(x_nm=str(float(row["x_nm"]) + 80)))
     make(own)
     assert listed(own).keys() == old
@@ -302,11 +397,10 @@ def test_what_no_longer_serves_is_listed_and_nothing_else_is_lost(own: Own, temp
     assert listed(own) == {}  # what a change of the volume leaves is known once it is cut out
     make(own)
     fresh = set(files(dataset.folder))
-    parts = {name for name in before if name.startswith("tiles/")}
+    # Published versions name the tiles of before, so those stay.
     vectors = {name for name in before if name.startswith("embeddings/")} - old
     assert listed(own) == (
         dict.fromkeys(old, "vectors of an encoder no longer used")
-        | dict.fromkeys(parts, "tiles of no synapse")
         | dict.fromkeys(vectors, "vectors of tiles no longer there")
     )
 
@@ -318,7 +412,7 @@ def test_what_no_longer_serves_is_listed_and_nothing_else_is_lost(own: Own, temp
     others = {name for name in fresh if name.startswith("embeddings/")} - old - vectors
     tiny = read_manifest(own.dataset, "embeddings_tiny").figures["encoder_fingerprint"]
     others = {name for name in others if tiny not in name}
-    expected = old | parts | vectors | of_other | others
+    expected = old | vectors | of_other | others
     assert listed(own).keys() == expected
     (dataset.folder / "embeddings" / tiny / "00000-01234567.damaged").write_bytes(b"?")
     (dataset.folder / "embeddings" / tiny / ".tmp-0-00000-01234567.parquet").write_bytes(b"?")

@@ -6,14 +6,14 @@ import { percent, plural } from "./format.js";
 import { overlap } from "./overlap.js";
 import { mark, neighbour } from "./synapse.js";
 
-/** One answer of `source.search`. show: {way (see `picture`), classes, tileOf(id), ask(id)}. */
+/** One answer of `source.search`. show: {way (see `picture`), classes, tileOf(id, encoder), ask(id)}. */
 export function columns(answer, show) {
   const classColumns = answer.groups.map(({ name, neighbours }) =>
     el(
       "section",
       { class: "class", "aria-label": `${name}: ${plural(neighbours.length, "neighbour")}` },
       heading(name, show.classes),
-      list(neighbours, show),
+      list(neighbours, answer.encoder, show),
     ),
   );
   const element = el("div", { class: `columns ${show.way}` }, classColumns);
@@ -29,7 +29,7 @@ export function sideBySide(first, second, show) {
     const { shared, of } = agreement.byClass.get(name);
     const secondNeighbours = second.groups.find((group) => group.name === name)?.neighbours ?? [];
     const half = (answer, nearest) =>
-      el("div", { class: "half", role: "group", "aria-label": `${name}, ${answer.encoder}` }, list(nearest, show, agreement.ids));
+      el("div", { class: "half", role: "group", "aria-label": `${name}, ${answer.encoder}` }, list(nearest, answer.encoder, show, agreement.ids));
     return el(
       "section",
       { class: "pair", "aria-label": name },
@@ -46,11 +46,11 @@ export function sideBySide(first, second, show) {
 
 const heading = (name, classes) => el("h3", {}, mark(name, classes), name);
 
-function list(neighbours, show, shared = null) {
+function list(neighbours, encoder, show, shared = null) {
   if (!neighbours.length) return el("p", { class: "empty" }, "No match");
   const items = neighbours.map((synapse) =>
     neighbour(synapse, {
-      address: show.tileOf(synapse.id),
+      address: show.tileOf(synapse.id, encoder),
       way: show.way,
       classes: show.classes,
       shared: shared?.has(synapse.id) ?? null,

@@ -114,7 +114,7 @@ export function mapPage({ source, navigate }) {
     stage.classList.toggle("over", row >= 0);
     ring.hidden = tip.hidden = row < 0;
     if (row < 0) return;
-    const { points, dataset } = shown;
+    const { points, dataset, encoder } = shown;
     const id = String(points.ids[row]);
     const facts = points.columns.map((column) => {
       const shownValue = column.kind === "category" ? column.names[column.codes[row]] : value(column.values[row]);
@@ -123,7 +123,7 @@ export function mapPage({ source, navigate }) {
     const tile = el("div", { class: "place" });
     tip.replaceChildren(tile, el("strong", {}, id), el("dl", {}, facts));
     tip.dataset.id = id;
-    tileTimer = setTimeout(() => tile.replaceChildren(picture(source.tile(dataset.name, id), "colour")), TILE_WAIT_MS);
+    tileTimer = setTimeout(() => tile.replaceChildren(picture(source.tile(dataset.name, id, encoder), "colour")), TILE_WAIT_MS);
     placeTip();
   }
 
@@ -184,7 +184,7 @@ export function mapPage({ source, navigate }) {
         throw new SourceError(`There is no map of ${encoder} in ${dataset.name}. Materialise projection_${encoder}, then the table and the index.`, 404);
       }
       if (!view) startView();
-      const key = JSON.stringify([dataset.name, encoder, about.version]);
+      const key = JSON.stringify([dataset.name, encoder, about.version, about.data_version]);
       if (loaded?.key !== key) {
         loading.hidden = false;
         delete stage.dataset.ready;

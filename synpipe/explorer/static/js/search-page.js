@@ -84,7 +84,7 @@ export function searchPage({ source, navigate }) {
     const show = {
       way: state.tiles,
       classes: dataset.classes,
-      tileOf: (id) => source.tile(dataset.name, id),
+      tileOf: (id, by) => source.tile(dataset.name, id, by),
       ask: (id) => navigate({ id }),
     };
     const hadFocus = answer.contains(document.activeElement);
@@ -113,7 +113,7 @@ export function searchPage({ source, navigate }) {
     }
     const fact = (term, ...values) => [el("dt", {}, term), el("dd", {}, values)];
     query.replaceChildren(
-      picture(show.tileOf(synapse.id), show.way),
+      picture(show.tileOf(synapse.id, shown.encoder), show.way),
       el(
         "div",
         { class: "facts" },

@@ -18,7 +18,7 @@ export async function open(base) {
       json(searchPath({ ...query, id: "", excludeNeuron: false }), { signal, method: "POST", body: query.file, headers: { "Content-Type": "image/png" } }),
     random: async (dataset, encoder) => (await json(`${path(dataset, encoder)}/random`, { cache: "no-store" })).id,
     synapse: (dataset, encoder, id) => json(`${path(dataset, encoder)}/synapses/${encodeURIComponent(id)}`),
-    tile: async (dataset, id) => new URL(`api/${encodeURIComponent(dataset)}/tiles/${encodeURIComponent(id)}.png`, base).href,
+    tile: async (dataset, id, encoder) => new URL(`api/${path(dataset, encoder)}/tiles/${encodeURIComponent(id)}.png`, base).href,
     map: async (dataset, encoder, onProgress) => {
       const response = await fetchOk(new URL(`api/${path(dataset, encoder)}/map`, base));
       return parseMap(await readAll(response, onProgress));

@@ -58,6 +58,7 @@ export async function open(base) {
     search: (query, signal) => orAbort(ask("search", query), signal),
     random: (dataset, encoder) => ask("random", dataset, encoder),
     synapse: (dataset, encoder, id) => ask("synapse", dataset, encoder, id),
+    // All encoders of a site were made from the same tiles.
     tile: (dataset, id) => {
       const key = `${dataset} ${id}`;
       const address = addresses.get(key) ?? ask("tile", dataset, id).then((blob) => URL.createObjectURL(blob));
