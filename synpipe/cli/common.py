@@ -76,6 +76,8 @@ def short_path(path: "BulkPath") -> str:
 def own_command(project: "Project") -> str:
     """The command line that started this program, without its arguments, so that users can paste suggested commands."""
     program = short_path(Path(sys.argv[0])) if os.sep in sys.argv[0] else "synpipe"
+    if program.endswith("__main__.py"):
+        program = "python -m synpipe.cli"
     return (
         program if project.store == type(project).locate().store else f"{program} --store {short_path(project.store)}"
     )
