@@ -22,6 +22,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from synpipe import __version__
+from synpipe.addresses import find_credentials
 from synpipe.analysis.charts import PALETTE
 from synpipe.annotations.schema import UNLABELLED
 from synpipe.assets import volume
@@ -53,6 +54,11 @@ def export(dataset: Dataset, folder: Path, address: str | None = None) -> tuple[
 
     Raises `SynpipeError` also where the synapses have not been made, or the address is none that a browser reads.
     """
+    found = find_credentials(address or "")
+    if found:
+        raise SynpipeError(
+            f"The address of the layer holds {found}, which everyone with the link would see: remove it."
+        )
     if address is not None and not address.startswith(tuple(f"{scheme}://" for scheme in REMOTE_SCHEMES)):
         raise SynpipeError(
             f"{address} is no address of a layer: it should begin with {'://, '.join(REMOTE_SCHEMES)}://."
