@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 CODE_VERSION = "1"
 SHOWN_PER_CLASS = 2
+TILES_PER_ROW = 10
 
 
 @dataclass(frozen=True)
@@ -117,6 +118,17 @@ def draw_neighbours(
         for query, answer in answers.items()
     }
     return draw_tiles(dataset, rows, tile_px)
+
+
+def draw_answer(dataset: Dataset, query: int, answer: "Mapping[str, Sequence[Neighbour]]") -> Image.Image:
+    """One answer of `SynapseIndex.search`, whole: the tile of the query, then rows with all neighbours of each class."""
+    rows = {f"query\n{query}": [(query, class_by_synapse(dataset, [query])[query])]}
+    for name, neighbours in answer.items():
+        for start in range(0, len(neighbours), TILES_PER_ROW):
+            of_row = neighbours[start : start + TILES_PER_ROW]
+            heading = f"{name}\n{start + 1}–{start + len(of_row)}"
+            rows[heading] = [(each.synapse_id, f"{each.synapse_id}  {each.distance:.2g}") for each in of_row]
+    return draw_tiles(dataset, rows, tile_px=128)
 
 
 def draw_example_neighbours(dataset: Dataset, encoder: str, tile_px: int = 64) -> Image.Image | None:
