@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
+from synpipe.addresses import refuse_credentials, refuse_credentials_within
 from synpipe.analysis.classifier import ClassifierSpec, LinearSpec
 from synpipe.analysis.evaluation import EvaluationSpec
 from synpipe.analysis.projection import ProjectionSpec
@@ -70,9 +71,17 @@ class DatasetSpec(Spec):
         check_class_names(classes)
         return classes
 
+    @model_validator(mode="before")
+    @classmethod
+    def _holds_no_credentials(cls, document: Any) -> Any:
+        """The whole description is recorded in every table, so this covers every key, also `title`."""
+        refuse_credentials_within(document)
+        return document
+
     @field_validator("neuroglancer")
     @classmethod
     def _is_a_site(cls, site: str) -> str:
+        refuse_credentials(site)
         parts = urlsplit(site)
         if parts.scheme not in ("http", "https") or not parts.hostname or parts.fragment or re.search(r"\s", site):
             raise ValueError(f"{site} is not the address of a Neuroglancer site: give https://… without #")
@@ -235,6 +244,11 @@ class Project:
             os.environ.get("SYNPIPE_DATA") or (here if (here / "datasets").is_dir() else beside_package)
         ).resolve()
         chosen = store or os.environ.get("SYNPIPE_STORE") or data / "store"
+        if "://" in str(chosen):  # it would become a folder with this name
+            raise SynpipeError(
+                "The store (--store or SYNPIPE_STORE) is an address, but it must be a folder. SYNPIPE_BULK may be an address: it "
+                "names the place of tiles, vectors and indexes."
+            )
         bulk = os.environ.get("SYNPIPE_BULK")
         return cls(data, Path(chosen).resolve(), locate(bulk) if bulk else None)
 

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 CODE_VERSION = "1"
 SHOWN_PER_CLASS = 2
+TILES_PER_ROW = 10
 
 
 @dataclass(frozen=True)
@@ -148,12 +149,35 @@ def draw_neighbours(
         ]
         for query, answer in answers.items()
     }
+    return _draw_embedded_tiles(dataset, index, rows, tile_px)
+
+
+def _draw_embedded_tiles(
+    dataset: Dataset, index: "SynapseIndex", rows: Mapping[str, Sequence[tuple[int, str]]], tile_px: int
+) -> Image.Image:
+    """`draw_tiles` with the tiles that were embedded for this version of the index."""
     shown = list(dict.fromkeys(synapse_id for row in rows.values() for synapse_id, _ in row))
     reader = open_embedded_tiles(dataset, index.provenance, index.contents(shown))
     for synapse_id in shown:
         if not reader.has(synapse_id):
             raise SynpipeError(explain_gone_tile(dataset, synapse_id))
     return draw_tiles(reader, rows, tile_px)
+
+
+def draw_answer(
+    dataset: Dataset, index: "SynapseIndex", query: int, answer: "Mapping[str, Sequence[Neighbour]]"
+) -> Image.Image:
+    """One whole answer of `index.search`: the tile of the query, then rows with all neighbours of each class.
+
+    Raises `SynpipeError` if the store no longer holds one of the tiles.
+    """
+    rows = {f"query\n{query}": [(query, index.synapse(query).neurotransmitter or UNLABELLED)]}
+    for name, neighbours in answer.items():
+        for start in range(0, len(neighbours), TILES_PER_ROW):
+            of_row = neighbours[start : start + TILES_PER_ROW]
+            heading = f"{name}\n{start + 1}–{start + len(of_row)}"
+            rows[heading] = [(each.synapse_id, f"{each.synapse_id}  {each.distance:.2g}") for each in of_row]
+    return _draw_embedded_tiles(dataset, index, rows, tile_px=128)
 
 
 def draw_example_neighbours(dataset: Dataset, encoder: str, tile_px: int = 64) -> Image.Image | None:

@@ -14,6 +14,9 @@ from synpipe.cli import dataset, encoders, evaluation, export, make, search, ser
 from synpipe.cli.common import echo_error
 from synpipe.errors import SynpipeError, one_line
 
+# Commands that are of use before there is a store.
+MAKE_A_STORE = ("demo", "materialize", "dataset", "ui", "pretrain")
+
 
 class _ErrorPrintingGroup(click.Group):
     """Prints a `SynpipeError` without a traceback and exits with code 1."""
@@ -51,6 +54,12 @@ def main(context: click.Context, store: str | None) -> None:
     from synpipe.datasets import Project
 
     context.obj = Project.locate(store)
+    typed = context.get_parameter_source("store") == click.core.ParameterSource.COMMANDLINE
+    if typed and context.invoked_subcommand not in MAKE_A_STORE and not context.obj.store.is_dir():
+        raise SynpipeError(
+            f"There is no store at {context.obj.store}. Correct --store, or make a store there with `synpipe --store {store} "
+            "materialize`."
+        )
 
 
 for _command in (

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from synpipe.errors import SynpipeError
+
 if TYPE_CHECKING:
     from PIL.Image import Image
 
@@ -17,6 +19,22 @@ if TYPE_CHECKING:
 ID_FIELDS = ("synapse_id", "neuron_id")
 ID_LIST_FIELDS = ("nearest_a", "nearest_b")
 
+
+class _SynapseId(click.ParamType):
+    """A number that a column of ids can hold. The message does not repeat a value of thousands of digits."""
+
+    name = "ID"
+
+    def convert(self, value: Any, param: click.Parameter | None, context: click.Context | None) -> int:
+        text = str(value)
+        if not (text.isascii() and text.isdecimal()):
+            self.fail(f"{text[:40]!r} is not a valid integer.", param, context)
+        if len(text) > len(str(2**63)) or int(text) >= 2**63:
+            raise SynpipeError(f"Synapse {text[:40]} is unknown: an id is a whole number below 2^63.")
+        return int(text)
+
+
+synapse_id_argument = click.argument("synapse_id", type=_SynapseId(), metavar="ID")
 dataset_option = click.option(
     "--dataset",
     "-d",
@@ -55,6 +73,16 @@ def _field_with_text_ids(name: str, value: Any) -> Any:
     if name in ID_FIELDS:
         return None if value is None else str(value)
     return list(map(str, value)) if name in ID_LIST_FIELDS else _with_text_ids(value)
+
+
+def check_picture(path: Path) -> None:
+    """Check where the user wants a picture, before any work. Raises `SynpipeError` for another format or an unknown folder."""
+    if path.suffix.lower() != ".png":
+        raise SynpipeError(f"--picture {path} is written as PNG: choose a name that ends with .png.")
+    if not path.parent.is_dir():
+        raise SynpipeError(
+            f"--picture {path}: the folder {path.parent} does not exist. Create it, or choose another one."
+        )
 
 
 def save_picture(path: Path, image: "Image") -> None:

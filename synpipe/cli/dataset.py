@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from synpipe.cli.common import echo_error, save_picture, short_path
+from synpipe.cli.common import check_picture, echo_error, save_picture, short_path
 
 if TYPE_CHECKING:
     from synpipe.datasets import Project
@@ -39,6 +39,8 @@ def check(project: "Project", file_or_name: str, picture: Path | None) -> None:
     """
     from synpipe.reports import dataset_check
 
+    if picture is not None:
+        check_picture(picture)
     opened = project.find_dataset(file_or_name)
     click.echo(f"{opened.name}: {opened.spec.title}")
     report = dataset_check.check(opened)

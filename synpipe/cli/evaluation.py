@@ -6,7 +6,15 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from synpipe.cli.common import dataset_option, encoder_option, json_option, print_json, save_picture, short_path
+from synpipe.cli.common import (
+    check_picture,
+    dataset_option,
+    encoder_option,
+    json_option,
+    print_json,
+    save_picture,
+    short_path,
+)
 from synpipe.errors import SynpipeError
 from synpipe.text import format_table
 
@@ -161,6 +169,8 @@ def confusion(
     from synpipe.analysis.charts import draw_confusion
     from synpipe.analysis.classifier_report import confusion_table, recall_table
 
+    if picture:
+        check_picture(picture)
     opened = project.dataset(dataset)
     name = opened.encoder(encoder)
     figures, notes = _classifier_figures(opened, name)

@@ -133,6 +133,8 @@ def status(project: "Project", dataset: str, as_json: bool) -> None:
     from synpipe.assets.manifest import find_manifest
 
     opened = project.dataset(dataset)
+    if not project.store.exists():
+        log(f"There is no store at {project.store} yet.")
     assets = [(state, find_manifest(opened, state.asset)) for state in states(opened)]
     rolled_back = {encoder: tag for encoder in opened.encoders if (tag := find_rolled_back(opened, encoder))}
     if as_json:

@@ -6,7 +6,15 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from synpipe.cli.common import dataset_option, encoder_option, json_option, print_json, save_picture
+from synpipe.cli.common import (
+    check_picture,
+    dataset_option,
+    encoder_option,
+    json_option,
+    print_json,
+    save_picture,
+    synapse_id_argument,
+)
 from synpipe.text import format_table
 
 if TYPE_CHECKING:
@@ -15,7 +23,7 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.argument("synapse_id", type=int, metavar="ID")
+@synapse_id_argument
 @dataset_option
 @encoder_option
 @click.option(
@@ -51,14 +59,18 @@ def search(project: "Project", synapse_id: int, dataset: str, encoder: str | Non
       synpipe search 4005871 --metric l2 --per-class 8 --picture similar.png
       synpipe search 4005871 --where region=AL --json
     """
-    from synpipe.assets.index import draw_neighbours, open_index
+    from synpipe.assets.index import draw_answer, open_index
     from synpipe.index.search import parse_where
 
+    if options["picture"]:
+        check_picture(options["picture"])
     opened, metric = project.dataset(dataset), options["metric"]
     index = open_index(opened, opened.encoder(encoder))
-    neighbours = index.search(synapse_id, metric, options["per_class"], parse_where(options["where"]))
+    where = parse_where(options["where"])
+    index.refuse_unknown_values(where)
+    neighbours = index.search(synapse_id, metric, options["per_class"], where)
     if options["picture"]:
-        save_picture(options["picture"], draw_neighbours(opened, index, {synapse_id: neighbours}, tile_px=128))
+        save_picture(options["picture"], draw_answer(opened, index, synapse_id, neighbours))
     if options["as_json"]:
         print_json(
             {
@@ -92,7 +104,7 @@ def _neighbours_table(neighbours: "list[Neighbour]") -> str:
 
 
 @click.command()
-@click.argument("synapse_id", type=int, metavar="ID")
+@synapse_id_argument
 @dataset_option
 @click.pass_obj
 def link(project: "Project", synapse_id: int, dataset: str) -> None:

@@ -8,7 +8,10 @@ if TYPE_CHECKING:
     from synpipe.datasets import Project
 
 host_option = click.option(
-    "--host", default="127.0.0.1", show_default=True, help="Address to listen on. There is no password."
+    "--host",
+    default="127.0.0.1",
+    show_default=True,
+    help="Address to listen on. There is no password, but web pages of other sites are refused.",
 )
 
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from synpipe.cli.common import dataset_option, encoder_option, json_option, log, print_json
+from synpipe.cli.common import dataset_option, encoder_option, json_option, log, print_json, synapse_id_argument
 from synpipe.text import format_table
 
 if TYPE_CHECKING:
@@ -136,7 +136,7 @@ def forget(project: "Project", tags: tuple[str, ...], dataset: str, encoder: str
 
 
 @click.command()
-@click.argument("synapse_id", type=int, metavar="ID")
+@synapse_id_argument
 @dataset_option
 @encoder_option
 @json_option

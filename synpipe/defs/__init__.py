@@ -1,5 +1,11 @@
 """The Dagster code location of synpipe: `defs` is what `workspace.yaml` names. Only this package imports Dagster."""
 
-from synpipe.defs.definitions import build_definitions
+import dagster as dg
 
-defs = build_definitions()
+
+@dg.definitions
+def defs() -> dg.Definitions:
+    """The assets of the project that the environment names. Dagster calls this function when it loads the location."""
+    from synpipe.defs.definitions import build_definitions
+
+    return build_definitions()

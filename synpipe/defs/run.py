@@ -4,7 +4,6 @@ What the command line materialises is in the same history that the UI shows.
 """
 
 import os
-import shutil
 import signal
 import sys
 import uuid
@@ -127,17 +126,15 @@ def _explain_failure(result: dg.ExecuteInProcessResult) -> str:
 
 
 def serve_ui(project: Project, host: str, port: int) -> None:
-    """Replace this process by `dagster dev` on the project's code location."""
+    """Replace this process by `dagster dev`, with a guarded web server, on the project's code location."""
     prepare_home(project)
     workspace = project.data.parent / "workspace.yaml"
     location = ["-w", str(workspace)] if workspace.exists() else ["-m", "synpipe.defs"]
-    program = shutil.which("dagster", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}")
-    if program is None:
-        raise SynpipeError("The program `dagster` is not installed beside synpipe: install the lock file again.")
     with open_history(project.store) as instance:
         fail_dead_runs(instance, project.store)
     # A shell that starts a program in the background makes it ignore Ctrl-C, and Dagster treats SIGTERM as Ctrl-C.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     ignored = "ignore:Function `dev_command` is superseded"  # by a tool for projects of another layout
     os.environ["PYTHONWARNINGS"] = ",".join(filter(None, [os.environ.get("PYTHONWARNINGS"), ignored]))
-    os.execv(program, [program, "dev", *location, "-h", host, "-p", str(port)])
+    program = [sys.executable, "-m", "synpipe.defs.web_server", "dev"]
+    os.execv(sys.executable, [*program, *location, "-h", host, "-p", str(port)])

@@ -8,8 +8,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
+from synpipe.addresses import refuse_credentials_within
 from synpipe.embeddings.encoder_specs import AnyEncoderSpec, CompressedSpec, DescriptorSpec, EncoderSpec
 from synpipe.errors import SynpipeError
 from synpipe.specs import Spec, read_yaml
@@ -20,6 +21,12 @@ _METHODS: dict[str, Literal["pca", "linear_autoencoder"]] = {"pca": "pca", "ae":
 
 class _Registry(Spec):
     encoders: dict[str, Any] = Field(min_length=1)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _holds_no_credentials(cls, document: Any) -> Any:
+        refuse_credentials_within(document)
+        return document
 
     @field_validator("encoders")
     @classmethod

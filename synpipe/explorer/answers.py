@@ -38,6 +38,8 @@ from synpipe.tiles.tile import TileReader
 
 VERSION_CHECK_S = 1.0  # minimum time between two checks for a newer version
 MAX_PER_CLASS = 100
+MAX_DIGITS = 19  # those of 2^63
+SHOWN = 40  # characters of a wrong value that a message repeats
 FILTER_COLUMNS = ("region", "hemilineage")
 
 T = TypeVar("T")
@@ -313,16 +315,24 @@ class _Query:
 
 def _parse_query(options: Mapping[str, str]) -> _Query:
     per_class = options.get("per_class", "4")
-    if not (per_class.isascii() and per_class.isdecimal() and 1 <= int(per_class) <= MAX_PER_CLASS):
-        raise SynpipeError(f"per_class must be a whole number from 1 to {MAX_PER_CLASS}, not {per_class!r}.")
+    number = _whole_number(per_class)
+    if number is None or not 1 <= number <= MAX_PER_CLASS:
+        raise SynpipeError(f"per_class must be a whole number from 1 to {MAX_PER_CLASS}, not {per_class[:SHOWN]!r}.")
     where = {name: options[name] for name in FILTER_COLUMNS if options.get(name)}
-    return _Query(options.get("metric", "cosine"), int(per_class), where)
+    return _Query(options.get("metric", "cosine"), number, where)
 
 
 def _parse_id(text: str) -> int:
-    if not (text.isascii() and text.isdecimal() and int(text) < 2**63):
-        raise SynpipeError(f"{text!r} is not a synapse id: an id is a whole number below 2^63.")
-    return int(text)
+    number = _whole_number(text)
+    if number is None or number >= 2**63:
+        raise SynpipeError(f"{text[:SHOWN]!r} is not a synapse id: an id is a whole number below 2^63.")
+    return number
+
+
+def _whole_number(text: str) -> int | None:
+    """The number, or None for any other text and for numbers that are too long for every use."""
+    digits = text.lstrip("0") or text[:1]  # Python refuses to convert more than 4,300 digits, even zeros
+    return int(digits) if text.isascii() and text.isdecimal() and len(digits) <= MAX_DIGITS else None
 
 
 def _parse_flag(name: str, text: str) -> bool:

@@ -5,8 +5,7 @@ Guarantees:
 - The server only reads.
 - An error that the user can fix is one sentence of JSON with status 400 or 404.
 - Pages load nothing from other hosts, and a Content-Security-Policy makes browsers enforce this.
-- A server that listens on this machine only rejects requests for other host names. A web page elsewhere therefore cannot reach
-  it by pointing its own name at this machine (DNS rebinding).
+- Pages of other origins can link to the explorer and get nothing else from it; see `synpipe.guard`.
 """
 
 import socket
@@ -19,7 +18,6 @@ from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
-from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Mount, Route
@@ -30,10 +28,10 @@ from synpipe.datasets import Project
 from synpipe.errors import NotFound, SynpipeError
 from synpipe.explorer.answers import Explorer
 from synpipe.explorer.uploads import MAX_BYTES, tile_from_png
+from synpipe.guard import Guard
 from synpipe.progress import Log
 
 STATIC = Path(__file__).parent / "static"
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
 HEADERS = {
     "Content-Security-Policy": "default-src 'self'; img-src 'self' blob: data:; object-src 'none'; base-uri 'none'; "
     "form-action 'none'; frame-ancestors 'none'",
@@ -44,13 +42,13 @@ HEADERS = {
 SEARCH_OPTIONS = ("metric", "per_class", "region", "hemilineage")
 
 
-def make_app(project: Project, host: str = LOOPBACK[0]) -> Starlette:
+def make_app(project: Project, host: str = "127.0.0.1") -> Starlette:
     """The explorer as an ASGI application, for a server that listens on `host`."""
     return Starlette(
         routes=[*_Api(project).routes(), Mount("/", StaticFiles(directory=STATIC, html=True))],
         middleware=[
-            Middleware(TrustedHostMiddleware, allowed_hosts=[*LOOPBACK, "[::1]"] if host in LOOPBACK else ["*"]),
             Middleware(_SecurityHeaders),
+            Middleware(Guard, host=host),
         ],
         exception_handlers={NotFound: _error_response, SynpipeError: _error_response, HTTPException: _error_response},
     )

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from PIL import Image
+from PIL import Image, ImageFile
 
 from synpipe.assets.rgb_tiles import open_tiles
 from synpipe.datasets import Dataset
@@ -30,6 +30,8 @@ from synpipe.store.files import read_table
 from synpipe.tiles.tile import TileReader
 
 TILE_QUALITY = 80
+# Pillow gives the encoder a buffer of a byte per pixel, and a tile of noise does not fit. This is more than any tile needs.
+ImageFile.MAXBLOCK = max(ImageFile.MAXBLOCK, 1 << 20)
 PACK_BYTES = 4 << 20  # a host without Range requests sends this much for a single tile
 TILES_PER_BATCH = 1024
 

@@ -54,6 +54,8 @@ NEAREST_LOOKED_AT = 50  # rows of all classes that are fetched for each neighbou
 # The probes that find the ten nearest rows are too few for a rare class, whose nearest rows are further away. A class with
 # 1 % of the rows had a recall of .81 with 16 of 256 partitions, and of 1.0 with 128.
 CLASS_NPROBES_FACTOR = 8
+VALUES_SHOWN = 20  # existing values that a message names
+MAX_DIGITS = 19  # those of 2^63
 CACHED_QUERIES = 64  # synapses whose rows and vectors are kept
 
 
@@ -157,6 +159,18 @@ class SynapseIndex:
     def synapse(self, synapse_id: int) -> Synapse:
         """Return the synapse with this id. Raises `NotFound` if the index does not have it."""
         return Synapse(**_synapses(self._find(synapse_id)[0], self._viewer)[0])
+
+    def refuse_unknown_values(self, where: Mapping[str, str]) -> None:
+        """Raises `SynpipeError`, which names the existing values, if a column has nowhere the value that `where` requires."""
+        if not where:
+            return
+        columns = self.columns(list(where))
+        for column, value in where.items():
+            existing = columns[column].unique().drop_null().to_pylist()
+            if _filter_value(column, value) not in existing:
+                shown = ", ".join(map(str, sorted(existing)[:VALUES_SHOWN])) or "no values"
+                more = f" and {len(existing) - VALUES_SHOWN:,} more" if len(existing) > VALUES_SHOWN else ""
+                raise SynpipeError(f"No synapse has {column}={value[:40]}. The column has {shown}{more}.")
 
     def any_id(self, random: np.random.Generator) -> int:
         """Return the id of a synapse, drawn uniformly."""
@@ -342,8 +356,9 @@ def _filter_value(column: str, value: str) -> str | int:
         raise SynpipeError(f"Cannot filter by {column!r}: use one of {', '.join(FILTER_COLUMNS)}.")
     if column != "neuron_id":
         return value
-    if not value.isascii() or not value.isdecimal() or int(value) >= 2**63:
-        raise SynpipeError(f"neuron_id must be a whole number below 2^63, not {value!r}.")
+    # Python refuses to convert more than 4,300 digits.
+    if not value.isascii() or not value.isdecimal() or len(value) > MAX_DIGITS or int(value) >= 2**63:
+        raise SynpipeError(f"neuron_id must be a whole number below 2^63, not {value[:40]!r}.")
     return int(value)
 
 

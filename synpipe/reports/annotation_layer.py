@@ -21,6 +21,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from synpipe import __version__
+from synpipe.addresses import find_credentials
 from synpipe.analysis.charts import PALETTE
 from synpipe.annotations.schema import UNLABELLED
 from synpipe.assets import volume
@@ -52,6 +53,11 @@ def export(dataset: Dataset, folder: Path, address: str | None = None) -> tuple[
 
     Raises `SynpipeError` as `write_layer` does, if the synapses have not been made, and for an address that no browser reads.
     """
+    found = find_credentials(address or "")
+    if found:
+        raise SynpipeError(
+            f"The address of the layer holds {found}, which everyone with the link would see: remove it."
+        )
     if address is not None and not address.startswith(tuple(f"{scheme}://" for scheme in REMOTE_SCHEMES)):
         raise SynpipeError(
             f"{address} is not the address of a layer: it must start with {'://, '.join(REMOTE_SCHEMES)}://."

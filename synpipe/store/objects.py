@@ -26,6 +26,7 @@ from urllib.parse import urlsplit
 import pyarrow as pa
 import pyarrow.fs as pafs
 
+from synpipe.addresses import ADVICE, find_credentials
 from synpipe.errors import SynpipeError, one_line
 
 ADDRESS = re.compile(r"(s3|gs)://[a-z0-9][a-z0-9._-]{1,61}[a-z0-9](/[\w.=+ -]+)*")
@@ -250,10 +251,13 @@ def locate(text: str) -> BulkPath:
     """The folder, or the prefix on an object store, that a text names. Raises `SynpipeError` for any other address."""
     if "://" not in text:
         return Path(text).resolve()
+    found = find_credentials(text)
+    if found:
+        raise SynpipeError(f"The address in SYNPIPE_BULK holds {found}: remove it. {ADVICE}.")
     if not ADDRESS.fullmatch(text.rstrip("/")):
         raise SynpipeError(
             f"SYNPIPE_BULK is {text!r}, which cannot hold tiles and vectors: use a folder, s3://bucket/prefix or "
-            "gs://bucket/prefix, without credentials."
+            "gs://bucket/prefix."
         )
     return ObjectPath(text.rstrip("/"))
 
@@ -277,6 +281,11 @@ def _file_system(scheme: str, endpoint_s3: str | None, endpoint: str | None, *re
     if scheme == "gs":
         return pafs.GcsFileSystem(retry_time_limit=timedelta(seconds=SILENCE_S))
     named = endpoint_s3 or endpoint or ""
+    found = find_credentials(named)
+    if found:
+        raise SynpipeError(
+            f"AWS_ENDPOINT_URL holds {found}: remove it. Put the credentials into AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY."
+        )
     address = urlsplit(named)
     if named and (address.scheme not in ("http", "https") or not address.netloc):
         raise SynpipeError(f"AWS_ENDPOINT_URL is {named!r}: it should begin with http:// or https://.")

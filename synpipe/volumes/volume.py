@@ -14,6 +14,7 @@ from typing import Self
 import numpy as np
 from pydantic import FiniteFloat, field_validator, model_validator
 
+from synpipe.addresses import refuse_credentials
 from synpipe.errors import SynpipeError
 from synpipe.specs import Spec, digest
 from synpipe.volumes.kinds import PREFIXES, VolumePlace, open_reader
@@ -52,6 +53,7 @@ class VolumeSpec(Spec):
     @field_validator("path")
     @classmethod
     def _has_a_known_prefix(cls, path: str) -> str:
+        refuse_credentials(path)  # before the other messages, which repeat the path
         first, *rest = path.split("://")
         if rest and (first not in PREFIXES or len(rest) > 2 or (len(rest) == 2 and rest[0] not in REMOTE_SCHEMES)):
             prefixes, schemes = (" or ".join(f"{name}://" for name in names) for names in (PREFIXES, REMOTE_SCHEMES))

@@ -1,6 +1,7 @@
 """The command line, end to end: from an empty store to a search result, and its error messages."""
 
 import json
+import math
 import re
 import shutil
 import signal
@@ -237,8 +238,9 @@ def test_search_prints_the_same_as_text_and_filters(first: FirstRun, tmp_path: P
     with Image.open(picture) as image:
         image.load()
         assert image.format == "PNG"
-        assert image.width > 200
-    assert "None" in answer(first.project, "search", query, "--where", "region=nowhere")
+        tiles = 1 + len(wanted)
+        assert image.width >= 128 * min(tiles - 1, 10)
+        assert image.height >= 128 * (1 + math.ceil((tiles - 1) / 10)), "a row for the query, then ten tiles a row"
 
     other = json.loads(answer(first.project, "search", query, "--encoder", "other", "--json"))
     assert other["encoder"] == "other"
@@ -326,9 +328,54 @@ def test_store_option_wins_over_the_variable_and_that_over_the_default(project: 
         return Path(json.loads(result.stdout)["folder"])
 
     assert folder() == project.store / "demo"
+    (tmp_path / "chosen").mkdir()
     assert folder("--store", str(tmp_path / "chosen")) == tmp_path / "chosen" / "demo"
     assert folder(SYNPIPE_STORE=None) == project.data / "store" / "demo"
-    assert list(tmp_path.iterdir()) == [project.data]  # `status` writes nothing
+    assert {*tmp_path.iterdir()} == {project.data, tmp_path / "chosen"}  # `status` writes nothing
+    assert [*(tmp_path / "chosen").iterdir()] == []
+
+
+def test_a_mistyped_store_is_an_error_and_not_an_empty_store(project: Project, tmp_path: Path):
+    nowhere = tmp_path / "nowhere"
+    for command in (["status"], ["status", "--json"], ["gc"], ["search", "1"], ["versions"]):
+        said = refusal(invoke(project, "--store", str(nowhere), *command))
+        assert f"There is no store at {nowhere}" in said
+    assert not nowhere.exists()
+    assert f"There is no store at {project.store} yet" in invoke(project, "status").stderr
+
+
+@pytest.mark.parametrize("command", ["search", "link", "provenance"])
+def test_an_id_that_no_column_can_hold_is_refused(first: FirstRun, command: str):
+    for synapse_id in (str(2**63), "9" * 4000, "9" * 5000):
+        said = refusal(invoke(first.project, command, synapse_id))
+        assert "below 2^63" in said and len(said) < 200
+
+
+def test_a_value_that_no_synapse_has_is_named_with_the_existing_ones(first: FirstRun):
+    query = str(a_synapse(first.project))
+    region = json.loads(answer(first.project, "search", query, "--json"))["neighbours"]
+    existing = next(iter(region.values()))[0]["region"]
+    said = refusal(invoke(first.project, "search", query, "--where", "region=ZZ"))
+    assert "region=ZZ" in said and existing in said
+    long = refusal(invoke(first.project, "search", query, "--where", f"neuron_id={'9' * 5000}"))
+    assert "below 2^63" in long and len(long) < 200
+
+
+def test_the_picture_of_a_search_shows_as_many_tiles_as_k_asks_for(first: FirstRun, tmp_path: Path):
+    sizes = {}
+    for k in ("1", "5"):
+        picture = tmp_path / f"{k}.PNG"
+        answer(first.project, "search", str(a_synapse(first.project)), "-k", k, "--picture", str(picture))
+        with Image.open(picture) as image:
+            sizes[k] = image.width
+    assert sizes["5"] - sizes["1"] >= 4 * 128
+
+
+@pytest.mark.parametrize(("name", "says"), [("similar.jpg", ".png"), ("similar", ".png"), ("absent/a.png", "absent")])
+def test_a_picture_is_saved_only_as_png_in_an_existing_folder(first: FirstRun, tmp_path: Path, name: str, says: str):
+    for command in (["search", str(a_synapse(first.project))], ["confusion"], ["dataset", "check", "demo"]):
+        assert says in refusal(invoke(first.project, *command, "--picture", str(tmp_path / name)))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_demo_prints_commands_that_can_be_pasted(made_here: Project, monkeypatch: pytest.MonkeyPatch):

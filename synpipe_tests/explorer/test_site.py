@@ -1,6 +1,7 @@
 """The static site in a browser: its answers compared with numpy, its requests to the host, and its use without a network."""
 
 import gzip
+import io
 import json
 import shutil
 import time
@@ -16,6 +17,7 @@ import h5py
 import numpy as np
 import pyarrow as pa
 import pytest
+from PIL import Image
 from playwright.sync_api import Browser, ConsoleMessage, Page, expect
 
 from synpipe.annotations.schema import UNLABELLED
@@ -432,6 +434,12 @@ def test_tiles_are_read_from_packs(exported: Exported, page: Page, ranges: bool)
     else:
         assert {status for _, status, _ in packs} <= {200, 304}
         assert len(packs) <= len({path for path, _, _ in packs}) + 1  # each pack once, and the test for Range support
+
+
+def test_a_tile_of_noise_is_written() -> None:
+    noise = np.random.default_rng(0).choice(np.array([0, 255], np.uint8), (3, 256, 256))
+    with Image.open(io.BytesIO(tile_packs.jpeg(noise))) as image:
+        assert image.size == (256, 256)
 
 
 def test_progress_is_reported_in_bytes(exported: Exported, source: Page) -> None:

@@ -66,16 +66,16 @@ class Ui:
 
 
 @contextlib.contextmanager
-def serve(project: Project, folder: Path, **variables: str) -> Iterator[Ui]:
+def serve(project: Project, folder: Path, host: str = "127.0.0.1", **variables: str) -> Iterator[Ui]:
     """Run `synpipe ui` on a free port, in the background as a shell would start it: with SIGINT ignored.
 
-    variables: environment variables, in addition to those that name the project.
+    host: where it listens. variables: environment variables, in addition to those that name the project.
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     synpipe = Path(sys.executable).parent / "synpipe"
-    command = ["sh", "-c", f"trap '' INT; exec '{synpipe}' ui --port {port}"]
+    command = ["sh", "-c", f"trap '' INT; exec '{synpipe}' ui --host {host} --port {port}"]
     log = folder / "ui.log"
     with log.open("w") as output:
         process = subprocess.Popen(
@@ -101,8 +101,8 @@ def _wait_until_loaded(ui: Ui) -> None:
 
 
 @contextlib.contextmanager
-def chromium(webgl: bool = False) -> Iterator[Browser]:
-    flags = [*QUIET, *(SOFTWARE_GL if webgl else ["--disable-gpu"])]
+def chromium(webgl: bool = False, *more_flags: str) -> Iterator[Browser]:
+    flags = [*QUIET, *(SOFTWARE_GL if webgl else ["--disable-gpu"]), *more_flags]
     # Chromium cannot use its sandbox when it runs as root, as in most containers.
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=flags, chromium_sandbox=False)
