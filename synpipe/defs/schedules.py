@@ -9,6 +9,7 @@ same reasons.
 import os
 import time
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 
 import dagster as dg
 
@@ -82,7 +83,7 @@ def plan(project: Project, loaded: CodeVersions, instance: dg.DagsterInstance) -
     """
     try:
         # A new project object, because this one may hold a former registry.
-        return _plan(Project(project.data, project.store), loaded, instance)
+        return _plan(replace(project), loaded, instance)
     except SynpipeError as error:
         return dg.SkipReason(f"Nothing can be planned: {error}")
 
