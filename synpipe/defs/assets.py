@@ -1,10 +1,15 @@
 """The asset graph in Dagster: every `Node` becomes a Dagster asset that does its work, checks it, and shows it."""
 
+import re
+from dataclasses import dataclass
+
 import dagster as dg
 
 from synpipe.assets.asset import Finding
-from synpipe.assets.graph import Node, edges, nodes
+from synpipe.assets.graph import ASSETS, Node, edges, nodes
 from synpipe.datasets import Dataset
+from synpipe.defs.executor import GATHERS
+from synpipe.defs.loading import explain_absence
 from synpipe.defs.locks import one_step_at_a_time, register_run
 from synpipe.defs.show import as_metadata
 from synpipe.errors import SynpipeError
@@ -34,6 +39,7 @@ def build_asset(node: Node, deps: list[dg.AssetKey]) -> dg.AssetsDefinition:
         code_version=node.code_version,
         description=_describe(node),
         kinds=set(node.asset.storage),
+        op_tags={GATHERS: "true"} if node.asset.optional_reads else None,
         check_specs=[
             dg.AssetCheckSpec(name, asset=key, blocking=True, description=check.__doc__)
             for name, check in checks.items()
@@ -70,9 +76,41 @@ def _group(node: Node) -> str:
 
 
 def _describe(node: Node) -> str:
-    """What the asset is and, for an encoder's asset, what the registry says of the encoder."""
+    """What the asset is and, for an encoder's asset, what the registry says of the encoder. Absent files come first."""
     encoder = node.dataset.encoders[node.encoder].description if node.encoder else ""
-    return f"{node.asset.description} {encoder}".strip()
+    return " ".join(filter(None, [explain_absence(node.dataset), node.asset.description, encoder]))
+
+
+@dataclass(frozen=True)
+class FailingAsset:
+    """An asset that cannot be made, and why. checks: names of its checks."""
+
+    key: dg.AssetKey
+    problem: str
+    deps: tuple[dg.AssetKey, ...] = ()
+    checks: tuple[str, ...] = ()
+
+
+def first_asset_key(name: str) -> dg.AssetKey:
+    """The key of the first asset of a data set that cannot be read. Its name may contain characters that Dagster refuses."""
+    return dg.AssetKey([re.sub(r"\W", "_", name, flags=re.ASCII), ASSETS[0].name])
+
+
+def build_failing_asset(failing: FailingAsset) -> dg.AssetsDefinition:
+    """The Dagster asset that says what is wrong, and fails with it."""
+    checks = [dg.AssetCheckSpec(name, asset=failing.key, blocking=True) for name in failing.checks]
+
+    @dg.asset(
+        key=failing.key,
+        deps=failing.deps,
+        group_name=failing.key.path[0],
+        description=failing.problem,
+        check_specs=checks,
+    )
+    def fail() -> dg.MaterializeResult:
+        raise dg.Failure(description=failing.problem, allow_retries=False)
+
+    return fail
 
 
 def _check_result(name: str, finding: Finding) -> dg.AssetCheckResult:
