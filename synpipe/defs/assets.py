@@ -1,16 +1,20 @@
 """The asset graph in Dagster: every `Node` becomes a Dagster asset that does its work, checks it, and shows it."""
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import dagster as dg
 
 from synpipe.assets.asset import Finding
 from synpipe.assets.graph import ASSETS, Node, edges, nodes
+from synpipe.assets.manifest import Manifest, find_manifest
 from synpipe.datasets import Dataset
 from synpipe.defs.executor import GATHERS
 from synpipe.defs.loading import explain_absence
 from synpipe.defs.locks import one_step_at_a_time, register_run
+from synpipe.defs.recorded import is_unchanged, recorded_view
 from synpipe.defs.show import as_metadata
 from synpipe.errors import SynpipeError
 
@@ -50,23 +54,37 @@ def build_asset(node: Node, deps: list[dg.AssetKey]) -> dg.AssetsDefinition:
         try:
             register_run(context.instance, store, context.run.run_id)
             with one_step_at_a_time(store, context.log.info):
+                previous = find_manifest(node.dataset, node.name)
                 manifest = node.run(context.log.info, context.run.run_id, checks)
                 findings = {name: check(node.dataset, node.encoder) for name, check in checks.items()}
                 for name, finding in findings.items():
                     if not finding.passed and not finding.stops:
                         context.log.warning(f"{name}: {finding.description}")
                 node.pass_checks([name for name, finding in findings.items() if not finding.stops])
-                view = node.asset.show(node.dataset, node.encoder, manifest)
+                metadata = _show(context, node, previous, manifest)
         except SynpipeError as error:
             # The message is for the user; a traceback would bury it.
             raise dg.Failure(description=str(error), allow_retries=False) from None
         return dg.MaterializeResult(
             data_version=dg.DataVersion(manifest.data_version),
-            metadata=as_metadata(view, manifest.rows, node.asset.columns),
+            metadata=metadata,
             check_results=[_check_result(name, finding) for name, finding in findings.items()],
         )
 
     return materialize
+
+
+def _show(
+    context: dg.AssetExecutionContext, node: Node, previous: Manifest | None, manifest: Manifest
+) -> Mapping[str, Any]:
+    """What to show of the asset; what the history shows already, if it has not changed."""
+    if previous is not None and is_unchanged(previous, manifest):
+        context.log.info("nothing has changed")
+        recorded = recorded_view(context.instance, node, previous)
+        if recorded is not None:
+            return recorded
+    view = node.asset.show(node.dataset, node.encoder, manifest)
+    return as_metadata(view, manifest.rows, node.asset.columns)
 
 
 def _group(node: Node) -> str:

@@ -378,7 +378,7 @@ def test_checks_of_the_table_and_the_index_find_missing_rows_and_other_tiles(tam
 
 
 def test_what_must_start_fast_leaves_the_heavy_libraries_alone():
-    program = "import sys, synpipe.cli, synpipe.embeddings.embed; print(*sys.modules)"
+    program = "import sys, synpipe.cli, synpipe.assets.graph, synpipe.embeddings.embed; print(*sys.modules)"
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
-    assert {"torch", "timm", "dagster", "lancedb"} & set(done.stdout.split()) == set()
+    assert {"torch", "timm", "dagster", "lancedb", "scipy"} & set(done.stdout.split()) == set()
