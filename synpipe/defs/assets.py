@@ -14,7 +14,7 @@ from synpipe.datasets import Dataset
 from synpipe.defs.executor import GATHERS
 from synpipe.defs.loading import explain_absence
 from synpipe.defs.locks import one_step_at_a_time, register_run
-from synpipe.defs.recorded import is_unchanged, recorded_view
+from synpipe.defs.recorded import SHOWS, is_unchanged, recorded_view, versions_shown
 from synpipe.defs.show import as_metadata
 from synpipe.errors import SynpipeError
 
@@ -68,6 +68,7 @@ def build_asset(node: Node, deps: list[dg.AssetKey]) -> dg.AssetsDefinition:
         return dg.MaterializeResult(
             data_version=dg.DataVersion(manifest.data_version),
             metadata=metadata,
+            tags={SHOWS: versions_shown(node)},
             check_results=[_check_result(name, finding) for name, finding in findings.items()],
         )
 

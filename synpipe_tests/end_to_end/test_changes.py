@@ -290,6 +290,20 @@ def test_a_second_run_says_that_nothing_has_changed_and_makes_no_forward_pass(
     assert done.stdout.splitlines() == ["Nothing has changed: every asset is as it was.", ""]
 
 
+def test_pictures_show_changed_labels_of_tiles_that_have_not_changed(own: Own):
+    def sheet() -> Any:
+        with own.instance() as instance:
+            event = instance.get_latest_materialization_event(dg.AssetKey([NAME, "rgb_tiles"]))
+        assert event is not None and event.asset_materialization is not None
+        return event.asset_materialization.metadata["contact_sheet"].value
+
+    version, before = own.versions()["rgb_tiles"], sheet()
+    own.edit_synapses(relabel)
+    own.materialise("+rgb_tiles")
+    assert own.versions()["rgb_tiles"] == version
+    assert sheet() != before
+
+
 def test_the_command_says_what_changed_and_makes_just_that(own: Own):
     entry(seed=7)(own)
     said = answer(own.project, "status", "--dataset", NAME)
