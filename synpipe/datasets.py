@@ -23,7 +23,7 @@ from synpipe.analysis.splits import SplitSpec
 from synpipe.annotations.columns import check_class_names
 from synpipe.annotations.formats import AnnotationSpec
 from synpipe.embeddings.encoder_specs import AnyEncoderSpec
-from synpipe.embeddings.registry import branch_name, chosen_encoders, load_registry
+from synpipe.embeddings.registry import Registry, branch_name, chosen_encoders
 from synpipe.errors import SynpipeError
 from synpipe.specs import Spec, read_yaml
 from synpipe.store.files import read_json, write_json
@@ -253,8 +253,9 @@ class Project:
         return cls(data, Path(chosen).resolve(), locate(bulk) if bulk else None)
 
     @cached_property
-    def registry(self) -> Mapping[str, AnyEncoderSpec]:
-        return load_registry(self.data / "encoders.yaml")
+    def registry(self) -> Registry:
+        """The encoders that data sets may name. Raises `SynpipeError` if the file is not a registry."""
+        return Registry(self.data / "encoders.yaml")
 
     def dataset_names(self) -> list[str]:
         return sorted(path.stem for path in (self.data / "datasets").glob("*.yaml"))

@@ -113,7 +113,23 @@ def materialize(project: "Project", dataset: str, select: tuple[str, ...], stale
         if not select:
             click.echo("Every asset is up to date.")
             return
+    opened = project.dataset(dataset)
+    before = _made_of(opened)
     run_assets(project, dataset, select)
+    if _made_of(opened) == before:
+        click.echo("Nothing has changed: every asset is as it was.")
+
+
+def _made_of(dataset: "Dataset") -> dict[str, tuple[str, str, dict[str, str]] | None]:
+    """Data version, code version and inputs of every asset that has been made."""
+    from synpipe.assets.graph import nodes
+    from synpipe.assets.manifest import find_manifest
+
+    made = {node.name: find_manifest(dataset, node.name) for node in nodes(dataset)}
+    return {
+        name: (manifest.data_version, manifest.code_version, manifest.inputs) if manifest else None
+        for name, manifest in made.items()
+    }
 
 
 @click.command()

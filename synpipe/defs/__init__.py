@@ -1,4 +1,8 @@
-"""The Dagster code location of synpipe: `defs` is what `workspace.yaml` names. Only this package imports Dagster."""
+"""The Dagster code location of synpipe: `defs` is what `workspace.yaml` names. Only this package imports Dagster.
+
+The definitions are made when Dagster asks for them. The command line uses other modules of this package, for one data set, and need
+not wait for the graphs of all.
+"""
 
 import dagster as dg
 

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import dagster as dg
 import sqlalchemy.exc
+from dagster._core.definitions.job_base import InMemoryJob
+from dagster._core.execution.execute_in_process import core_execute_in_process
 
 from synpipe.assets.graph import find_node
 from synpipe.datasets import Dataset, Project
@@ -66,13 +68,7 @@ def materialize(project: Project, dataset_name: str, selection: Sequence[str] = 
     try:
         with open_history(project.store) as instance:
             register_run(instance, project.store, run_id)
-            result = definitions.resolve_implicit_global_asset_job_def().execute_in_process(
-                instance=instance,
-                run_id=run_id,
-                asset_selection=sorted(keys),
-                run_config={"loggers": {"progress": {}}},
-                raise_on_error=False,
-            )
+            result = _execute(definitions, instance, run_id, frozenset(keys))
     except sqlalchemy.exc.DatabaseError as error:
         raise SynpipeError(
             f"Dagster's history in {home} cannot be written ({error.orig}). Check the space and the permissions of that "
@@ -80,6 +76,22 @@ def materialize(project: Project, dataset_name: str, selection: Sequence[str] = 
         ) from None
     if not result.success:
         raise SynpipeError(_explain_failure(result))
+
+
+def _execute(
+    definitions: dg.Definitions, instance: dg.DagsterInstance, run_id: str, keys: frozenset[dg.AssetKey]
+) -> dg.ExecuteInProcessResult:
+    """Make the assets with the executor of the definitions; Dagster's public function replaces it by its own."""
+    job = definitions.resolve_implicit_global_asset_job_def().get_subset(asset_selection=keys)
+    return core_execute_in_process(
+        run_config={"loggers": {"progress": {}}},
+        job=InMemoryJob(job),
+        instance=instance,
+        output_capturing_enabled=False,
+        raise_on_error=False,
+        run_id=run_id,
+        asset_selection=keys,
+    )
 
 
 def _select(definitions: dg.Definitions, dataset: Dataset, selection: Sequence[str]) -> set[dg.AssetKey]:
@@ -129,7 +141,7 @@ def serve_ui(project: Project, host: str, port: int) -> None:
     """Replace this process by `dagster dev`, with a guarded web server, on the project's code location."""
     prepare_home(project)
     workspace = project.data.parent / "workspace.yaml"
-    location = ["-w", str(workspace)] if workspace.exists() else ["-m", "synpipe.defs"]
+    location = ["-w", str(workspace)] if workspace.exists() else ["-m", "synpipe.defs", "-a", "defs"]
     with open_history(project.store) as instance:
         fail_dead_runs(instance, project.store)
     # A shell that starts a program in the background makes it ignore Ctrl-C, and Dagster treats SIGTERM as Ctrl-C.

@@ -9,13 +9,16 @@ same reasons.
 import os
 import time
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 
 import dagster as dg
 
-from synpipe.assets.graph import nodes, states
+from synpipe.assets.graph import ASSETS, nodes, states
+from synpipe.assets.manifest import find_manifest
 from synpipe.assets.volume import status_of_files
 from synpipe.datasets import Dataset, Project
 from synpipe.defs.assets import asset_key
+from synpipe.defs.loading import load_datasets
 from synpipe.defs.locks import DIED, fail_dead_runs
 from synpipe.errors import SynpipeError
 from synpipe.specs import digest
@@ -82,26 +85,37 @@ def plan(project: Project, loaded: CodeVersions, instance: dg.DagsterInstance) -
     """
     try:
         # A new project object, because this one may hold a former registry.
-        return _plan(Project(project.data, project.store), loaded, instance)
+        return _plan(replace(project), loaded, instance)
     except SynpipeError as error:
         return dg.SkipReason(f"Nothing can be planned: {error}")
 
 
 def _plan(project: Project, loaded: CodeVersions, instance: dg.DagsterInstance) -> dg.RunRequest | dg.SkipReason:
-    datasets = _datasets(project, {key.path[0] for key in loaded})
+    found, problems = load_datasets(project)
+    datasets = [dataset for dataset in found if not _waits_for_its_files(dataset)]
     now = _code_versions(datasets)
-    changed = sorted(key.to_user_string() for key in now.keys() | loaded.keys() if now.get(key) != loaded.get(key))
-    if changed:
-        return dg.SkipReason(
-            "encoders.yaml, a data set's YAML file or a file of weights changed after this code location was loaded: "
-            f"reload it in the UI under Deployment. It concerns {_listed(changed)}."
-        )
+    left_out = {*problems, *(dataset.name for dataset in found if dataset not in datasets)}
+    changed = sorted(
+        key.to_user_string()
+        for key in now.keys() | loaded.keys()
+        if now.get(key) != loaded.get(key) and key.path[0] not in left_out
+    )
+    # A data set that cannot be planned stops no other one.
+    changed_names = {key.partition("/")[0] for key in changed}
+    datasets = [dataset for dataset in datasets if dataset.name not in changed_names]
     state_by_key = {
         asset_key(node): state
         for dataset in datasets
         for node, state in zip(nodes(dataset), states(dataset), strict=True)
     }
     stale = [key for key, state in state_by_key.items() if state.state != "fresh"]
+    if not stale and problems:
+        return dg.SkipReason(f"Nothing can be planned: {' '.join(dict.fromkeys(problems.values()))}")
+    if not stale and changed:
+        return dg.SkipReason(
+            "encoders.yaml, a data set's YAML file or a file of weights changed after this code location was loaded: "
+            f"reload it in the UI under Deployment. It concerns {_listed(changed)}."
+        )
     if not stale:
         return dg.SkipReason("every asset is up to date")
     working_run = _find_working_run(project, stale, instance)
@@ -122,10 +136,9 @@ def _plan(project: Project, loaded: CodeVersions, instance: dg.DagsterInstance) 
     return dg.RunRequest(asset_selection=stale, tags={PLAN_TAG: plan_id})
 
 
-def _datasets(project: Project, loaded: Collection[str]) -> list[Dataset]:
-    """The data sets that reloading the code location would find, and loaded ones whose files are gone."""
-    datasets = [project.dataset(name) for name in project.dataset_names()]
-    return [dataset for dataset in datasets if dataset.name in loaded or not dataset.missing_sources()]
+def _waits_for_its_files(dataset: Dataset) -> bool:
+    """Whether source files do not exist and nothing was ever made of them, so that no run can help."""
+    return bool(dataset.missing_sources()) and find_manifest(dataset, ASSETS[0].name) is None
 
 
 def _code_versions(datasets: Sequence[Dataset]) -> CodeVersions:

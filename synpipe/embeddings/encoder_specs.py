@@ -167,7 +167,7 @@ class DescriptorSpec(Spec):
 
     def fingerprint(self) -> str:
         """The key of the vectors: covers the method and the libraries that it uses."""
-        return digest([self.descriptor, DESCRIPTOR_METHOD, version("numpy"), version("scipy")])
+        return digest([self.descriptor, DESCRIPTOR_METHOD, _version("numpy"), _version("scipy")])
 
 
 class CompressedSpec(Spec):

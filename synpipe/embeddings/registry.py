@@ -4,11 +4,11 @@ Registries are read whenever Dagster loads the code, so nothing here imports tor
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
 from synpipe.addresses import refuse_credentials_within
 from synpipe.embeddings.encoder_specs import AnyEncoderSpec, CompressedSpec, DescriptorSpec, EncoderSpec
@@ -19,8 +19,8 @@ _SHORTHAND = re.compile(r"([a-z][a-z0-9_]*)\+(pca|ae)([1-9][0-9]*)")
 _METHODS: dict[str, Literal["pca", "linear_autoencoder"]] = {"pca": "pca", "ae": "linear_autoencoder"}
 
 
-class _Registry(Spec):
-    encoders: dict[str, Any] = Field(min_length=1)
+class _RegistryFile(Spec):
+    encoders: dict[Any, Any] = Field(min_length=1)
 
     @model_validator(mode="before")
     @classmethod
@@ -28,19 +28,40 @@ class _Registry(Spec):
         refuse_credentials_within(document)
         return document
 
-    @field_validator("encoders")
-    @classmethod
-    def _check_names(cls, encoders: dict[str, Any]) -> dict[str, Any]:
-        for name in encoders:
-            if not (name.isascii() and name.isidentifier() and name == name.lower() and name[0] != "_"):
-                raise ValueError(f"the name `{name}` must consist of a-z, 0-9 and _ and begin with a letter")
-        return encoders
+
+class Registry(Mapping[str, AnyEncoderSpec]):
+    """The entries of a registry by name, in the order of the file.
+
+    An entry is checked when it is looked up, so that a wrong entry stops only those who use it. A lookup raises `SynpipeError` that
+    names the file, the entry and the valid keys.
+    """
+
+    def __init__(self, path: Path):
+        """Raises `SynpipeError` if the file is not a registry at all."""
+        self._path = path
+        self._entries: dict[str, Any] = _RegistryFile.parse(read_yaml(path), str(path)).encoders
+
+    def __getitem__(self, name: str) -> AnyEncoderSpec:
+        entry = self._entries[name]
+        if not (isinstance(name, str) and re.fullmatch("[a-z][a-z0-9_]*", name)):
+            raise SynpipeError(
+                f"{self._path}: the name `{name}` must consist of a-z, 0-9 and _ and begin with a letter."
+            )
+        return _kind_of(entry).parse(entry, f"{self._path}, encoder `{name}`")
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._entries
 
 
 def load_registry(path: Path) -> dict[str, AnyEncoderSpec]:
-    """Read all entries by name, in the order of the file. Raises `SynpipeError` that names the file, entry and valid keys."""
-    entries = _Registry.parse(read_yaml(path), str(path)).encoders
-    return {name: _kind_of(entry).parse(entry, f"{path}, encoder `{name}`") for name, entry in entries.items()}
+    """Read all entries by name. Raises `SynpipeError` if any of them is wrong."""
+    return dict(Registry(path))
 
 
 def _kind_of(entry: Any) -> type[EncoderSpec] | type[DescriptorSpec] | type[CompressedSpec]:
@@ -69,7 +90,7 @@ def chosen_encoders(
             continue
         base_spec = chosen.get(spec.base)
         if base_spec is None:
-            candidates = ", ".join(name for name, entry in registry.items() if entry.base is None)
+            candidates = ", ".join(_names_that_can_be_compressed(registry))
             raise SynpipeError(
                 f"{where}: {branch} compresses the vectors of {spec.base!r}, which is not among the `encoders:` of this data "
                 f"set: name it there too. Encoders that can be compressed: {candidates}."
@@ -81,13 +102,23 @@ def chosen_encoders(
     return chosen
 
 
+def _names_that_can_be_compressed(registry: Mapping[str, AnyEncoderSpec]) -> Iterator[str]:
+    for name in registry:
+        try:
+            if registry[name].base is None:
+                yield name
+        except SynpipeError:
+            continue  # a wrong entry that this data set need not use
+
+
 def _look_up(name: str, registry: Mapping[str, AnyEncoderSpec], where: str) -> AnyEncoderSpec:
     shorthand, branch = _SHORTHAND.fullmatch(name), branch_name(name)
     if shorthand is None:
         if name in registry:
             return registry[name]
+        known = ", ".join(map(str, registry))
         raise SynpipeError(
-            f"{where}: the encoder {name!r} is not in encoders.yaml, which has {', '.join(registry)}; nor is it of the form "
+            f"{where}: the encoder {name!r} is not in encoders.yaml, which has {known}; nor is it of the form "
             "<encoder>+pca32 or <encoder>+ae32."
         )
     if branch in registry:

@@ -5,4 +5,6 @@
 - `synapses`: neurons, where their synapses are, and T-bars.
 - `vesicles`: vesicles, dense-core vesicles and microtubules.
 - `texture`: the picture of one section.
+
+SciPy takes a second to import. Every command imports these modules for the spec of the demo, so functions import SciPy.
 """

@@ -10,7 +10,6 @@ sharp line, and a membrane that leans is a broad grey band with the same total s
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import ndimage
 
 from synpipe.synthetic.synapses import TBar
 from synpipe.synthetic.tissue import MAP_NM, PIXEL_NM, SECTION_NM, Floats, SectionMap, Tissue, double, smooth_noise
@@ -57,6 +56,8 @@ def draw_section(
 
 def _expose(stain: Floats, rng: np.random.Generator) -> NDArray[np.uint8]:
     """Turn stain into grey values: transmission, shot noise, the microscope's blur, the section's contrast and brightness."""
+    from scipy import ndimage
+
     image = np.exp(np.negative(stain, out=stain), out=stain)
     noise = rng.standard_normal(image.shape, dtype=np.float32)
     noise *= np.sqrt(image)

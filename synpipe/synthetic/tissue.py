@@ -9,8 +9,6 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import ndimage
-from scipy.spatial import cKDTree
 
 Floats = NDArray[np.float32]
 
@@ -59,6 +57,8 @@ class SectionMap:
 
 def smooth_noise(rng: np.random.Generator, shape: tuple[int, ...], sigma: float | tuple[float, ...]) -> Floats:
     """Draw Gaussian noise, smooth it by `sigma` grid points and scale it to unit variance."""
+    from scipy import ndimage
+
     field = ndimage.gaussian_filter(rng.standard_normal(shape, dtype=np.float32), sigma, mode="wrap")
     return field / field.std()
 
@@ -81,6 +81,8 @@ def double(image: Floats) -> Floats:
 
 def grow(shape_zyx: tuple[int, int, int], rng: np.random.Generator) -> Tissue:
     """Pack discs into the first section, merge some neighbours into one neurite, and let all of them drift through z."""
+    from scipy.spatial import cKDTree
+
     depth, height, width = shape_zyx
     extent = np.array([height, width]) * PIXEL_NM
     margin = 500.0
@@ -133,6 +135,8 @@ def grow(shape_zyx: tuple[int, int, int], rng: np.random.Generator) -> Tissue:
 
 def _relax(yx: NDArray, radii: NDArray, rounds: int) -> NDArray:
     """Push overlapping discs apart, by half of the overlap in each round; the smaller disc moves farther."""
+    from scipy.spatial import cKDTree
+
     for turn in range(rounds):
         if turn % 6 == 0:  # neighbourhoods change slowly
             first, second = cKDTree(yx).query_pairs(2 * radii.max(), output_type="ndarray").T

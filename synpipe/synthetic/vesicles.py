@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.spatial import cKDTree
 
 from synpipe.synthetic.synapses import LOOKS, Neuron, Site
 from synpipe.synthetic.tissue import SECTION_NM, Tissue
@@ -44,6 +43,8 @@ class Bodies:
 
 def make_bodies(tissue: Tissue, neurons: list[Neuron], sites: list[Site], rng: np.random.Generator) -> Bodies:
     """Make the vesicles around every T-bar, and the microtubules and stray vesicles in every neurite of the volume."""
+    from scipy.spatial import cKDTree
+
     depth = len(tissue.disc_yx_nm)
     parts = []
     for site in sites:

@@ -12,7 +12,7 @@ import yaml
 
 from synpipe.datasets import NAME
 from synpipe.embeddings.encoder_specs import EncoderSpec
-from synpipe.embeddings.registry import load_registry
+from synpipe.embeddings.registry import Registry
 from synpipe.errors import SynpipeError
 from synpipe.store.files import write_text
 
@@ -21,7 +21,7 @@ def check_new_name(path: Path, name: str) -> None:
     """Raise `SynpipeError` if the name is invalid or the registry `path` already has it."""
     if not NAME.fullmatch(name):
         raise SynpipeError(f"{name!r} cannot be the name of an encoder: use a-z, 0-9 and _, and begin with a letter.")
-    if name in load_registry(path):
+    if name in Registry(path):
         raise SynpipeError(f"{path} already has an encoder {name!r}: choose another name.")
 
 

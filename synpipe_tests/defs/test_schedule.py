@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import pytest
 import yaml
 
 from synpipe.assets.graph import nodes, states
-from synpipe.datasets import Dataset, Project
+from synpipe.datasets import BULK_RECORD, Dataset, Project
 from synpipe.defs import schedules
 from synpipe.defs.definitions import build_definitions
 from synpipe.defs.locks import DIED
@@ -25,9 +26,13 @@ from synpipe.defs.run import prepare_home
 from synpipe.errors import SynpipeError
 from synpipe.index.publish import CURRENT
 from synpipe.store.locks import one_step_at_a_time
+from synpipe.store.objects import ObjectPath, list_paths
+from synpipe.tiles.parts import mark_damaged
 from synpipe_tests.conftest import SMALL_ENCODERS, environment, write_project
+from synpipe_tests.support import object_store
 from synpipe_tests.support.browser import Ui, serve
 from synpipe_tests.support.changes import name_of
+from synpipe_tests.support.inputs import Inputs
 
 TRUNK = {"volume", "annotations", "synapses", "synapse_stacks", "rgb_tiles", "rejects", "split"}
 KINDS = ("embeddings", "classifier", "embedding_table", "index", "scores")
@@ -43,7 +48,7 @@ class CodeLocation:
         self.reload()
 
     def reload(self) -> None:
-        self.definitions = build_definitions(Project(self.project.data, self.project.store))
+        self.definitions = build_definitions(replace(self.project))
 
     def tick(self) -> dg.RunRequest | str:
         """What the schedule asks for, or its reason for skipping; the sensor must say the same."""
@@ -233,6 +238,21 @@ def bytes_read() -> int:
     """By this process since it began, from files or their cache."""
     (line,) = [line for line in Path("/proc/self/io").read_text().splitlines() if line.startswith("rchar")]
     return int(line.split()[1])
+
+
+def test_the_schedule_looks_at_the_object_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The address of the object store is that of the project, even if the store has lost its own record of it."""
+    inputs = Inputs({number: ((3, 200 + 10 * number, 250), "gaba") for number in range(4)})
+    project = Project(tmp_path / "data", tmp_path / "store", ObjectPath(f"s3://{object_store.BUCKET}/schedule"))
+    inputs.write(project.data)
+    with object_store.serve():
+        for location in load(project, monkeypatch):
+            assert location.launch(location.tick()).startswith("SUCCESS")
+            assert location.tick() == UP_TO_DATE
+            dataset = project.dataset("demo")
+            (dataset.folder / BULK_RECORD).unlink()
+            mark_damaged(next(iter(list_paths(dataset.cut_outs_folder, "*/*.h5"))))
+            assert {"synapse_stacks", "rgb_tiles", "index_tiny"} <= set(wanted(location.tick()))
 
 
 # What is not asked for, and why.

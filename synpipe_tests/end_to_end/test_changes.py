@@ -6,6 +6,8 @@ inputs, down to the data versions, and the other encoder's files are as they wer
 
 import json
 import os
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -15,13 +17,16 @@ from typing import Any
 import dagster as dg
 import h5py
 import pytest
+import torch
 
+from synpipe.assets import rgb_tiles
 from synpipe.assets.asset import Made, Task
 from synpipe.assets.graph import Node, find_node, nodes, states
 from synpipe.assets.manifest import FORMAT, read_manifest
 from synpipe.errors import SynpipeError
 from synpipe.index.publish import IndexReport, published
 from synpipe.store.files import read_table
+from synpipe_tests.conftest import environment
 from synpipe_tests.support.browser import serve
 from synpipe_tests.support.changes import (
     ENCODERS,
@@ -256,6 +261,47 @@ def test_what_changes_nothing_makes_nothing(own: Own, template: Own):
     assert {name: own.dataset.table_path(name).read_bytes() for name in ENCODERS} == tables
     assert own.versions() == template.versions() and indexes(own) == indexes(template)
     nothing_to_do()
+
+
+WITHOUT_WORK = """
+import sys
+from synpipe.cli import main
+main(["materialize", "--dataset", sys.argv[1]], standalone_mode=False)
+print(*sorted({"torch", "timm", "umap", "sklearn"} & set(sys.modules)))
+"""
+
+
+def test_a_second_run_says_that_nothing_has_changed_and_makes_no_forward_pass(
+    own: Own, monkeypatch: pytest.MonkeyPatch
+):
+    own.edit_dataset(
+        lambda spec: spec.update(classifier={"method": "linear"}, encoders=[*spec["encoders"], "tiny+pca4"])
+    )
+    own.materialise()
+    passes: list[str] = []
+    monkeypatch.setattr(torch.nn.Module, "__call__", lambda network, *_: passes.append(type(network).__name__))
+    monkeypatch.setattr(rgb_tiles, "draw_sheet", lambda *_: passes.append("picture"))
+    said = answer(own.project, "materialize", "--dataset", NAME)
+    assert said == "Nothing has changed: every asset is as it was.\n"
+    assert passes == []
+    # Without these libraries nothing can be embedded, trained or laid out.
+    command = [sys.executable, "-c", WITHOUT_WORK, NAME]
+    done = subprocess.run(command, env=environment(own.project), capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == ["Nothing has changed: every asset is as it was.", ""]
+
+
+def test_pictures_show_changed_labels_of_tiles_that_have_not_changed(own: Own):
+    def sheet() -> Any:
+        with own.instance() as instance:
+            event = instance.get_latest_materialization_event(dg.AssetKey([NAME, "rgb_tiles"]))
+        assert event is not None and event.asset_materialization is not None
+        return event.asset_materialization.metadata["contact_sheet"].value
+
+    version, before = own.versions()["rgb_tiles"], sheet()
+    own.edit_synapses(relabel)
+    own.materialise("+rgb_tiles")
+    assert own.versions()["rgb_tiles"] == version
+    assert sheet() != before
 
 
 def test_the_command_says_what_changed_and_makes_just_that(own: Own):
