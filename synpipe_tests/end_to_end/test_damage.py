@@ -122,6 +122,50 @@ def test_damage_is_named_and_made_good_by_the_same_command(
     is_whole_again(dataset, whole[1])
 
 
+FOOTERS = ["synapses.parquet", "rgb_tiles.parquet", "rejects.parquet", "split.parquet", "tables/tiny.parquet"]
+
+
+@pytest.mark.parametrize("name", FOOTERS)
+def test_a_flipped_bit_in_the_footer_of_a_table_makes_its_asset_stale_and_the_table_is_made_again(
+    dataset: Dataset, whole: tuple[Project, Store], name: str
+) -> None:
+    """The footer has no checksum: a flip there renames columns or makes the file unreadable."""
+    path = dataset.folder / name
+    size = path.stat().st_size
+    footer = int.from_bytes(path.read_bytes()[-8:-4], "little")
+    for place in np.random.default_rng(len(name)).integers(size - 8 - footer, size, 3).tolist():
+        flip(path, place)
+        reasons = [reason for reasons in reasons_of(dataset).values() for reason in reasons]
+        assert f"its file {path.name} is damaged" in reasons
+        said = materialise(dataset, only_stale=True)
+        assert f"{path} is damaged: moved to {path.name}.damaged" in said
+        whole[1].assert_same(Store.read(Project(dataset.weights_base, dataset.folder.parent)))
+    is_whole_again(dataset, whole[1])
+
+
+def test_a_flipped_bit_that_leaves_size_and_time_as_they_were_is_found_when_the_table_is_materialised(
+    dataset: Dataset, whole: tuple[Project, Store]
+) -> None:
+    path, times = dataset.synapses_path, dataset.synapses_path.stat()
+    flip(path, path.read_bytes().rindex(b"neuron_id"))  # the last one names the column in the footer
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert f"{path} is damaged" in materialise(dataset)
+    is_whole_again(dataset, whole[1])
+
+
+def test_an_asset_is_not_made_of_a_damaged_table(dataset: Dataset) -> None:
+    flip(dataset.synapses_path, dataset.synapses_path.stat().st_size - 100)
+    node = next(node for node in nodes(dataset) if node.name == "split")
+    with pytest.raises(SynpipeError, match=r"its file synapses\.parquet is damaged\. Materialise it and everything"):
+        node.run(lambda line: None)
+
+
+def test_a_copied_store_is_fresh_although_its_files_are_younger(dataset: Dataset) -> None:
+    for path in dataset.folder.rglob("*.parquet"):
+        path.touch()
+    assert {state.state for state in states(dataset)} == {"fresh"}
+
+
 def test_a_flipped_byte_of_a_tile_is_named_when_it_is_read_and_cut_out_again_by_the_next_run(
     dataset: Dataset, whole: tuple[Project, Store]
 ) -> None:
