@@ -1,6 +1,7 @@
 """A file of the store with a flipped byte or cut short: found by its checksum, named, and made anew by the same command, with
 nothing deleted by hand. A disk that is full: the file is named, and with space the same command carries on."""
 
+import json
 import logging
 import os
 import shutil
@@ -23,6 +24,7 @@ from synpipe.index.versions import list_versions, rollback
 from synpipe.reports.housekeeping import find_leftovers, remove_leftovers
 from synpipe.tiles import extraction
 from synpipe.tiles.parts import mark_damaged
+from synpipe_tests.support.command import files, invoke, refusal
 from synpipe_tests.support.inputs import Inputs, Store
 
 INPUTS = Inputs({1000 + number: ((number % 6, 40 * number, 500 - 30 * number), "gaba") for number in range(12)})
@@ -248,6 +250,51 @@ def test_a_damaged_version_is_not_gone_back_to(dataset: Dataset, whole: tuple[Pr
     with pytest.raises(SynpipeError, match=r"Version .* of tiny is damaged \(data/.*\): choose another"):
         rollback(dataset, "tiny", first.tag)
     assert open_current(dataset.lancedb_folder, "tiny").count_rows() == 11
+
+
+# The record of the place of the bulk.
+
+
+def write_text(text: str) -> Callable[[Path], None]:
+    return lambda path: (path.write_text(text), None)[1]
+
+
+RECORDS: dict[str, Callable[[Path], None]] = {
+    "cut short": cut,
+    "empty": write_text(""),
+    "null": write_text("null"),
+    "no address": write_text("{}"),
+    "a list as the address": write_text('{"address": []}'),
+    "another address": lambda path: path.write_text(path.read_text().replace("elsewhere", "elsewhera")) and None,
+    "moved aside by an earlier version": lambda path: path.rename(path.with_name("bulk.json.damaged")) and None,
+}
+
+
+@pytest.fixture(scope="module")
+def detached(whole: tuple[Project, Store], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store whose tiles, vectors and indexes are in another folder."""
+    folder = tmp_path_factory.mktemp("detached")
+    materialise(Project(whole[0].data, folder / "store", folder / "elsewhere").dataset("demo"))
+    return folder
+
+
+@pytest.mark.parametrize("name", RECORDS)
+def test_a_damaged_record_of_the_bulk_stops_every_command_and_nothing_is_deleted(
+    detached: Path, whole: tuple[Project, Store], tmp_path: Path, name: str
+) -> None:
+    shutil.copytree(detached / "store", tmp_path / "store")
+    project = Project(whole[0].data, tmp_path / "store")
+    record = project.dataset("demo").folder / "bulk.json"
+    sound = record.read_text()
+    RECORDS[name](record)
+    before = files(tmp_path)
+    for command in (["status"], ["gc", "--delete"], ["materialize"], ["search", "1000"], ["versions"]):
+        message = refusal(invoke(project, *command))
+        assert f"{record}" in message and "If you know the place, write" in message
+    assert files(tmp_path) == before
+    record.write_text(json.dumps({"address": json.loads(sound)["address"]}))  # as the message says
+    assert project.dataset("demo").bulk_folder == detached / "elsewhere" / "demo"
+    assert {state.state for state in states(project.dataset("demo"))} == {"fresh"}
 
 
 # A full disk.
