@@ -252,6 +252,78 @@ def test_a_damaged_version_is_not_gone_back_to(dataset: Dataset, whole: tuple[Pr
     assert open_current(dataset.lancedb_folder, "tiny").count_rows() == 11
 
 
+# LanceDB.
+
+TAGS = {
+    "no JSON": "{",
+    "null": "null",
+    "no version": "{}",
+    "a word as the version": '{"branch":null,"version":"nine","manifestSize":3}',
+    "a version that does not exist": '{"branch":null,"version":999,"manifestSize":3}',
+    "an unfinished version": '{"branch":null,"version":2,"manifestSize":3}',
+    "another branch": '{"branch":"x","version":9,"manifestSize":3}',
+}
+
+
+@pytest.mark.parametrize("content", TAGS.values(), ids=TAGS)
+@pytest.mark.parametrize("tag", ["current", "data-*"])
+def test_a_damaged_tag_of_an_index_is_named_and_does_not_block_publishing(
+    dataset: Dataset, whole: tuple[Project, Store], tag: str, content: str
+) -> None:
+    (path,) = dataset.lancedb_folder.glob(f"tiny.lance/_refs/tags/{tag}.json")
+    assert isinstance(path, Path)
+    path.write_text(content)
+    read_without_traceback(dataset, "tiny")
+    assert f"{path} is damaged" in materialise(dataset)
+    is_whole_again(dataset, whole[1])
+
+
+@pytest.mark.parametrize("pattern", ["data/*.lance", "_indices/*/*.lance", "_versions/*.manifest"])
+def test_a_missing_file_of_an_index_gives_an_error_and_the_next_run_builds_the_index_again(
+    dataset: Dataset, whole: tuple[Project, Store], pattern: str
+) -> None:
+    path = sorted(dataset.lancedb_folder.glob(f"tiny.lance/{pattern}"), key=str)[0]
+    path.unlink()
+    said = read_without_traceback(dataset, "tiny")
+    assert "materialise index_tiny" in said
+    materialise(dataset)
+    Store.read(Project(dataset.weights_base, dataset.folder.parent)).assert_same(whole[1])
+    read_without_traceback(dataset, "tiny", succeed=True)
+
+
+def test_a_damaged_manifest_of_a_former_version_does_not_hide_the_others(
+    dataset: Dataset, whole: tuple[Project, Store]
+) -> None:
+    path = sorted(dataset.lancedb_folder.glob("tiny.lance/_versions/*.manifest"), key=str)[-1]  # the oldest
+    assert isinstance(path, Path)
+    path.write_bytes(b"")
+    read_without_traceback(dataset, "tiny")
+    assert f"{path} is damaged" in materialise(dataset)
+    read_without_traceback(dataset, "tiny", succeed=True)
+    is_whole_again(dataset, whole[1])
+
+
+def test_a_search_never_answers_from_damaged_vectors(dataset: Dataset) -> None:
+    path = the("lancedb/tiny.lance/data/*")(dataset)
+    flip(path)
+    project = Project(dataset.weights_base, dataset.folder.parent)
+    for command in (["search", "1000"], ["provenance", "1000"]):
+        message = refusal(invoke(project, *command))
+        assert f"data/{path.name} is not as it was published" in message and "materialise index_tiny" in message
+
+
+def read_without_traceback(dataset: Dataset, encoder: str, succeed: bool = False) -> str:
+    """Ask all commands that read an index; what those said that failed."""
+    project = Project(dataset.weights_base, dataset.folder.parent)
+    said = ""
+    for command in (["versions"], ["search", "1000"], ["provenance", "1000"], ["gc"], ["status"]):
+        result = invoke(project, *command)
+        if result.exit_code or succeed:
+            assert not succeed or result.exit_code == 0, result.stderr
+            said += "" if succeed else refusal(result)
+    return said
+
+
 # The record of the place of the bulk.
 
 
