@@ -308,6 +308,8 @@ def _own_reasons(node: Node, manifest: Manifest) -> list[str]:
         return [f"its file {node.path.name} is not there"]
     if reasons := _damage(node, manifest):
         return reasons
+    if not node.dataset.lineage_path(node.name, manifest.data_version).exists():
+        return [f"the record of its version {manifest.data_version[:12]} is not there"]
     if node.asset.source_version is None:
         return []
     try:

@@ -7,7 +7,7 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import h5py
 import numpy as np
@@ -24,7 +24,7 @@ from synpipe.index.versions import list_versions, rollback
 from synpipe.reports.housekeeping import find_leftovers, remove_leftovers
 from synpipe.tiles import extraction
 from synpipe.tiles.parts import mark_damaged
-from synpipe_tests.support.command import files, invoke, refusal
+from synpipe_tests.support.command import answer, assets, files, invoke, refusal
 from synpipe_tests.support.inputs import Inputs, Store
 
 INPUTS = Inputs({1000 + number: ((number % 6, 40 * number, 500 - 30 * number), "gaba") for number in range(12)})
@@ -250,6 +250,42 @@ def test_a_damaged_version_is_not_gone_back_to(dataset: Dataset, whole: tuple[Pr
     with pytest.raises(SynpipeError, match=r"Version .* of tiny is damaged \(data/.*\): choose another"):
         rollback(dataset, "tiny", first.tag)
     assert open_current(dataset.lancedb_folder, "tiny").count_rows() == 11
+
+
+# Manifests and lineage.
+
+CHANGES: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "a misspelt key": lambda content: content.update(interrupued=content.pop("interrupted")),
+    "a misspelt fact": lambda content: content["facts"].update(encoder_fingerqrint="f"),
+    "null for a string": lambda content: content.update(data_version=None),
+    "a list for a string": lambda content: content.update(code_version=[]),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+@pytest.mark.parametrize("folder", ["manifests", "lineage"])
+def test_a_changed_manifest_is_named_by_status_set_aside_and_written_again_by_the_next_run(
+    dataset: Dataset,
+    whole: tuple[Project, Store],
+    change: Callable[[dict[str, Any]], Any],
+    folder: str,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    project = Project(whole[0].data, dataset.folder.parent)
+    asset = "embeddings_tiny"
+    (path,) = (dataset.folder / folder).glob(f"{asset}.json" if folder == "manifests" else f"{asset}/*.json")
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+    if folder == "lineage":  # only the commands that need it read it
+        assert str(path) in refusal(invoke(project, "provenance", "1000")) + caplog.text
+    state = assets(project)[asset]
+    assert state["state"] == ("missing" if folder == "manifests" else "stale")
+    assert str(path) in caplog.text and f"moved to {path.name}.damaged" in caplog.text
+    materialise(dataset, only_stale=True)
+    assert json.loads(path.read_text())["asset"] == asset
+    assert json.loads(answer(project, "provenance", "1000", "--json"))["row"]["synapse_id"] == "1000"
+    is_whole_again(dataset, whole[1])
 
 
 # LanceDB.
