@@ -8,6 +8,7 @@ of them is damaged, LanceDB can list neither versions nor tags, and nothing can 
 import contextlib
 import json
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import pyarrow as pa
@@ -33,17 +34,23 @@ def explaining_damage(folder: BulkPath, name: str) -> Iterator[None]:
         ) from error
 
 
-def set_damaged_parts_aside(path: BulkPath, log: Callable[[str], None]) -> None:
-    """Move damaged manifests and tags of the LanceDB table in this folder aside, and log their names."""
+def set_damaged_parts_aside(path: BulkPath, log: Callable[[str], None]) -> list[str]:
+    """Move damaged manifests and tags of the LanceDB table in this folder aside, and log their names.
+
+    Returns the tags that are lost thereby.
+    """
+    lost = []
     versions = {_number_of(manifest): manifest for manifest in list_paths(path / "_versions", "*.manifest")}
     if not _can_list(path):
         for number, manifest in list(versions.items()):
-            if problem := _problem_of(lambda number=number: open_lance(path, number).schema):
+            if problem := _problem_of(partial(_read_version, path, number)):
                 _set_aside(manifest, problem, log)
                 del versions[number]
     for tag in list_paths(path / "_refs" / "tags", "*.json"):
-        if problem := _problem_of(lambda tag=tag: _check_tag(tag, versions)):
+        if problem := _problem_of(partial(_check_tag, tag, versions)):
             _set_aside(tag, problem, log)
+            lost.append(tag.stem)
+    return lost
 
 
 def _can_list(path: BulkPath) -> bool:
@@ -57,6 +64,10 @@ def _problem_of(read: Callable[[], Any]) -> str | None:
     except UNREADABLE as error:
         return one_line(error)
     return None
+
+
+def _read_version(path: BulkPath, number: int) -> None:
+    open_lance(path, number).schema  # noqa: B018 - reading the schema is the test
 
 
 def _check_tag(tag: BulkPath, versions: dict[int, BulkPath]) -> None:

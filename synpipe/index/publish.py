@@ -199,10 +199,11 @@ def republish(
     path = folder / f"{name}.lance"
     if not path.is_dir():
         return None
-    set_damaged_parts_aside(path, log)
+    lost_tags = set_damaged_parts_aside(path, log)
     try:
         with explaining_damage(folder, name):
             table = connect(folder).open_table(name)
+            _restore_tags(table, lost_tags, log)
             number = list_tags(table).get(tag_for(data_version, fingerprint))
             if number is None:
                 return None
@@ -267,6 +268,18 @@ def _set_aside_unreadable(folder: BulkPath, name: str, log: Callable[[str], None
         return  # there is no table
     except RuntimeError as error:
         log(f"{path} cannot be read ({one_line(error)}): moved to {set_aside(path).name}, and rebuilt")
+
+
+def _restore_tags(table: Any, lost: list[str], log: Callable[[str], None]) -> None:
+    """Create these tags again. A published version knows its tag; `current` is for the caller to set."""
+    wanted = {*lost} - {CURRENT}
+    numbers = [entry["version"] for entry in table.list_versions()] if wanted else []
+    for number in sorted(numbers, reverse=True):
+        table.checkout(number)
+        if (tag := tag_of(table)) in wanted:
+            table.tags.create(tag, number)
+            wanted.remove(tag)
+            log(f"the tag {tag} names version {number} again")
 
 
 def _move_tag(table: Any, tag: str) -> None:
