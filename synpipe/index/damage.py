@@ -71,6 +71,7 @@ def _read_version(path: BulkPath, number: int) -> None:
 
 
 def _check_tag(tag: BulkPath, versions: dict[int, BulkPath]) -> None:
+    open_lance(tag.parent.parent.parent).tags.get_version(tag.stem)  # LanceDB can read it
     content = json.loads(tag.read_bytes())
     manifest = versions.get(content["version"])
     if content.get("branch") is not None or manifest is None:
