@@ -29,9 +29,10 @@ quick: check ## Run every check and the fast tests (two minutes)
 test: check ## Run every check and every test (ten minutes)
 	@$(PYTEST)
 
-torture: $(INSTALLED) ## Kill it at every file operation, fill the disk, damage files, race runs (half an hour)
-	@SYNPIPE_TEST_KILLS=1400 SYNPIPE_TEST_SEQUENCES=20 SYNPIPE_TEST_VERSIONS=300 $(BIN)/python -m pytest \
+torture: $(INSTALLED) ## Kill it at every file operation, fill the disk, damage files, race runs (an hour and a half)
+	@SYNPIPE_TEST_KILLS=1400 SYNPIPE_TEST_DAMAGE=2000 SYNPIPE_TEST_SEQUENCES=20 SYNPIPE_TEST_VERSIONS=300 $(BIN)/python -m pytest \
 		synpipe_tests/end_to_end/test_interrupted.py synpipe_tests/end_to_end/test_damage.py \
+		synpipe_tests/end_to_end/test_any_damage.py \
 		synpipe_tests/end_to_end/test_stateful.py synpipe_tests/defs/test_locks.py \
 		synpipe_tests/index/test_versions.py::test_readers_that_never_stop_while_tables_are_rebuilt_optimised_and_cleaned
 

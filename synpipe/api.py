@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import pyarrow as pa
 
+from synpipe.assets import embedding_table, synapses
 from synpipe.assets.rgb_tiles import open_tiles
 from synpipe.datasets import Dataset, Project
 from synpipe.errors import SynpipeError
@@ -48,6 +49,7 @@ class OpenDataset:
 
     def synapses(self) -> pa.Table:
         """A row per usable synapse; docs/store.md lists the columns. Raises `SynpipeError` if they have not been made."""
+        synapses.ASSET.check_files(self._dataset)
         return read_table(self._dataset.synapses_path)
 
     def tiles(self, synapse_ids: Sequence[int] | None = None) -> TileReader:
@@ -63,7 +65,9 @@ class OpenDataset:
 
         columns: only these columns. Raises `SynpipeError` if the table has not been made.
         """
-        path = self._dataset.table_path(self._dataset.encoder(encoder))
+        encoder = self._dataset.encoder(encoder)
+        embedding_table.ASSET.check_files(self._dataset, encoder)
+        path = self._dataset.table_path(encoder)
         return read_table(path, None if columns is None else list(columns))
 
     def search(

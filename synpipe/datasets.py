@@ -4,6 +4,8 @@ A `Project` finds the data folder (`datasets/*.yaml`, `encoders.yaml`) and the s
 the place of each of its files. No other module knows the layout of the store.
 """
 
+import hashlib
+import json
 import os
 import re
 from collections.abc import Mapping
@@ -26,7 +28,7 @@ from synpipe.embeddings.encoder_specs import AnyEncoderSpec
 from synpipe.embeddings.registry import Registry, branch_name, chosen_encoders
 from synpipe.errors import SynpipeError
 from synpipe.specs import Spec, read_yaml
-from synpipe.store.files import read_json, write_json
+from synpipe.store.files import DAMAGED, write_json
 from synpipe.store.objects import BulkPath, ObjectPath, locate
 from synpipe.synthetic.demo import SyntheticSpec
 from synpipe.tiles.tile import TileSpec
@@ -292,8 +294,8 @@ class Project:
         """The place of the bulk of the data set in `folder`. Raises `SynpipeError` if SYNPIPE_BULK contradicts the store."""
         chosen = None if self.bulk is None else self.bulk / folder.name
         record = folder / BULK_RECORD
-        if record.exists():
-            former = locate(read_json(record)["address"])
+        if (address := _recorded_address(record)) is not None:
+            former = locate(address)
         elif (folder / "tiles").is_dir():
             former = folder
         else:
@@ -318,7 +320,36 @@ def record_bulk(dataset: Dataset) -> None:
         dataset.bulk.check()
     record = dataset.folder / BULK_RECORD
     if not record.exists():
-        write_json(record, {"address": str(dataset.bulk)})
+        address = str(dataset.bulk)
+        write_json(record, {"address": address, "checksum": _checksum(address)})
+
+
+def _recorded_address(record: Path) -> str | None:
+    """The address in the record of the bulk, or None if there is no record.
+
+    Raises `SynpipeError` for a damaged record, and leaves it where it is: without it, everything would be made again elsewhere.
+    """
+    aside = record.with_suffix(f"{record.suffix}{DAMAGED}")  # an earlier synpipe moved damaged records aside
+    if not record.exists() and not aside.exists():
+        return None
+    try:
+        content = json.loads(record.read_text())
+        address = content.pop("address")
+        if content in ({}, {"checksum": _checksum(address)}):  # an earlier synpipe wrote no checksum
+            return str(address)
+    except (OSError, ValueError, AttributeError, KeyError, TypeError):
+        pass
+    damaged = record if record.exists() else aside
+    folder = record.parent
+    raise SynpipeError(
+        f"{damaged} is damaged or cannot be read. It says where tiles, vectors and indexes of {folder.name} are. If you know the "
+        f'place, write {{"address": "PLACE"}} to {record}, where PLACE is a folder, or an address such as '
+        f"s3://bucket/{folder.name}. If they are in {folder}, delete {damaged}."
+    )
+
+
+def _checksum(address: str) -> str:
+    return hashlib.sha256(address.encode()).hexdigest()
 
 
 def _checked_name(name: str) -> str:

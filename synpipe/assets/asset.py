@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 from pydantic import TypeAdapter, ValidationError
 
+from synpipe.assets.file_records import find_damaged
 from synpipe.assets.manifest import Inputs, Manifest, find_manifest, read_manifest
 from synpipe.datasets import Dataset
 from synpipe.errors import SynpipeError
@@ -205,6 +206,16 @@ class Asset(Generic[F]):
         """The facts of this asset as it was last made, or None if it has not been made."""
         manifest = find_manifest(dataset, self.name_for(encoder))
         return None if manifest is None else self.parse(manifest)
+
+    def check_files(self, dataset: Dataset, encoder: str = "") -> None:
+        """Raise `SynpipeError` if a file of this asset is damaged. Only files with another size or time are read."""
+        manifest = find_manifest(dataset, self.name_for(encoder))
+        if manifest is not None and not manifest.interrupted:
+            for path in find_damaged(dataset.folder, manifest.files):
+                raise SynpipeError(
+                    f"{path} is damaged: it is not as {manifest.asset} wrote it. Run `synpipe materialize --dataset {dataset.name} "
+                    "--stale` to make it again."
+                )
 
     def parse(self, manifest: Manifest) -> F:
         """The facts of a manifest. Raises `SynpipeError` if it lacks some, as the manifest of a very old version may."""

@@ -28,6 +28,7 @@ from synpipe.assets import (
     volume,
 )
 from synpipe.assets.asset import Asset, Task, facts_as_json
+from synpipe.assets.file_records import find_damaged, find_lost, has_same_status, record_files
 from synpipe.assets.manifest import Manifest, find_manifest, read_manifest, write_manifest
 from synpipe.datasets import Dataset, record_bulk
 from synpipe.embeddings.cache import LostVectors
@@ -35,6 +36,7 @@ from synpipe.embeddings.registry import branch_name
 from synpipe.errors import SynpipeError
 from synpipe.progress import Log
 from synpipe.specs import Spec, digest
+from synpipe.store.files import set_aside
 from synpipe.store.objects import BulkPath
 from synpipe.store.streams import read_batches
 from synpipe.tiles.parts import damaged_parts
@@ -110,6 +112,8 @@ class Node:
         record_bulk(self.dataset)
         previous = find_manifest(self.dataset, self.name)
         inputs = self._read_inputs()
+        if previous is not None:
+            self._set_damaged_files_aside(previous, log)
         # If the process is killed from here on, the asset is out of date even if everything that changed is changed back.
         if previous is not None:
             write_manifest(self.dataset, replace(previous, interrupted=True))
@@ -124,7 +128,7 @@ class Node:
             self._read_inputs()  # a source that changed while it was read is of neither version
         except SynpipeError as error:
             if previous is not None:
-                write_manifest(self.dataset, previous)
+                self._restore(previous)
             if isinstance(error, LostVectors):
                 self._disown_vectors(error.fingerprint)
             raise
@@ -139,6 +143,7 @@ class Node:
             notes=made.notes,
             run_id=run_id,
             unpassed=[*checks],
+            files=record_files(self.dataset.folder, self.asset.files(self.dataset, self.encoder)),
         )
         write_manifest(self.dataset, manifest)
         return manifest
@@ -148,6 +153,23 @@ class Node:
         manifest = read_manifest(self.dataset, self.name)
         left = [check for check in manifest.unpassed if check not in checks]
         write_manifest(self.dataset, replace(manifest, unpassed=left))
+
+    def _set_damaged_files_aside(self, previous: Manifest, log: Log) -> None:
+        """Move files aside that differ from what the last complete run wrote, so that the work makes them again."""
+        if previous.interrupted:
+            return  # the files may be those of the next version, which are whole too
+        for path in find_damaged(self.dataset.folder, previous.files, read_all=True):
+            log(f"{path} is damaged: moved to {set_aside(path).name}, and made again")
+
+    def _restore(self, previous: Manifest) -> None:
+        """Write the manifest as it was before a run that failed, without the records of files that this run has replaced."""
+        folder = self.dataset.folder
+        files = {
+            name: record
+            for name, record in previous.files.items()
+            if not (folder / name).is_file() or has_same_status(folder / name, record)
+        }
+        write_manifest(self.dataset, replace(previous, files=files))
 
     def _disown_vectors(self, fingerprint: str) -> None:
         """Mark the embeddings of that encoder as out of date, because some of their vectors were found to be damaged."""
@@ -168,7 +190,11 @@ class Node:
                 continue
             manifest = manifest or read_manifest(self.dataset, node.name)
             # Work on a source that has changed would be kept under the former version.
-            reasons = _own_reasons(node, manifest) if node.asset.source_version else _incomplete(manifest)
+            reasons = (
+                _own_reasons(node, manifest)
+                if node.asset.source_version
+                else _incomplete(manifest) or _damage(node, manifest)
+            )
             if reasons:
                 raise SynpipeError(
                     f"{self.name} cannot be made: {self.dataset.name}/{node.name} is out of date, {reasons[0]}. Materialise it "
@@ -240,8 +266,8 @@ def states(dataset: Dataset) -> list[State]:
     """The state of every asset, in the order of `nodes`.
 
     An asset is stale when its spec or code changed, when an input has another version than the one it was made of, when its source
-    changed, when a run of it was interrupted, when one of its checks has not passed, when its file is gone, when tiles that it
-    names were found to be damaged, or when something upstream is stale or missing.
+    changed, when a run of it was interrupted, when one of its checks has not passed, when a file of it is gone or damaged, when
+    tiles that it names were found to be damaged, or when something upstream is stale or missing.
     """
 
     @cache  # two assets ask, and an object store out of reach makes each question slow
@@ -280,6 +306,10 @@ def _own_reasons(node: Node, manifest: Manifest) -> list[str]:
         return reasons
     if node.path is not None and not node.path.exists():
         return [f"its file {node.path.name} is not there"]
+    if reasons := _damage(node, manifest):
+        return reasons
+    if not node.dataset.lineage_path(node.name, manifest.data_version).exists():
+        return [f"the record of its version {manifest.data_version[:12]} is not there"]
     if node.asset.source_version is None:
         return []
     try:
@@ -289,6 +319,13 @@ def _own_reasons(node: Node, manifest: Manifest) -> list[str]:
     if version is not None and version != manifest.data_version:
         return [f"its source changed ({manifest.data_version[:12]} → {version[:12]})"]
     return []
+
+
+def _damage(node: Node, manifest: Manifest) -> list[str]:
+    """Which of its files are gone or damaged. Files whose size and time are those of the manifest are not read."""
+    folder = node.dataset.folder
+    lost = [f"its file {path.name} is not there" for path in find_lost(folder, manifest.files)]
+    return lost + [f"its file {path.name} is damaged" for path in find_damaged(folder, manifest.files)]
 
 
 def _lost_tiles(node: Node, list_damaged_parts: Callable[[], list[BulkPath] | SynpipeError]) -> list[str]:

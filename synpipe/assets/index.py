@@ -86,9 +86,12 @@ def open_index(dataset: Dataset, encoder: str, in_memory: bool = True) -> "Synap
 
     in_memory: hold vectors in memory as far as `index.search` does; False suits a single query.
     """
+    from synpipe.index.damage import explaining_damage
     from synpipe.index.search import SynapseIndex
 
-    return SynapseIndex(dataset, encoder, in_memory=in_memory, viewer=find_viewer(dataset))
+    viewer = find_viewer(dataset)
+    with explaining_damage(dataset.lancedb_folder, encoder):
+        return SynapseIndex(dataset, encoder, in_memory=in_memory, viewer=viewer)
 
 
 def find_rolled_back(dataset: Dataset, encoder: str) -> str | None:

@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 from pydantic import TypeAdapter
 
 from synpipe import __version__
+from synpipe.assets.file_records import FileRecord
 from synpipe.datasets import Dataset
 from synpipe.errors import SynpipeError
 from synpipe.specs import digest
@@ -46,7 +47,7 @@ class Manifest:
     form of the asset's dataclass of facts. figures: numbers and tables for people. rows: rows of its main table, if it has one.
     notes: sentences for people. run_id: the Dagster run that made it, if any. unpassed: checks that it failed, or that had not
     finished when the process ended. interrupted: a run began and did not end, so its files may belong to this version or the
-    next.
+    next. files: records of its files, by their names in the data set's folder; empty in the manifests of an earlier synpipe.
     """
 
     asset: str
@@ -60,6 +61,7 @@ class Manifest:
     run_id: str | None = None
     unpassed: list[str] = field(default_factory=list)
     interrupted: bool = False
+    files: dict[str, FileRecord] = field(default_factory=dict)
     synpipe_version: str = __version__
     format: int = FORMAT
 
@@ -151,7 +153,7 @@ def _parse(content: Any) -> Manifest | None:
         content = _from_format_1(content)
     elif content.pop("checksum") != _checksum(content):
         raise ValueError("the checksum does not fit the content")
-    if content.keys() != {field.name for field in fields(Manifest)}:
+    if {"files": {}, **content}.keys() != {field.name for field in fields(Manifest)}:
         raise ValueError("fields are missing or unknown")
     return _MANIFEST.validate_python(content)
 

@@ -85,6 +85,7 @@ def open_tiles(dataset: Dataset, synapse_ids: Sequence[int] | None = None) -> Ti
     Raises `SynpipeError` if the tiles have not been made.
     """
     stacking = ASSET.read(dataset).stacking
+    ASSET.check_files(dataset)
     if synapse_ids is None:
         return TileReader(read_table(dataset.tiles_path), dataset.bulk_folder, stacking)
     wanted = pa.array(synapse_ids, pa.int64())

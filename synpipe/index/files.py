@@ -40,8 +40,34 @@ def find_damaged_files(table: BulkPath, schema: Any) -> list[str]:
 
     Versions published by an early synpipe have no digests; none of their files is listed.
     """
-    digests = json.loads((schema.field("vector").metadata or {}).get(KEY, "{}"))
-    return [name for name, digest in digests.items() if not (table / name).is_file() or _digest(table / name) != digest]
+    return [name for name, digest in _digests(schema).items() if not _has_digest(table / name, digest)]
+
+
+def find_touched_files(table: BulkPath, version: int, schema: Any) -> list[str]:
+    """List the files of this version that are gone, or that were written after it was published and differ from it.
+
+    The version's manifest is its last file. A file that is older than the manifest has not been touched since, and is not read.
+    """
+    if isinstance(table, ObjectPath):
+        return []
+    names = (f"{2**64 - 1 - version}.manifest", f"{version}.manifest")  # early versions of LanceDB used the second form
+    manifests = [path.stat().st_mtime_ns for name in names if (path := table / "_versions" / name).is_file()]
+    published_at = max(manifests, default=0)
+
+    def is_whole(name: str, digest: str) -> bool:
+        path = table / name
+        untouched = path.is_file() and path.stat().st_mtime_ns <= published_at
+        return untouched or _has_digest(path, digest)
+
+    return [name for name, digest in _digests(schema).items() if not is_whole(name, digest)]
+
+
+def _digests(schema: Any) -> dict[str, str]:
+    return dict(json.loads((schema.field("vector").metadata or {}).get(KEY, "{}")))
+
+
+def _has_digest(path: BulkPath, digest: str) -> bool:
+    return path.is_file() and _digest(path) == digest
 
 
 def _digest(path: BulkPath) -> str:

@@ -24,6 +24,7 @@ from synpipe.embeddings.vectors import read_unit_vectors, read_vectors
 from synpipe.errors import SynpipeError, one_line
 from synpipe.index import files as index_files
 from synpipe.index.build import build_indexes, partitions_for, write_rows
+from synpipe.index.damage import UNREADABLE, explaining_damage, set_damaged_parts_aside
 from synpipe.index.recall import MIN_RECALL, RECALL_K, tune
 from synpipe.specs import digest
 from synpipe.store.files import set_aside
@@ -70,6 +71,14 @@ def tag_for(data_version: str, fingerprint: str) -> str:
     return f"data-{data_version[:12]}-encoder-{fingerprint[:12]}"
 
 
+def tag_of(table: Any) -> str | None:
+    """Return the tag that the opened version of a LanceDB table should have, or None if its build did not end."""
+    provenance = read_provenance(table.schema)
+    if b"synpipe.nprobes" not in (table.schema.field("vector").metadata or {}):
+        return None
+    return tag_for(provenance["data_version"], provenance["encoder_fingerprint"])
+
+
 def publish(
     table_path: Path, folder: BulkPath, name: str, data_version: str, log: Callable[[str], None]
 ) -> IndexReport:
@@ -83,7 +92,7 @@ def publish(
     try:
         _set_aside_unreadable(folder, name, log)
         return _publish(table_path, folder, name, data_version, log)
-    except (OSError, RuntimeError, pa.ArrowException) as error:  # raised by pyarrow and LanceDB for files and disks
+    except UNREADABLE as error:  # raised by pyarrow and LanceDB for files and disks
         reason = one_line(error).partition("Detail: Python exception")[0].rstrip(". ")
         raise SynpipeError(
             f"The index {folder}/{name} cannot be built from {table_path}: {reason}. If that file is damaged, materialise again "
@@ -154,6 +163,19 @@ def open_current(folder: BulkPath, name: str) -> Any:
     return table
 
 
+def check_rows(folder: BulkPath, name: str, table: Any) -> None:
+    """Raise `SynpipeError` if the build of the opened version of a LanceDB table did not end, or if its files are damaged.
+
+    Only files that were written later than the version was published are read, so this takes little time.
+    """
+    with explaining_damage(folder, name):
+        if tag_of(table) is None:
+            raise ValueError(f"a tag names version {table.version}, which was never published")
+        damaged = index_files.find_touched_files(folder / f"{name}.lance", table.version, table.schema)
+        if damaged:
+            raise ValueError(f"{', '.join(damaged)} is not as it was published")
+
+
 def list_tags(table: Any) -> dict[str, int]:
     """Return the version number of each tag, including `current`."""
     for _ in range(LIST_ATTEMPTS):
@@ -175,20 +197,29 @@ def republish(
     folder: BulkPath, name: str, data_version: str, fingerprint: str, log: Callable[[str], None]
 ) -> IndexReport | None:
     """Make a version current that was published earlier from this data. Returns None if there is none, or if it is damaged."""
-    tag = tag_for(data_version, fingerprint)
+    path = folder / f"{name}.lance"
+    if not path.is_dir():
+        return None
+    lost_tags = set_damaged_parts_aside(path, log)
     try:
-        table = open_current(folder, name)
-    except SynpipeError:
+        with explaining_damage(folder, name):
+            table = connect(folder).open_table(name)
+            _restore_tags(table, lost_tags, log)
+            number = list_tags(table).get(tag_for(data_version, fingerprint))
+            if number is None:
+                return None
+            table.checkout(number)
+            if damaged := index_files.find_damaged_files(path, table.schema):
+                log(f"the index {folder}/{name} is damaged ({', '.join(damaged)}): it is rebuilt")
+                return None
+            if tag_of(table) != tag_for(data_version, fingerprint):
+                log(f"the tags of the index {folder}/{name} are damaged: it is rebuilt")
+                return None
+            _move_tag(table, CURRENT)
+            return published(folder, name)
+    except SynpipeError as error:
+        log(f"{error} It is rebuilt.")
         return None
-    number = list_tags(table).get(tag)
-    if number is None:
-        return None
-    table.checkout(number)
-    if damaged := index_files.find_damaged_files(folder / f"{name}.lance", table.schema):
-        log(f"the index {folder}/{name} is damaged ({', '.join(damaged)}): it is rebuilt")
-        return None
-    table.tags.update(CURRENT, number)
-    return published(folder, name)
 
 
 def published(folder: BulkPath, name: str) -> IndexReport:
@@ -248,6 +279,18 @@ def _set_aside_unreadable(folder: BulkPath, name: str, log: Callable[[str], None
         return  # there is no table
     except RuntimeError as error:
         log(f"{path} cannot be read ({one_line(error)}): moved to {set_aside(path).name}, and rebuilt")
+
+
+def _restore_tags(table: Any, lost: list[str], log: Callable[[str], None]) -> None:
+    """Create these tags again. A published version knows its tag; `current` is for the caller to set."""
+    wanted = {*lost} - {CURRENT}
+    numbers = [entry["version"] for entry in table.list_versions()] if wanted else []
+    for number in sorted(numbers, reverse=True):
+        table.checkout(number)
+        if (tag := tag_of(table)) in wanted:
+            table.tags.create(tag, number)
+            wanted.remove(tag)
+            log(f"the tag {tag} names version {number} again")
 
 
 def _move_tag(table: Any, tag: str) -> None:

@@ -31,7 +31,7 @@ from synpipe.embeddings.vectors import read_vectors
 from synpipe.errors import NotFound, SynpipeError
 from synpipe.index.distances import METRICS, Metric
 from synpipe.index.exact_search import ExactSearch, Question
-from synpipe.index.publish import open_async_table, open_current, read_provenance
+from synpipe.index.publish import check_rows, open_async_table, open_current, read_provenance
 from synpipe.volumes.neuroglancer import Viewer
 
 EXACT_ROWS = 300_000  # a table of at most so many rows is held in memory
@@ -101,6 +101,7 @@ class SynapseIndex:
         Raises `SynpipeError` if the index has not been built.
         """
         self._table = open_current(dataset.lancedb_folder, encoder)
+        check_rows(dataset.lancedb_folder, encoder, self._table)
         self._classes: list[str | None] = [*dataset.spec.classes, None]
         self._viewer = viewer
         self.provenance = read_provenance(self._table.schema)

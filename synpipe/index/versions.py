@@ -18,8 +18,9 @@ from synpipe.datasets import Dataset
 from synpipe.embeddings.vectors import read_vectors
 from synpipe.errors import SynpipeError, one_line
 from synpipe.index.build import open_lance
+from synpipe.index.damage import explaining_damage
 from synpipe.index.files import find_damaged_files
-from synpipe.index.publish import CURRENT, connect, list_tags, open_current, read_provenance
+from synpipe.index.publish import CURRENT, check_rows, connect, list_tags, open_current, read_provenance
 from synpipe.store.objects import BulkPath, list_paths
 
 # A row has changed if one of these columns has. Vectors are compared by their cosine.
@@ -59,23 +60,24 @@ class Difference:
 def list_versions(dataset: Dataset, encoder: str) -> list[Version]:
     """All published versions, the newest first. Raises `SynpipeError` if there is no index."""
     table = open_current(dataset.lancedb_folder, encoder)
-    current = table.version
-    made_at = {entry["version"]: entry["timestamp"] for entry in table.list_versions()}
-    versions = []
-    for tag, number in _tags(table).items():
-        table.checkout(number)
-        provenance = read_provenance(table.schema)
-        versions.append(
-            Version(
-                tag=tag,
-                number=number,
-                made_at=made_at[number].astimezone(UTC).isoformat(timespec="seconds"),
-                rows=table.count_rows(),
-                data_version=provenance["data_version"],
-                encoder_fingerprint=provenance["encoder_fingerprint"],
-                current=number == current,
+    with explaining_damage(dataset.lancedb_folder, encoder):
+        current = table.version
+        made_at = {entry["version"]: entry["timestamp"] for entry in table.list_versions()}
+        versions = []
+        for tag, number in _tags(table).items():
+            table.checkout(number)
+            provenance = read_provenance(table.schema)
+            versions.append(
+                Version(
+                    tag=tag,
+                    number=number,
+                    made_at=made_at[number].astimezone(UTC).isoformat(timespec="seconds"),
+                    rows=table.count_rows(),
+                    data_version=provenance["data_version"],
+                    encoder_fingerprint=provenance["encoder_fingerprint"],
+                    current=number == current,
+                )
             )
-        )
     return sorted(versions, key=lambda version: -version.number)
 
 
@@ -89,14 +91,16 @@ def index_name(dataset: Dataset, encoder: str | None) -> str:
 def open_version(dataset: Dataset, encoder: str, version: str) -> Any:
     """The version with this tag or number, or `current`, read-only. Raises `SynpipeError` if there is none."""
     table = open_current(dataset.lancedb_folder, encoder)
-    published = _tags(table)
+    with explaining_damage(dataset.lancedb_folder, encoder):
+        published = _tags(table)
     numbers = {str(number): number for number in published.values()} | published | {CURRENT: table.version}
     if version not in numbers:
         raise SynpipeError(
             f"The index {encoder} of {dataset.name} has no version {version!r}: `synpipe versions --dataset {dataset.name} "
             f"--encoder {encoder}` lists them."
         )
-    table.checkout(numbers[version])
+    with explaining_damage(dataset.lancedb_folder, encoder):
+        table.checkout(numbers[version])
     return table
 
 
@@ -106,7 +110,10 @@ def diff(dataset: Dataset, encoder: str, a: str, b: str) -> Difference:
     same_encoder = (
         read_provenance(first.schema)["encoder_fingerprint"] == read_provenance(second.schema)["encoder_fingerprint"]
     )
-    old, new = _rows(first), _rows(second)
+    for table in (first, second):
+        check_rows(dataset.lancedb_folder, encoder, table)
+    with explaining_damage(dataset.lancedb_folder, encoder):
+        old, new = _rows(first), _rows(second)
     ids = np.intersect1d(old["synapse_id"].to_numpy(), new["synapse_id"].to_numpy())
     old_both, new_both = _at(old, ids), _at(new, ids)
     changed = np.zeros(len(ids), dtype=bool)
@@ -194,6 +201,11 @@ def find_untagged(dataset: Dataset, name: str) -> Untagged:
     opened, path = _open(dataset, name), dataset.lancedb_folder / f"{name}.lance"
     if opened is None:
         return Untagged(0, 0, 0)
+    with explaining_damage(dataset.lancedb_folder, name):
+        return _find_untagged(opened, path)
+
+
+def _find_untagged(opened: Any, path: BulkPath) -> Untagged:
     tags, tagged = len(_tags(opened)), set(list_tags(opened).values())
     table = open_lance(path)
     numbers = {version["version"] for version in table.versions()} - tagged
@@ -238,9 +250,10 @@ def list_published(dataset: Dataset) -> list[tuple[str, dict[str, Any]]]:
         table = _open(dataset, path.stem)
         if table is None:
             continue
-        for number in _tags(table).values():
-            table.checkout(number)
-            published.append((path.stem, read_provenance(table.schema)))
+        with explaining_damage(dataset.lancedb_folder, path.stem):
+            for number in _tags(table).values():
+                table.checkout(number)
+                published.append((path.stem, read_provenance(table.schema)))
     return published
 
 

@@ -15,7 +15,7 @@ from synpipe.assets.graph import nodes
 from synpipe.assets.manifest import Manifest, find_version
 from synpipe.datasets import Dataset
 from synpipe.errors import SynpipeError
-from synpipe.index.publish import open_current, read_provenance
+from synpipe.index.publish import check_rows, open_current, read_provenance
 from synpipe.store.files import read_table
 from synpipe.tiles.contents import find_by_content
 
@@ -29,6 +29,7 @@ def trace_row(dataset: Dataset, encoder: str, synapse_id: int) -> dict[str, Any]
     index has no such synapse.
     """
     table = open_current(dataset.lancedb_folder, encoder)
+    check_rows(dataset.lancedb_folder, encoder, table)
     columns = [field.name for field in table.schema if field.name != "vector"]
     condition = lancedb.expr.col("synapse_id") == lancedb.expr.lit(synapse_id)
     rows = table.search().where(condition).select(columns).limit(1).to_arrow().to_pylist()
@@ -78,7 +79,13 @@ def _read_lineage(dataset: Dataset, encoder: str, origin: Mapping[str, Any]) -> 
     lineage = {}
     for node in reversed(nodes(dataset)):
         data_version = versions.get(node.name)
-        if data_version and (manifest := find_version(dataset, node.name, data_version)):
+        if data_version:
+            manifest = find_version(dataset, node.name, data_version)
+            if manifest is None:
+                raise SynpipeError(
+                    f"{dataset.lineage_path(node.name, data_version)} is not there, or was damaged. It says what a version "
+                    f"of {node.name} was made of. Materialise {node.name} again: that writes the file if it still has this version."
+                )
             lineage[node.name] = manifest
             # The nearest asset downstream decides: the same stacks may serve two versions of the synapses.
             versions = manifest.inputs | versions

@@ -185,7 +185,19 @@ def read_table(path: BulkPath, columns: list[str] | None = None) -> pa.Table:
     """Read one Parquet file of the store. Raises `SynpipeError` if it is absent or damaged; a damaged file is moved aside."""
     with explaining_read_errors(path):
         source = pa.BufferReader(path.read_bytes()) if isinstance(path, ObjectPath) else path
-        return pq.ParquetFile(source, memory_map=True, page_checksum_verification=True).read(columns=columns)
+        file = pq.ParquetFile(source, memory_map=True, page_checksum_verification=True)
+        check_columns(path, file, columns)
+        return file.read(columns=columns)
+
+
+def check_columns(path: BulkPath, file: pq.ParquetFile, columns: list[str] | None) -> None:
+    """Raise `SynpipeError` if a Parquet file lacks one of these columns. pyarrow would leave it out without an error."""
+    names = file.schema_arrow.names
+    if missing := [name for name in columns or [] if name not in names]:
+        raise SynpipeError(
+            f"{path} has no column {missing[0]!r}; it has {', '.join(names)}. If it should have that column, the file is damaged: "
+            "materialise again to make a new one."
+        )
 
 
 @contextlib.contextmanager
@@ -195,7 +207,8 @@ def explaining_read_errors(path: BulkPath) -> Iterator[None]:
         yield
     except FileNotFoundError:
         raise SynpipeError(f"{path} does not exist: materialise the asset that makes it.") from None
-    except (pa.ArrowInvalid, OSError) as error:
+    # A damaged footer may also hold text that is no UTF-8, or lack a column.
+    except (pa.ArrowException, OSError, ValueError, KeyError) as error:
         if isinstance(error, OSError) and error.errno:  # Arrow reports a wrong checksum as an OSError without a number
             raise SynpipeError(f"Cannot read {path}: {error.strerror}. Check the permissions and the disk.") from None
         raise set_aside_as_damaged(path, error) from None

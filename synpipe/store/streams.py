@@ -19,7 +19,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from synpipe.specs import digest
-from synpipe.store.files import explaining_read_errors
+from synpipe.store.files import check_columns, explaining_read_errors
 
 BATCH_ROWS = 8192
 # Rows per batch in the file of `RowsById`. Larger batches take more memory to write; smaller ones take more time to read.
@@ -33,6 +33,7 @@ def read_batches(path: Path, columns: list[str] | None = None) -> Iterator[pa.Ta
     """
     with explaining_read_errors(path):
         file = pq.ParquetFile(path, memory_map=True, page_checksum_verification=True)
+        check_columns(path, file, columns)
         if file.metadata.num_rows == 0:
             yield file.read(columns=columns)
         for batch in file.iter_batches(BATCH_ROWS, columns=columns):

@@ -1,12 +1,13 @@
 """A file of the store with a flipped byte or cut short: found by its checksum, named, and made anew by the same command, with
 nothing deleted by hand. A disk that is full: the file is named, and with space the same command carries on."""
 
+import json
 import logging
 import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import h5py
 import numpy as np
@@ -23,6 +24,7 @@ from synpipe.index.versions import list_versions, rollback
 from synpipe.reports.housekeeping import find_leftovers, remove_leftovers
 from synpipe.tiles import extraction
 from synpipe.tiles.parts import mark_damaged
+from synpipe_tests.support.command import answer, assets, files, invoke, refusal
 from synpipe_tests.support.inputs import Inputs, Store
 
 INPUTS = Inputs({1000 + number: ((number % 6, 40 * number, 500 - 30 * number), "gaba") for number in range(12)})
@@ -122,6 +124,50 @@ def test_damage_is_named_and_made_good_by_the_same_command(
     is_whole_again(dataset, whole[1])
 
 
+FOOTERS = ["synapses.parquet", "rgb_tiles.parquet", "rejects.parquet", "split.parquet", "tables/tiny.parquet"]
+
+
+@pytest.mark.parametrize("name", FOOTERS)
+def test_a_flipped_bit_in_the_footer_of_a_table_makes_its_asset_stale_and_the_table_is_made_again(
+    dataset: Dataset, whole: tuple[Project, Store], name: str
+) -> None:
+    """The footer has no checksum: a flip there renames columns or makes the file unreadable."""
+    path = dataset.folder / name
+    size = path.stat().st_size
+    footer = int.from_bytes(path.read_bytes()[-8:-4], "little")
+    for place in np.random.default_rng(len(name)).integers(size - 8 - footer, size, 3).tolist():
+        flip(path, place)
+        reasons = [reason for reasons in reasons_of(dataset).values() for reason in reasons]
+        assert f"its file {path.name} is damaged" in reasons
+        said = materialise(dataset, only_stale=True)
+        assert f"{path} is damaged: moved to {path.name}.damaged" in said
+        whole[1].assert_same(Store.read(Project(dataset.weights_base, dataset.folder.parent)))
+    is_whole_again(dataset, whole[1])
+
+
+def test_a_flipped_bit_that_leaves_size_and_time_as_they_were_is_found_when_the_table_is_materialised(
+    dataset: Dataset, whole: tuple[Project, Store]
+) -> None:
+    path, times = dataset.synapses_path, dataset.synapses_path.stat()
+    flip(path, path.read_bytes().rindex(b"neuron_id"))  # the last one names the column in the footer
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert f"{path} is damaged" in materialise(dataset)
+    is_whole_again(dataset, whole[1])
+
+
+def test_an_asset_is_not_made_of_a_damaged_table(dataset: Dataset) -> None:
+    flip(dataset.synapses_path, dataset.synapses_path.stat().st_size - 100)
+    node = next(node for node in nodes(dataset) if node.name == "split")
+    with pytest.raises(SynpipeError, match=r"its file synapses\.parquet is damaged\. Materialise it and everything"):
+        node.run(lambda line: None)
+
+
+def test_a_copied_store_is_fresh_although_its_files_are_younger(dataset: Dataset) -> None:
+    for path in dataset.folder.rglob("*.parquet"):
+        path.touch()
+    assert {state.state for state in states(dataset)} == {"fresh"}
+
+
 def test_a_flipped_byte_of_a_tile_is_named_when_it_is_read_and_cut_out_again_by_the_next_run(
     dataset: Dataset, whole: tuple[Project, Store]
 ) -> None:
@@ -204,6 +250,159 @@ def test_a_damaged_version_is_not_gone_back_to(dataset: Dataset, whole: tuple[Pr
     with pytest.raises(SynpipeError, match=r"Version .* of tiny is damaged \(data/.*\): choose another"):
         rollback(dataset, "tiny", first.tag)
     assert open_current(dataset.lancedb_folder, "tiny").count_rows() == 11
+
+
+# Manifests and lineage.
+
+CHANGES: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "a misspelt key": lambda content: content.update(interrupued=content.pop("interrupted")),
+    "a misspelt fact": lambda content: content["facts"].update(encoder_fingerqrint="f"),
+    "null for a string": lambda content: content.update(data_version=None),
+    "a list for a string": lambda content: content.update(code_version=[]),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+@pytest.mark.parametrize("folder", ["manifests", "lineage"])
+def test_a_changed_manifest_is_named_by_status_set_aside_and_written_again_by_the_next_run(
+    dataset: Dataset,
+    whole: tuple[Project, Store],
+    change: Callable[[dict[str, Any]], Any],
+    folder: str,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    project = Project(whole[0].data, dataset.folder.parent)
+    asset = "embeddings_tiny"
+    (path,) = (dataset.folder / folder).glob(f"{asset}.json" if folder == "manifests" else f"{asset}/*.json")
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+    if folder == "lineage":  # only the commands that need it read it
+        assert str(path) in refusal(invoke(project, "provenance", "1000")) + caplog.text
+    state = assets(project)[asset]
+    assert state["state"] == ("missing" if folder == "manifests" else "stale")
+    assert str(path) in caplog.text and f"moved to {path.name}.damaged" in caplog.text
+    materialise(dataset, only_stale=True)
+    assert json.loads(path.read_text())["asset"] == asset
+    assert json.loads(answer(project, "provenance", "1000", "--json"))["row"]["synapse_id"] == "1000"
+    is_whole_again(dataset, whole[1])
+
+
+# LanceDB.
+
+TAGS = {
+    "no JSON": "{",
+    "null": "null",
+    "no version": "{}",
+    "a word as the version": '{"branch":null,"version":"nine","manifestSize":3}',
+    "a version that does not exist": '{"branch":null,"version":999,"manifestSize":3}',
+    "an unfinished version": '{"branch":null,"version":2,"manifestSize":3}',
+    "another branch": '{"branch":"x","version":9,"manifestSize":3}',
+}
+
+
+@pytest.mark.parametrize("content", TAGS.values(), ids=TAGS)
+@pytest.mark.parametrize("tag", ["current", "data-*"])
+def test_a_damaged_tag_of_an_index_is_named_and_does_not_block_publishing(
+    dataset: Dataset, whole: tuple[Project, Store], tag: str, content: str
+) -> None:
+    (path,) = dataset.lancedb_folder.glob(f"tiny.lance/_refs/tags/{tag}.json")
+    assert isinstance(path, Path)
+    path.write_text(content)
+    read_without_traceback(dataset, "tiny")
+    assert f"{path} is damaged" in materialise(dataset)
+    is_whole_again(dataset, whole[1])
+
+
+@pytest.mark.parametrize("pattern", ["data/*.lance", "_indices/*/*.lance", "_versions/*.manifest"])
+def test_a_missing_file_of_an_index_gives_an_error_and_the_next_run_builds_the_index_again(
+    dataset: Dataset, whole: tuple[Project, Store], pattern: str
+) -> None:
+    path = sorted(dataset.lancedb_folder.glob(f"tiny.lance/{pattern}"), key=str)[0]
+    path.unlink()
+    said = read_without_traceback(dataset, "tiny")
+    assert "materialise index_tiny" in said
+    materialise(dataset)
+    Store.read(Project(dataset.weights_base, dataset.folder.parent)).assert_same(whole[1])
+    read_without_traceback(dataset, "tiny", succeed=True)
+
+
+def test_a_damaged_manifest_of_a_former_version_does_not_hide_the_others(
+    dataset: Dataset, whole: tuple[Project, Store]
+) -> None:
+    path = sorted(dataset.lancedb_folder.glob("tiny.lance/_versions/*.manifest"), key=str)[-1]  # the oldest
+    assert isinstance(path, Path)
+    path.write_bytes(b"")
+    read_without_traceback(dataset, "tiny")
+    assert f"{path} is damaged" in materialise(dataset)
+    read_without_traceback(dataset, "tiny", succeed=True)
+    is_whole_again(dataset, whole[1])
+
+
+def test_a_search_never_answers_from_damaged_vectors(dataset: Dataset) -> None:
+    path = the("lancedb/tiny.lance/data/*")(dataset)
+    flip(path)
+    project = Project(dataset.weights_base, dataset.folder.parent)
+    for command in (["search", "1000"], ["provenance", "1000"]):
+        message = refusal(invoke(project, *command))
+        assert f"data/{path.name} is not as it was published" in message and "materialise index_tiny" in message
+
+
+def read_without_traceback(dataset: Dataset, encoder: str, succeed: bool = False) -> str:
+    """Ask all commands that read an index; what those said that failed."""
+    project = Project(dataset.weights_base, dataset.folder.parent)
+    said = ""
+    for command in (["versions"], ["search", "1000"], ["provenance", "1000"], ["gc"], ["status"]):
+        result = invoke(project, *command)
+        if result.exit_code or succeed:
+            assert not succeed or result.exit_code == 0, result.stderr
+            said += "" if succeed else refusal(result)
+    return said
+
+
+# The record of the place of the bulk.
+
+
+def write_text(text: str) -> Callable[[Path], None]:
+    return lambda path: (path.write_text(text), None)[1]
+
+
+RECORDS: dict[str, Callable[[Path], None]] = {
+    "cut short": cut,
+    "empty": write_text(""),
+    "null": write_text("null"),
+    "no address": write_text("{}"),
+    "a list as the address": write_text('{"address": []}'),
+    "another address": lambda path: path.write_text(path.read_text().replace("elsewhere", "elsewhera")) and None,
+    "moved aside by an earlier version": lambda path: path.rename(path.with_name("bulk.json.damaged")) and None,
+}
+
+
+@pytest.fixture(scope="module")
+def detached(whole: tuple[Project, Store], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store whose tiles, vectors and indexes are in another folder."""
+    folder = tmp_path_factory.mktemp("detached")
+    materialise(Project(whole[0].data, folder / "store", folder / "elsewhere").dataset("demo"))
+    return folder
+
+
+@pytest.mark.parametrize("name", RECORDS)
+def test_a_damaged_record_of_the_bulk_stops_every_command_and_nothing_is_deleted(
+    detached: Path, whole: tuple[Project, Store], tmp_path: Path, name: str
+) -> None:
+    shutil.copytree(detached / "store", tmp_path / "store")
+    project = Project(whole[0].data, tmp_path / "store")
+    record = project.dataset("demo").folder / "bulk.json"
+    sound = record.read_text()
+    RECORDS[name](record)
+    before = files(tmp_path)
+    for command in (["status"], ["gc", "--delete"], ["materialize"], ["search", "1000"], ["versions"]):
+        message = refusal(invoke(project, *command))
+        assert f"{record}" in message and "If you know the place, write" in message
+    assert files(tmp_path) == before
+    record.write_text(json.dumps({"address": json.loads(sound)["address"]}))  # as the message says
+    assert project.dataset("demo").bulk_folder == detached / "elsewhere" / "demo"
+    assert {state.state for state in states(project.dataset("demo"))} == {"fresh"}
 
 
 # A full disk.
