@@ -19,7 +19,7 @@ from synpipe.errors import SynpipeError
 from synpipe_tests.conftest import REPOSITORY, write_project
 
 FOLDER = REPOSITORY / "synpipe" / "assets"
-NO_ASSETS = {"__init__", "asset", "graph", "manifest"}
+NO_ASSETS = {"__init__", "asset", "file_records", "graph", "manifest"}
 MODULES = {path.stem for path in FOLDER.glob("*.py")} - NO_ASSETS
 ENCODERS = ["tiny", "other", "tiny+pca8"]
 
