@@ -211,6 +211,8 @@ class _Records:
 
     def lists(self, rows: np.ndarray, keys: np.ndarray) -> Iterator[tuple[int, bytes]]:
         """Lists of the synapses in these rows by key (uint64, one per row), in the order of the rows."""
+        if not len(rows):
+            return
         order = np.argsort(keys, kind="stable")
         rows, keys = rows[order], keys[order]
         starts = np.flatnonzero(np.diff(keys, prepend=~keys[:1]))

@@ -358,6 +358,13 @@ def test_synapses_in_one_place_are_all_there(tmp_path):
     assert sorted(int(one.id) for one in found) == table["synapse_id"].to_pylist()
 
 
+def test_synapses_without_any_neuron_are_exported_too(tmp_path):
+    table = synapses(20, neuron_id=pa.nulls(20, pa.int64()))
+    write_layer(tmp_path / "layer", table, NEUROTRANSMITTERS, {}, "")
+    reader = AnnotationReader(f"file://{tmp_path}/layer/")
+    assert sorted(int(each.id) for each in everything_in(reader)) == table["synapse_id"].to_pylist()
+
+
 def test_the_same_synapses_are_the_same_bytes_and_replace_only_an_earlier_export(tmp_path):
     table = synapses(700)
     for name in "ab":
