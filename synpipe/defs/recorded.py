@@ -18,10 +18,10 @@ SHOWS = "synpipe/shows"
 
 
 def is_unchanged(previous: Manifest | None, manifest: Manifest) -> bool:
-    """Whether a run made the same asset again: nothing differs but the run and the checks to come."""
+    """Whether a run made the same asset again: nothing differs but the run, the checks to come and the times of its files."""
     if previous is None or previous.interrupted or previous.unpassed:
         return False
-    return manifest == replace(previous, run_id=manifest.run_id, unpassed=manifest.unpassed)
+    return manifest == replace(previous, run_id=manifest.run_id, unpassed=manifest.unpassed, files=manifest.files)
 
 
 def versions_shown(node: Node) -> str:

@@ -179,18 +179,19 @@ class ChunkedReader(VoxelReader):
     def start_read(self, box: SlicesZyx) -> Callable[[], np.ndarray]:
         future = self._data[box].read(order="C")
         future.force()  # without it the read would only begin when the caller waits for the result
-        first_voxels = self._start_first_voxels(box) if self._folder is None and self._is_raw else []
+        may_be_page = self._folder is None and self._is_raw
 
         def finish() -> np.ndarray:
             values = self._wait(future)
-            if any(is_web_page(self._wait(voxels)) for voxels in first_voxels):
+            # Not before: a chunk that cannot be read would be requested twice.
+            if may_be_page and any(is_web_page(self._wait(voxels)) for voxels in self._start_first_voxels(box)):
                 raise ValueError("the server sent a web page instead of a chunk")
             return values
 
         return finish
 
     def _start_first_voxels(self, box: SlicesZyx) -> list[ts.Future]:
-        """Begin to read the first voxels of each chunk that a box needs. They share the request of the box's own voxels."""
+        """Begin to read the first voxels of each chunk of a box that has been read: the chunks are in the cache."""
         fastest = self._data.chunk_layout.inner_order[-1]
         low, high = np.array([(side.start, side.stop) for side in box]).T
         futures = []

@@ -354,7 +354,7 @@ def test_the_check_finds_predictions_that_are_missing_or_no_probabilities(own: P
 )
 def test_a_wrong_spec_is_named(tmp_path: Path, spec: dict, said: str):
     project = write_textures(tmp_path, classifier=spec)
-    with pytest.raises(SynpipeError, match=r"demo\.yaml: classifier") as raised:
+    with pytest.raises(SynpipeError, match=r"demo\.yaml: `classifier") as raised:
         project.dataset("demo")
     assert said in str(raised.value)
 

@@ -77,7 +77,7 @@ def test_the_check_tells_the_share_and_the_reasons(project: Project) -> None:
 @pytest.mark.parametrize("share", [-0.01, 1.01, "nan", "many"])
 def test_shares_that_make_no_sense(project: Project, share: Any) -> None:
     change(project, max_reject_share=share)
-    with pytest.raises(SynpipeError, match=r"demo.yaml: max_reject_share"):
+    with pytest.raises(SynpipeError, match=r"demo\.yaml: `max_reject_share` is"):
         project.dataset("demo")
 
 

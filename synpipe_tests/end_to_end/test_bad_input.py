@@ -329,7 +329,7 @@ def test_a_store_below_a_file(user: UserFolder):
         if command == MATERIALIZE:
             assert str(file / "store") in message
             assert "--store" in message
-    assert "materialise" in refusal(
+    assert "materialize" in refusal(
         invoke(user.project, "--store", str(file / "store"), "search", "5", "--dataset", "mine")
     )
     assert file.read_text() == "not a folder"
