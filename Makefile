@@ -4,7 +4,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check
-UV_INSTALL := $(BIN)/uv pip install --python $(BIN)/python
+# The certificates of the system, as pip uses them: a company or a laboratory may have its own.
+UV_INSTALL := $(BIN)/uv pip install --system-certs --python $(BIN)/python
 # Two test processes keep two cores busy. Tests of one file share fixtures, so they run in one process.
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
