@@ -6,8 +6,9 @@ INSTALLED := .venv/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 # The certificates of the system, as pip uses them: a company or a laboratory may have its own.
 UV_INSTALL := $(BIN)/uv pip install --system-certs --python $(BIN)/python
-# Two test processes keep two cores busy. Tests of one file share fixtures, so they run in one process.
-PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+# Three test processes keep two cores busy: tests wait for daemons, servers and browsers a third of their time. Tests of one file
+# share fixtures, so they run in one process.
+PYTEST := $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
 .PHONY: help demo ui explore quick test torture check bench pictures format lock clean
