@@ -17,6 +17,7 @@ import json
 import math
 import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,7 @@ class ChunkedReader(VoxelReader):
         root = {"driver": "file", "path": f"{place}/"} if self._folder else f"{str(place).rstrip('/')}/"
         self._documents: dict[str, Any] = {}  # by name: content, and the version that the server gave
         self._bytes_read_before = count_bytes_read()
+        self._denial: BaseException | None = None
         self._context = ts.Context(
             {
                 "cache_pool": {"total_bytes_limit": CACHE_BYTES},
@@ -177,7 +179,10 @@ class ChunkedReader(VoxelReader):
         return count_bytes_read() - self._bytes_read_before
 
     def start_read(self, box: SlicesZyx) -> Callable[[], np.ndarray]:
+        if (denial := self._denial) is not None:
+            return partial(_raise, denial)
         future = self._data[box].read(order="C")
+        future.add_done_callback(self._remember_denial)
         future.force()  # without it the read would only begin when the caller waits for the result
         may_be_page = self._folder is None and self._is_raw
 
@@ -189,6 +194,12 @@ class ChunkedReader(VoxelReader):
             return values
 
         return finish
+
+    def _remember_denial(self, future: ts.Future) -> None:
+        """After a denied read, reads that are planned ahead send no further request."""
+        error = future.exception()
+        if error is not None and str(error).startswith("PERMISSION_DENIED"):
+            self._denial = error
 
     def _start_first_voxels(self, box: SlicesZyx) -> list[ts.Future]:
         """Begin to read the first voxels of each chunk of a box that has been read: the chunks are in the cache."""
@@ -221,6 +232,10 @@ class ChunkedReader(VoxelReader):
     def documents(self) -> dict[str, Any]:
         """The JSON documents that were read, by name."""
         return {name: content for name, (content, _) in self._documents.items()}
+
+
+def _raise(error: BaseException) -> np.ndarray:
+    raise error
 
 
 def _is_raw(codec: dict[str, Any]) -> bool:
