@@ -197,7 +197,7 @@ class ChunkedReader(VoxelReader):
 
     def _remember_denial(self, future: ts.Future) -> None:
         """After a denied read, reads that are planned ahead send no further request."""
-        error = future.exception()
+        error = None if future.cancelled() else future.exception()
         if error is not None and str(error).startswith("PERMISSION_DENIED"):
             self._denial = error
 
